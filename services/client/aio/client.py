@@ -1,0 +1,83 @@
+"""The client: one object for the four services."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+
+import grpc
+
+from services.client.addresses import Addresses
+from services.client.aio.caller import Caller
+from services.client.aio.inference import Completions, Serving
+from services.client.aio.ingest import Projects, Snapshots, Sources
+from services.client.aio.scanner import Datasets, Scans
+from services.client.aio.trainer import Models, Runs
+from services.core.rpc import client as rpc
+
+
+class AsyncCodegraft:
+    """A connection to Codegraft. Close it, or use it in a ``with``.
+
+    Every failure is an exception of services/core/errors.py, one class per reason. Reads, and creations with their
+    idempotency key, are repeated over short outages; everything else is tried once.
+
+    Attributes:
+        projects: name spaces.
+        sources: where code comes from; uploads.
+        snapshots: all sources at one moment.
+        scans: verdicts per file.
+        datasets: what was accepted.
+        runs: training, checkpoints.
+        models: the catalogue.
+        completions: completions and chat.
+        serving: which adapter answers.
+    """
+
+    def __init__(self, addresses: Addresses, *, timeout: float = rpc.DEFAULT_DEADLINE) -> None:
+        """Opens nothing yet: the first call connects.
+
+        Args:
+            addresses: where the services are.
+            timeout: seconds a unary call may take; streams have none unless given.
+        """
+        self.addresses = addresses
+        caller = Caller(timeout)
+        ingest, scanner, trainer, inference = self._channels = [
+            grpc.aio.insecure_channel(rpc.target(address), options=rpc.OPTIONS)
+            for address in (addresses.ingest, addresses.scanner, addresses.trainer, addresses.inference)
+        ]
+        self.projects = Projects(ingest, caller)
+        self.sources = Sources(ingest, caller)
+        self.snapshots = Snapshots(ingest, caller)
+        self.scans = Scans(scanner, caller)
+        self.datasets = Datasets(scanner, caller)
+        self.runs = Runs(trainer, caller)
+        self.models = Models(trainer, caller)
+        self.completions = Completions(inference, caller)
+        self.serving = Serving(inference, caller)
+
+    @classmethod
+    def local(cls, data: Path | None = None) -> AsyncCodegraft:
+        """A client of the services that the environment names, else of the local stack.
+
+        Args:
+            data: data folder of the local stack; None means the default one.
+
+        Raises:
+            Unavailable: neither is there.
+        """
+        return cls(Addresses.find(data))
+
+    async def close(self) -> None:
+        """Closes the connections; running calls end."""
+        for channel in self._channels:
+            await channel.close()
+
+    async def __aenter__(self) -> AsyncCodegraft:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()

@@ -1,0 +1,281 @@
+"""Projects, sources, uploads and snapshots."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+
+import grpc
+
+from codegraft.common.v1.split_pb2 import Split
+from codegraft.ingest.v1 import (
+    project_pb2,
+    project_pb2_grpc,
+    snapshot_pb2,
+    snapshot_pb2_grpc,
+    source_pb2,
+    source_pb2_grpc,
+    upload_pb2,
+    upload_pb2_grpc,
+)
+from services.client.aio.caller import ATTEMPTS, Caller, new_request_id
+from services.client.content import Content
+from services.core import names
+from services.core.errors import Unavailable, by_reason
+from services.core.rpc.status import from_rpc
+
+
+def project_name(project: str) -> str:
+    """``projects/acme`` for "acme" and for itself."""
+    return project if "/" in project else names.build(names.PROJECT, project=project)
+
+
+class Projects:
+    """Name spaces of sources, datasets, runs and the serving choice."""
+
+    def __init__(self, channel: grpc.aio.Channel, caller: Caller) -> None:
+        self._stub = project_pb2_grpc.ProjectServiceStub(channel)
+        self._caller = caller
+
+    async def create(
+        self, project_id: str, *, title: str = "", exclude: Sequence[str] = (), request_id: str = ""
+    ) -> project_pb2.Project:
+        """Creates a project.
+
+        Args:
+            exclude: masks in .gitignore syntax for all its sources.
+            request_id: idempotency key; a fresh one when empty.
+
+        Raises:
+            InvalidName: the id is not valid.
+            ResourceExists: there is one of that id.
+        """
+        request = project_pb2.CreateProjectRequest(
+            project_id=project_id,
+            project=project_pb2.Project(title=title, exclude=exclude),
+            request_id=request_id or new_request_id(),
+        )
+        return (await self._caller.unary(self._stub.CreateProject, request, repeat=True)).project
+
+    async def get(self, project: str) -> project_pb2.Project:
+        """One project. Raises ProjectNotFound."""
+        request = project_pb2.GetProjectRequest(name=project_name(project))
+        return (await self._caller.unary(self._stub.GetProject, request, repeat=True)).project
+
+    async def list(self, page_size: int = 0) -> AsyncIterator[project_pb2.Project]:
+        """Every project, by name."""
+        request = project_pb2.ListProjectsRequest(page_size=page_size)
+        async for page in self._caller.pages(self._stub.ListProjects, request):
+            for project in page.projects:
+                yield project
+
+    async def update(self, project: project_pb2.Project) -> project_pb2.Project:
+        """Stores title and masks. Raises EtagMismatch when it changed since it was read."""
+        request = project_pb2.UpdateProjectRequest(project=project)
+        return (await self._caller.unary(self._stub.UpdateProject, request, repeat=False)).project
+
+    async def delete(self, project: str, *, force: bool = False, etag: str = "") -> None:
+        """Deletes a project; with force its sources too. Raises ProjectNotEmpty."""
+        request = project_pb2.DeleteProjectRequest(name=project_name(project), force=force, etag=etag)
+        await self._caller.unary(self._stub.DeleteProject, request, repeat=False)
+
+
+class Sources:
+    """Where a project's code comes from."""
+
+    def __init__(self, channel: grpc.aio.Channel, caller: Caller) -> None:
+        self._stub = source_pb2_grpc.SourceServiceStub(channel)
+        self._uploads = upload_pb2_grpc.UploadServiceStub(channel)
+        self._caller = caller
+
+    async def add(
+        self, project: str, source: source_pb2.Source, *, source_id: str = "", request_id: str = ""
+    ) -> source_pb2.Source:
+        """Adds a source; it is fetched in the background, see :meth:`wait`.
+
+        Args:
+            source_id: empty lets the service choose one.
+            request_id: idempotency key; a fresh one when empty.
+
+        Raises:
+            InvalidGitUrl: the URL has a form that is refused.
+            ProjectNotFound, UploadNotFound, ResourceExists.
+        """
+        request = source_pb2.CreateSourceRequest(
+            parent=project_name(project), source_id=source_id, source=source, request_id=request_id or new_request_id()
+        )
+        return (await self._caller.unary(self._stub.CreateSource, request, repeat=True)).source
+
+    async def add_git(
+        self,
+        project: str,
+        url: str,
+        *,
+        ref: str = "",
+        subpath: str = "",
+        source_id: str = "",
+        split: Split = Split.SPLIT_AUTO,
+    ) -> source_pb2.Source:
+        """Adds a git repository by its URL."""
+        git = source_pb2.GitSource(url=url, ref=ref, subpath=subpath)
+        return await self.add(project, source_pb2.Source(git=git, split=split), source_id=source_id)
+
+    async def add_bundle(
+        self,
+        project: str,
+        content: str | Path | bytes,
+        *,
+        ref: str = "",
+        subpath: str = "",
+        source_id: str = "",
+        split: Split = Split.SPLIT_AUTO,
+    ) -> source_pb2.Source:
+        """Uploads a git bundle (see ``git bundle create``) and adds it."""
+        upload = await self.upload(project, content)
+        bundle = source_pb2.BundleSource(upload=upload.name, ref=ref, subpath=subpath)
+        return await self.add(project, source_pb2.Source(bundle=bundle, split=split), source_id=source_id)
+
+    async def add_archive(
+        self,
+        project: str,
+        content: str | Path | bytes,
+        *,
+        subpath: str = "",
+        source_id: str = "",
+        split: Split = Split.SPLIT_AUTO,
+    ) -> source_pb2.Source:
+        """Uploads an archive (zip, tar, tar.gz, tar.bz2, tar.xz, tar.zst) and adds it."""
+        upload = await self.upload(project, content)
+        archive = source_pb2.ArchiveSource(upload=upload.name, subpath=subpath)
+        return await self.add(project, source_pb2.Source(archive=archive, split=split), source_id=source_id)
+
+    async def add_file(
+        self,
+        project: str,
+        content: str | Path | bytes,
+        *,
+        path: str = "",
+        source_id: str = "",
+        split: Split = Split.SPLIT_AUTO,
+    ) -> source_pb2.Source:
+        """Uploads a single file and adds it.
+
+        Args:
+            path: its path within the source, for its language; the file's own name when empty.
+        """
+        upload = await self.upload(project, content, filename=path)
+        file = source_pb2.FileSource(upload=upload.name, path=path or upload.filename)
+        return await self.add(project, source_pb2.Source(file=file, split=split), source_id=source_id)
+
+    async def upload(self, project: str, content: str | Path | bytes, *, filename: str = "") -> upload_pb2.Upload:
+        """Sends a file or bytes in chunks, taken up where it stopped when the connection breaks.
+
+        Content that the project has already is not sent again.
+
+        Raises:
+            InvalidArgument: the file cannot be read.
+            ProjectNotFound, LimitExceeded, StoreUnavailable.
+        """
+        measured = Content.of(content, filename)
+        parent = project_name(project)
+        state = upload_pb2.GetUploadRequest(parent=parent, sha256=measured.sha256)
+        for attempt in range(ATTEMPTS):
+            arrived = (await self._caller.unary(self._uploads.GetUpload, state, repeat=True)).upload
+            try:
+                call = self._uploads.UploadContent(_parts(parent, measured, arrived), timeout=None)
+                return (await call).upload
+            except grpc.RpcError as failure:
+                error = from_rpc(failure)
+            if not isinstance(error, Unavailable) or attempt == ATTEMPTS - 1:
+                raise error
+            await self._caller.pause(attempt)
+        raise by_reason("UNAVAILABLE")("the upload did not get through")
+
+    async def get(self, name: str) -> source_pb2.Source:
+        """One source, by its full name. Raises SourceNotFound."""
+        request = source_pb2.GetSourceRequest(name=name)
+        return (await self._caller.unary(self._stub.GetSource, request, repeat=True)).source
+
+    async def list(self, project: str, page_size: int = 0) -> AsyncIterator[source_pb2.Source]:
+        """Every source of a project, by name."""
+        request = source_pb2.ListSourcesRequest(parent=project_name(project), page_size=page_size)
+        async for page in self._caller.pages(self._stub.ListSources, request):
+            for source in page.sources:
+                yield source
+
+    async def update(self, source: source_pb2.Source) -> source_pb2.Source:
+        """Stores split, rules, masks and sync interval. Raises EtagMismatch when it changed since it was read."""
+        request = source_pb2.UpdateSourceRequest(source=source)
+        return (await self._caller.unary(self._stub.UpdateSource, request, repeat=False)).source
+
+    async def sync(self, name: str) -> source_pb2.Source:
+        """Fetches a source again, in the background; see :meth:`wait`."""
+        request = source_pb2.SyncSourceRequest(name=name)
+        return (await self._caller.unary(self._stub.SyncSource, request, repeat=True)).source
+
+    async def remove(self, name: str, *, etag: str = "") -> None:
+        """Removes a source; existing snapshots keep its files."""
+        await self._caller.unary(
+            self._stub.DeleteSource, source_pb2.DeleteSourceRequest(name=name, etag=etag), repeat=False
+        )
+
+    async def watch(self, name: str) -> AsyncIterator[source_pb2.Source]:
+        """The source as it is now, then after every change."""
+        async for message in self._caller.follow(self._stub.WatchSource, source_pb2.WatchSourceRequest(name=name)):
+            yield message.source
+
+    async def wait(self, name: str) -> source_pb2.Source:
+        """Waits until the last asked-for fetch is done.
+
+        Raises:
+            CodegraftError: the fetch failed; the class that belongs to its reason, with its hint.
+        """
+        async for source in self.watch(name):
+            if source.fetched_generation < source.generation:
+                continue
+            if source.state == source_pb2.SOURCE_STATE_FAILED:
+                raise by_reason(source.failure.reason)(source.failure.message, hint=source.failure.hint)
+            if source.state == source_pb2.SOURCE_STATE_READY:
+                return source
+        return await self.get(name)
+
+
+class Snapshots:
+    """The immutable content of all sources at one moment."""
+
+    def __init__(self, channel: grpc.aio.Channel, caller: Caller) -> None:
+        self._stub = snapshot_pb2_grpc.SnapshotServiceStub(channel)
+        self._caller = caller
+
+    async def create(self, project: str) -> snapshot_pb2.Snapshot:
+        """Takes a snapshot; the same content gives the same one. Raises NoSources."""
+        request = snapshot_pb2.CreateSnapshotRequest(parent=project_name(project), request_id=new_request_id())
+        return (await self._caller.unary(self._stub.CreateSnapshot, request, repeat=True)).snapshot
+
+    async def get(self, name: str) -> snapshot_pb2.Snapshot:
+        """One snapshot by its full name; the id "latest" names the newest. Raises SnapshotNotFound."""
+        request = snapshot_pb2.GetSnapshotRequest(name=name)
+        return (await self._caller.unary(self._stub.GetSnapshot, request, repeat=True)).snapshot
+
+    async def list(self, project: str, page_size: int = 0) -> AsyncIterator[snapshot_pb2.Snapshot]:
+        """Every snapshot of a project, newest first."""
+        request = snapshot_pb2.ListSnapshotsRequest(parent=project_name(project), page_size=page_size)
+        async for page in self._caller.pages(self._stub.ListSnapshots, request):
+            for snapshot in page.snapshots:
+                yield snapshot
+
+    async def files(self, name: str, page_size: int = 1000) -> AsyncIterator[snapshot_pb2.SnapshotFile]:
+        """Every file of a snapshot, by source and path."""
+        request = snapshot_pb2.ListSnapshotFilesRequest(parent=name, page_size=page_size)
+        async for page in self._caller.pages(self._stub.ListSnapshotFiles, request):
+            for file in page.files:
+                yield file
+
+
+def _parts(parent: str, content: Content, arrived: upload_pb2.Upload) -> Iterator[upload_pb2.UploadContentRequest]:
+    """The messages of an upload: the header, then what has not arrived yet."""
+    header = upload_pb2.UploadHeader(parent=parent, sha256=content.sha256, size=content.size, filename=content.filename)
+    yield upload_pb2.UploadContentRequest(header=header)
+    if not arrived.complete:
+        for offset, data in content.chunks(arrived.offset):
+            yield upload_pb2.UploadContentRequest(chunk=upload_pb2.UploadChunk(offset=offset, data=data))

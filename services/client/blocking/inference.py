@@ -1,0 +1,165 @@
+# Made by make_blocking.py from services/client/aio; change it there.
+"""Completions, chat, and the policy that chooses the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import grpc
+
+from codegraft.common.v1 import model_pb2
+from codegraft.inference.v1 import completion_pb2, completion_pb2_grpc, serving_pb2, serving_pb2_grpc
+from services.client.blocking.caller import Caller
+from services.client.blocking.ingest import project_name
+from services.client.pieces import Piece
+
+
+class Completions:
+    """Streamed completions."""
+
+    def __init__(self, channel: grpc.Channel, caller: Caller) -> None:
+        self._stub = completion_pb2_grpc.CompletionServiceStub(channel)
+        self._caller = caller
+
+    def complete(
+        self,
+        project: str,
+        *,
+        prefix: str = "",
+        suffix: str = "",
+        path: str = "",
+        context: Sequence[completion_pb2.ContextChunk] = (),
+        max_tokens: int | None = None,
+        single_line: bool = False,
+        stop: Sequence[str] = (),
+        sampling: completion_pb2.Sampling | None = None,
+        adapter: completion_pb2.AdapterChoice | None = None,
+        session: str = "",
+        timeout: float | None = None,
+    ) -> Iterator[Piece]:
+        """Completes the code between prefix and suffix. Leaving the loop stops the generation.
+
+        Args:
+            path: path of the file, for its language.
+            context: code of other files that helps.
+            max_tokens: new tokens at most.
+            single_line: stop at the end of the line.
+            stop: stop before any of these strings.
+            sampling: how tokens are chosen; greedy when None.
+            adapter: which version answers; the project's policy when None.
+            session: editor session: a newer request of it drops this one.
+            timeout: seconds; when they pass, the text so far is valid and the last piece says so.
+
+        Raises:
+            EmptyPrompt, PromptTooLong, ProjectNotFound, QueueFull, ModelLoading.
+        """
+        request = completion_pb2.CompleteRequest(
+            parent=project_name(project),
+            prompt=completion_pb2.CodePrompt(path=path, prefix=prefix, suffix=suffix, context=context),
+            sampling=sampling,
+            stop=completion_pb2.StopRule(max_tokens=max_tokens, strings=stop, single_line=single_line),
+            adapter=adapter,
+            session=session,
+        )
+        for message in self._caller.stream(self._stub.Complete, request, timeout):
+            yield Piece.of(message)
+
+    def chat(
+        self,
+        project: str,
+        messages: Sequence[completion_pb2.ChatMessage],
+        *,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        sampling: completion_pb2.Sampling | None = None,
+        adapter: completion_pb2.AdapterChoice | None = None,
+        timeout: float | None = None,
+    ) -> Iterator[Piece]:
+        """Answers a conversation; see :meth:`complete`. Raises ChatUnsupported besides."""
+        request = completion_pb2.ChatRequest(
+            parent=project_name(project),
+            messages=messages,
+            sampling=sampling,
+            stop=completion_pb2.StopRule(max_tokens=max_tokens, strings=stop),
+            adapter=adapter,
+        )
+        for message in self._caller.stream(self._stub.Chat, request, timeout):
+            yield Piece.of(message)
+
+    def score(
+        self,
+        project: str,
+        continuation: str,
+        *,
+        prefix: str = "",
+        suffix: str = "",
+        path: str = "",
+        adapter: completion_pb2.AdapterChoice | None = None,
+    ) -> completion_pb2.ScoreResponse:
+        """The log-probability of every token of a given continuation."""
+        request = completion_pb2.ScoreRequest(
+            parent=project_name(project),
+            prompt=completion_pb2.CodePrompt(path=path, prefix=prefix, suffix=suffix),
+            continuation=continuation,
+            adapter=adapter,
+        )
+        return self._caller.unary(self._stub.Score, request, repeat=True)
+
+    def models(self, page_size: int = 0) -> Iterator[model_pb2.Model]:
+        """The base model that is served."""
+        request = completion_pb2.ListModelsRequest(page_size=page_size)
+        for page in self._caller.pages(self._stub.ListModels, request):
+            for model in page.models:
+                yield model
+
+
+class Serving:
+    """Which adapter answers for a project."""
+
+    def __init__(self, channel: grpc.Channel, caller: Caller) -> None:
+        self._stub = serving_pb2_grpc.ServingServiceStub(channel)
+        self._caller = caller
+
+    def set(
+        self, project: str, mode: serving_pb2.ServingMode, *, checkpoint: str = "", etag: str = ""
+    ) -> serving_pb2.Serving:
+        """Sets the policy; replicas converge to it within seconds, see :meth:`watch`.
+
+        Args:
+            checkpoint: for PINNED, the full name of the checkpoint.
+
+        Raises:
+            ProjectNotFound, CheckpointNotFound, BaseModelMismatch, EtagMismatch.
+        """
+        request = serving_pb2.SetServingRequest(
+            parent=project_name(project), mode=mode, checkpoint=checkpoint, etag=etag
+        )
+        return (self._caller.unary(self._stub.SetServing, request, repeat=True)).serving
+
+    def get(self, project: str) -> serving_pb2.GetServingResponse:
+        """The policy, and what the replica that answers serves."""
+        request = serving_pb2.GetServingRequest(parent=project_name(project))
+        return self._caller.unary(self._stub.GetServing, request, repeat=True)
+
+    def watch(self, project: str) -> Iterator[serving_pb2.WatchServingResponse]:
+        """Policy and replica as they are now, then after every change and every swap."""
+        request = serving_pb2.WatchServingRequest(parent=project_name(project))
+        for message in self._caller.follow(self._stub.WatchServing, request):
+            yield message
+
+    def adapters(self, page_size: int = 0) -> Iterator[serving_pb2.Adapter]:
+        """The adapters that the replica holds."""
+        request = serving_pb2.ListAdaptersRequest(page_size=page_size)
+        for page in self._caller.pages(self._stub.ListAdapters, request):
+            for adapter in page.adapters:
+                yield adapter
+
+    def load(self, checkpoint: str) -> serving_pb2.Adapter:
+        """Stages an adapter without serving it. Raises AdapterRejected, BaseModelMismatch, CheckpointNotFound."""
+        request = serving_pb2.LoadAdapterRequest(checkpoint=checkpoint)
+        return (self._caller.unary(self._stub.LoadAdapter, request, repeat=True)).adapter
+
+    def unload(self, checkpoint: str) -> None:
+        """Drops a staged adapter once its last stream has ended."""
+        request = serving_pb2.UnloadAdapterRequest(checkpoint=checkpoint)
+        self._caller.unary(self._stub.UnloadAdapter, request, repeat=True)

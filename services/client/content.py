@@ -1,0 +1,64 @@
+"""Content to upload: a file or bytes, with its digest, read in chunks."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from services.core.errors import InvalidArgument
+
+CHUNK = 1 << 20
+"""Bytes per message: well under gRPC's default limit of 4 MiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What an upload sends. Make it with :meth:`of`."""
+
+    origin: Path | bytes
+    filename: str
+    size: int
+    """In bytes."""
+    sha256: str
+    """64 hexadecimal digits."""
+
+    @classmethod
+    def of(cls, origin: str | Path | bytes, filename: str = "") -> Content:
+        """Measures a file (by its path) or bytes.
+
+        Raises:
+            InvalidArgument: the file cannot be read.
+        """
+        if isinstance(origin, bytes):
+            return cls(origin, filename, len(origin), hashlib.sha256(origin).hexdigest())
+        path = Path(origin)
+        try:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                return cls(path, filename or path.name, file.tell(), digest)
+        except OSError as error:
+            raise InvalidArgument(
+                f"{path} cannot be read: {error.strerror}", field="path", hint="Give a readable file."
+            ) from error
+
+    @contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        """The bytes as a file."""
+        if isinstance(self.origin, bytes):
+            yield io.BytesIO(self.origin)
+        else:
+            with self.origin.open("rb") as file:
+                yield file
+
+    def chunks(self, offset: int) -> Iterator[tuple[int, bytes]]:
+        """(position, bytes) from the offset on."""
+        with self.open() as file:
+            file.seek(offset)
+            while data := file.read(CHUNK):
+                yield offset, data
+                offset += len(data)

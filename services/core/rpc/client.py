@@ -1,0 +1,78 @@
+"""Channels to other services: balanced, kept alive, and carrying the caller's deadline and request id on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grpc
+
+from services.core.rpc import context as call_context
+
+DEFAULT_DEADLINE = 30.0
+"""Seconds for a unary call that has no other deadline: gRPC itself would wait for ever."""
+
+_SERVICE_CONFIG = json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})
+"""No retry policy: gRPC repeats by itself only what no server has seen. Whether more may be repeated depends on the
+call, and services/client knows."""
+OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.service_config", _SERVICE_CONFIG),
+    ("grpc.enable_retries", 1),
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.max_receive_message_length", 16 << 20),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+]
+
+
+def target(address: str) -> str:
+    """host:port as a target whose every DNS address gets its share of the calls."""
+    return address if "://" in address or address.startswith(("dns:", "unix:")) else f"dns:///{address}"
+
+
+def channel(address: str) -> grpc.aio.Channel:
+    """A channel for calls from within a service: deadline, request id and trace of the call being served go along."""
+    return grpc.aio.insecure_channel(target(address), options=OPTIONS, interceptors=pass_through())
+
+
+def pass_through() -> Sequence[grpc.aio.ClientInterceptor]:
+    """Interceptors that add deadline, request id and trace to every call."""
+    return [_UnaryUnary(), _UnaryStream(), _StreamUnary()]
+
+
+def _details(given: grpc.aio.ClientCallDetails, *, unary: bool) -> grpc.aio.ClientCallDetails:
+    left = call_context.remaining()
+    limits = [limit for limit in (given.timeout, left) if limit is not None]
+    timeout = min(limits) if limits else (DEFAULT_DEADLINE if unary else None)
+    metadata = grpc.aio.Metadata(*(given.metadata or ()))
+    present = set(metadata.keys())
+    for key, value in (
+        (call_context.REQUEST_ID, call_context.request_id.get()),
+        (call_context.TRACEPARENT, call_context.traceparent.get()),
+    ):
+        if value and key not in present:
+            metadata.add(key, value)
+    return grpc.aio.ClientCallDetails(given.method, timeout, metadata, given.credentials, given.wait_for_ready)
+
+
+class _UnaryUnary(grpc.aio.UnaryUnaryClientInterceptor):
+    async def intercept_unary_unary(
+        self, continuation: Callable[..., Any], client_call_details: grpc.aio.ClientCallDetails, request: Any
+    ) -> Any:
+        return await continuation(_details(client_call_details, unary=True), request)
+
+
+class _UnaryStream(grpc.aio.UnaryStreamClientInterceptor):
+    async def intercept_unary_stream(
+        self, continuation: Callable[..., Any], client_call_details: grpc.aio.ClientCallDetails, request: Any
+    ) -> Any:
+        return await continuation(_details(client_call_details, unary=False), request)
+
+
+class _StreamUnary(grpc.aio.StreamUnaryClientInterceptor):
+    async def intercept_stream_unary(
+        self, continuation: Callable[..., Any], client_call_details: grpc.aio.ClientCallDetails, request_iterator: Any
+    ) -> Any:
+        return await continuation(_details(client_call_details, unary=False), request_iterator)

@@ -1,0 +1,122 @@
+"""The server that every service runs: health, reflection, limits, and an end that loses no call."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from services.core import log
+from services.core.config import CoreSettings
+from services.core.errors import Unavailable
+from services.core.rpc.interceptors import CallInterceptor
+
+Registration = tuple[Callable[[Any, grpc.aio.Server], None], Any, str]
+"""(add_<Service>Servicer_to_server, the servicer, the service's full name)."""
+Background = Callable[[], Coroutine[Any, Any, None]]
+"""Makes a coroutine that runs beside the server until it is cancelled."""
+
+MAX_RECEIVE_BYTES = 4 << 20
+"""Uploads come in chunks of 1 MiB; nothing else is near this."""
+_OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
+    ("grpc.max_send_message_length", 16 << 20),
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
+    # Connections end after a while, so that clients look at DNS again and find new replicas.
+    ("grpc.max_connection_age_ms", 30 * 60_000),
+    ("grpc.max_connection_age_grace_ms", 10 * 60_000),
+    ("grpc.so_reuseport", 0),
+]
+
+logger = log.get(__name__)
+
+
+async def serve(
+    settings: CoreSettings,
+    services: Sequence[Registration],
+    *,
+    background: Sequence[Background] = (),
+    ready: Callable[[str], None] | None = None,
+) -> None:
+    """Serves until SIGTERM or SIGINT, then drains: health says NOT_SERVING, running calls end, background work stops.
+
+    Args:
+        settings: where to listen, and how long running calls may go on after the signal.
+        services: what to serve; each has its own health entry, and "" stands for all.
+        background: work beside the server (workers, followers). When one fails, the process ends with its error:
+            a service that only looks alive is worse than one that is restarted.
+        ready: called with the bound address once calls are answered.
+
+    Raises:
+        Unavailable: the address cannot be bound.
+    """
+    server = grpc.aio.server(interceptors=[CallInterceptor()], options=_OPTIONS)
+    checks = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    for add, servicer, _ in services:
+        add(servicer, server)
+    names = [name for _, _, name in services]
+    reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+    address = _bind(server, settings.listen)
+    await server.start()
+    stopped = _stop_signal()
+    tasks = [asyncio.create_task(make()) for make in background]
+    for name in ("", *names):
+        await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+    logger.info("serving", address=address, services=names)
+    if ready is not None:
+        ready(address)
+    waiting = asyncio.create_task(stopped.wait())
+    try:
+        # A background coroutine that simply returns has done its work; one that raises ends the service.
+        pending: set[asyncio.Task[Any]] = {waiting, *tasks}
+        while waiting in pending:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in done - {waiting}:
+                task.result()
+    finally:
+        waiting.cancel()
+        logger.info("draining", seconds=settings.drain_seconds)
+        await checks.enter_graceful_shutdown()
+        for task in tasks:
+            task.cancel()
+        await server.stop(settings.drain_seconds)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        logger.info("stopped")
+
+
+def _bind(server: grpc.aio.Server, listen: str) -> str:
+    host = listen.rpartition(":")[0]
+    try:
+        port = server.add_insecure_port(listen)
+    except RuntimeError as error:
+        raise Unavailable(
+            f"cannot listen on {listen}: {error}",
+            field="CODEGRAFT_LISTEN",
+            hint="Another process has the port, or the host is not this machine's; port 0 takes a free one.",
+        ) from None
+    return f"{host}:{port}"
+
+
+def _stop_signal() -> asyncio.Event:
+    """An event that SIGTERM and SIGINT set; a second signal ends the process at once."""
+    stopped = asyncio.Event()
+
+    def on_signal(number: int) -> None:
+        if stopped.is_set():
+            sys.exit(128 + number)
+        stopped.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    return stopped

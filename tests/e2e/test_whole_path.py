@@ -1,0 +1,186 @@
+"""The whole way, from a repository to a swapped adapter: the real stack, the real model, a client nobody here wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+CODEGRAFT = [sys.executable, "-m", "services.cli.main"]
+PACKAGE_FILES = ["signer.py", "time.py", "tagging.py", "select.py", "retention.py", "error.py", "lifecycleconfig.py"]
+
+
+def package() -> Path:
+    spec = find_spec("minio")
+    assert spec and spec.origin
+    return Path(spec.origin).parent
+
+
+def make_bundle(folder: Path) -> Path:
+    """A git repository with real code and with one file for each reason of stage 1."""
+    repo = folder / "repo"
+    repo.mkdir()
+    for name in ("versioningconfig.py", "sse.py"):
+        (repo / name).write_text((package() / name).read_text())
+    (repo / "copy.py").write_text((package() / "sse.py").read_text())
+    (repo / "binary.py").write_bytes(b"\x00\x01\x02" * 500)
+    (repo / "large.py").write_text("value = 1\n" * 60_000)
+    (repo / "digits.py").write_text("table = [\n" + "    1234567890, 9876543210,\n" * 40 + "]\n")
+    (repo / "notes.txt").write_text("Nothing to run here, only a few words for people.\n" * 5)
+    git = ["git", "-C", str(repo), "-c", "user.name=t", "-c", "user.email=t@example.com"]
+    for arguments in (["init", "-q", "-b", "main"], ["add", "."], ["commit", "-q", "-m", "one"]):
+        subprocess.run([*git, *arguments], check=True)
+    subprocess.run([*git, "bundle", "create", "-q", str(folder / "repo.bundle"), "--all"], check=True)
+    return folder / "repo.bundle"
+
+
+def make_archive(folder: Path) -> Path:
+    with tarfile.open(folder / "package.tar.gz", "w:gz") as archive:
+        for name in PACKAGE_FILES:
+            archive.add(package() / name, f"minio/{name}")
+        archive.add(package() / "xml.py", "minio/masked.py")
+        archive.add(package() / "commonconfig.py", "minio/commonconfig.py")  # the held-out file, once more
+    return folder / "package.tar.gz"
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Addresses of the four services of a stack of its own."""
+    data = tmp_path_factory.mktemp("stack")
+    command = [*CODEGRAFT, "up", "--detach", "--json", "--data", str(data)]
+    up = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    try:
+        assert up.returncode == 0, up.stdout + up.stderr
+        yield {service["name"]: service["address"] for service in json.loads(up.stdout)["services"]}
+    finally:
+        subprocess.run([*CODEGRAFT, "down", "--data", str(data)], check=True, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def seen(stack: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the foreign client saw on its way."""
+    folder = tmp_path_factory.mktemp("client")
+    config = {
+        "addresses": {name: stack[name] for name in ("ingest", "scanner", "trainer", "inference")},
+        "bundle": str(make_bundle(folder)),
+        "archive": str(make_archive(folder)),
+        "held_out": str(package() / "commonconfig.py"),
+        "out": str(folder / "seen.json"),
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    client = subprocess.run(
+        [sys.executable, "-P", str(HERE / "foreign_client.py"), str(folder / "config.json")],
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+    print(client.stdout)
+    assert client.returncode == 0, client.stdout + client.stderr
+    result: dict[str, Any] = json.loads(Path(config["out"]).read_text())
+    return result
+
+
+pytestmark = pytest.mark.timeout(900)
+
+
+def test_create_is_idempotent(seen: dict[str, Any]) -> None:
+    assert seen["create_is_idempotent"]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "code", "reason"),
+    [
+        ("unknown project", "NOT_FOUND", "PROJECT_NOT_FOUND"),
+        ("bad name", "INVALID_ARGUMENT", "INVALID_NAME"),
+        ("negative page size", "INVALID_ARGUMENT", "INVALID_PAGE_SIZE"),
+        ("unknown source", "NOT_FOUND", "SOURCE_NOT_FOUND"),
+        ("bad git url", "INVALID_ARGUMENT", "INVALID_GIT_URL"),
+        ("unknown snapshot", "NOT_FOUND", "SNAPSHOT_NOT_FOUND"),
+        ("no dataset", "FAILED_PRECONDITION", "NO_DATASET"),
+        ("empty prompt", "INVALID_ARGUMENT", "EMPTY_PROMPT"),
+    ],
+)
+def test_mistakes_get_their_reason(seen: dict[str, Any], mistake: str, code: str, reason: str) -> None:
+    assert seen["bad_input"][mistake] == [code, reason]
+
+
+def test_all_kinds_of_source_are_ready(seen: dict[str, Any]) -> None:
+    sources = seen["sources"]
+    assert {name: source["state"] for name, source in sources.items()} == dict.fromkeys(
+        ("repo", "package", "held-out"), "SOURCE_STATE_READY"
+    ), sources
+    assert len(sources["repo"]["commit"]) == 40
+    assert [sources[name]["files"] for name in ("repo", "package", "held-out")] == [7, len(PACKAGE_FILES) + 2, 1]
+
+
+def test_snapshot_is_the_same_again(seen: dict[str, Any]) -> None:
+    assert seen["snapshot"] == {"files": 17, "same_again": True}
+
+
+def test_scan_gives_every_file_one_verdict(seen: dict[str, Any]) -> None:
+    scan = seen["scan"]
+    assert scan["state"] == "JOB_STATE_SUCCEEDED", scan["failure"]
+    assert scan["accepted"] + scan["rejected"] == scan["files"] == len(scan["verdicts"]) == 17
+
+
+def test_planted_files_are_rejected_for_their_reason(seen: dict[str, Any]) -> None:
+    verdicts = seen["scan"]["verdicts"]
+    wanted = {
+        "repo:binary.py": "NOT_TEXT",
+        "repo:large.py": "TOO_LARGE",
+        "repo:digits.py": "LOTS_OF_DIGITS",
+        "repo:notes.txt": "NOT_CODE",
+        "package:minio/masked.py": "EXCLUDED_BY_MASK",
+        "package:minio/commonconfig.py": "DUPLICATE",
+    }
+    assert {path: verdicts[path]["reason"] for path in wanted} == wanted
+    copies = sorted(verdicts[f"repo:{name}"]["reason"] for name in ("copy.py", "sse.py"))
+    assert copies == ["ACCEPTED", "DUPLICATE"]
+
+
+def test_accepted_files_have_a_loss_and_a_part(seen: dict[str, Any]) -> None:
+    accepted = [v for v in seen["scan"]["verdicts"].values() if v["reason"] == "ACCEPTED"]
+    assert accepted and all(0.3 < v["loss"] < 3.0 for v in accepted)
+    assert seen["scan"]["verdicts"]["held-out:commonconfig.py"]["split"] == "SPLIT_TEST"
+    train = {v["sha256"] for v in accepted if v["split"] == "SPLIT_TRAIN"}
+    test = {v["sha256"] for v in accepted if v["split"] == "SPLIT_TEST"}
+    assert train and test and not train & test
+
+
+def test_run_beats_the_base_model_and_tells_its_story(seen: dict[str, Any]) -> None:
+    run = seen["run"]
+    assert run["state"] == "JOB_STATE_SUCCEEDED", run["failure"]
+    assert run["best_test_loss"] < run["base_test_loss"]
+    assert [sequence for sequence, _ in run["events"]] == list(range(1, len(run["events"]) + 1))
+    assert {"plan", "step", "evaluation", "checkpoint", "best", "state"} <= {kind for _, kind in run["events"]}
+
+
+def test_streams_survive_the_swap_on_the_version_they_named(seen: dict[str, Any]) -> None:
+    streams = seen["streams"]
+    assert streams and all(stream["finished"] for stream in streams)
+    assert streams[0]["sha256"] == ""
+    versions = [stream["sha256"] for stream in streams]
+    assert set(versions) <= {"", *seen["run"]["bests"]}
+    order = ["", *seen["run"]["bests"]]
+    assert [order.index(v) for v in versions] == sorted(order.index(v) for v in versions), "never back to an older one"
+
+
+def test_policies_choose_the_version(seen: dict[str, Any]) -> None:
+    serve, best = seen["serve"], seen["run"]["bests"][-1]
+    answered = {name: completion["sha256"] for name, completion in serve.items()}
+    assert answered == {"latest": best, "again": best, "off": "", "pinned": best, "base_asked_for": ""}
+    assert serve["latest"]["text"] == serve["again"]["text"] == serve["pinned"]["text"]
+    assert serve["off"]["text"] == serve["base_asked_for"]["text"]
+
+
+def test_a_bad_pin_is_refused_and_the_old_version_serves(seen: dict[str, Any]) -> None:
+    assert seen["bad_pin"] == ["NOT_FOUND", "CHECKPOINT_NOT_FOUND"]
+    assert seen["after_bad_pin"] == seen["run"]["bests"][-1]
