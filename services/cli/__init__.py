@@ -1,0 +1,1 @@
+"""The ``codegraft`` command, and the local stack it can start."""

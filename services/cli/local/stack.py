@@ -1,0 +1,163 @@
+"""Starts, watches and stops the processes of a local stack: NATS, S3, then the four services."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+
+from services.cli.local import health, nats, ports, s3
+from services.cli.local.files import Credentials, DataFolder, ProcessInfo, StackInfo, StackState
+from services.cli.local.process import Child, tail
+from services.core.errors import Unavailable
+
+SERVICES = ("ingest", "scanner", "trainer", "inference")
+STARTUP = timedelta(seconds=60)
+DRAIN = timedelta(seconds=5)
+"""How long a stopping service lets running calls end."""
+GRACE = DRAIN + timedelta(seconds=5)
+"""After that long a process that was asked to stop is killed."""
+BUCKET = "codegraft"
+
+Report = Callable[[str], None]
+
+
+class Stack:
+    """The processes of one data folder. The caller holds the folder's lock."""
+
+    def __init__(self, folder: DataFolder, report: Report) -> None:
+        self._folder = folder
+        self._report = report
+        self._children: dict[str, Child] = {}
+        self.info = StackInfo(StackState.STARTING, os.getpid())
+
+    def start(self) -> None:
+        """Returns once every service serves. What was started before a failure is left for :meth:`stop`.
+
+        Raises:
+            CodegraftError: a process could not be started, ended by itself, or is not healthy in time.
+        """
+        began = time.monotonic()
+        self._folder.describe(self.info)
+        chosen = ports.choose(["nats", "s3", *SERVICES], self._folder.ports())
+        self._folder.remember(chosen)
+        credentials = self._folder.credentials()
+        addresses = {name: f"{ports.HOST}:{port}" for name, port in chosen.items()}
+        self._adopt(
+            nats.start(
+                self._folder.root / "nats",
+                log=self._folder.log("nats"),
+                port=chosen["nats"],
+                user=credentials.nats_user,
+                password=credentials.nats_password,
+            ),
+            addresses["nats"],
+        )
+        self._adopt(
+            s3.start(
+                self._folder.root / "s3",
+                log=self._folder.log("s3"),
+                port=chosen["s3"],
+                access_key=credentials.s3_access_key,
+                secret_key=credentials.s3_secret_key,
+                bucket=BUCKET,
+            ),
+            addresses["s3"],
+        )
+        environment = service_environment(os.environ, addresses, credentials)
+        for name in SERVICES:
+            self._adopt(
+                Child.start(
+                    name,
+                    [sys.executable, "-m", f"services.{name}"],
+                    log=self._folder.log(name),
+                    env={**environment, "CODEGRAFT_LISTEN": addresses[name]},
+                    cwd=self._folder.root,  # not the caller's folder: it may have a package of the name `services`
+                ),
+                addresses[name],
+            )
+        self._await_health(addresses)
+        self.info.state = StackState.READY
+        self._folder.describe(self.info)
+        self._report(f"everything is up after {time.monotonic() - began:.1f} s")
+
+    def check(self) -> list[ProcessInfo]:
+        """The processes that ended by themselves since the last look."""
+        crashed = []
+        for name, child in self._children.items():
+            process = self.info.processes[name]
+            if child.exit_code() is not None and not process.crash:
+                process.crash = child.describe_exit()
+                crashed.append(process)
+        if crashed:
+            self._folder.describe(self.info)
+        return crashed
+
+    def stop(self, error: str = "") -> None:
+        """Stops everything in reverse order: the services together, then S3, then NATS. Does not raise.
+
+        Args:
+            error: why, when it is a failure; kept for ``status``.
+        """
+        self.info.state = StackState.STOPPING
+        self._folder.describe(self.info)
+        services = [self._children[name] for name in reversed(SERVICES) if name in self._children]
+        for child in services:
+            child.terminate()
+        for child in services:
+            self._ended(child, child.wait(GRACE))
+        for name in ("s3", "nats"):
+            if name in self._children:
+                self._ended(self._children[name], self._children[name].stop(GRACE))
+        self._folder.describe(StackInfo(StackState.FAILED if error else StackState.STOPPED, self.info.pid, error=error))
+
+    def _ended(self, child: Child, in_time: bool) -> None:
+        if not in_time:
+            self._report(f"{child.name} did not stop within {GRACE.total_seconds():.0f} s and was killed")
+
+    def _adopt(self, child: Child, address: str) -> None:
+        self._children[child.name] = child
+        self.info.processes[child.name] = ProcessInfo(child.name, child.pid, address, str(child.log))
+        self._folder.describe(self.info)
+
+    def _await_health(self, addresses: Mapping[str, str]) -> None:
+        deadline = time.monotonic() + STARTUP.total_seconds()
+        waiting = list(SERVICES)
+        while waiting:
+            for process in self.check():
+                raise Unavailable(
+                    f"{process.name} {process.crash} while starting\n{tail(self._children[process.name].log)}",
+                    hint=f"Its whole log is {process.log}.",
+                )
+            for name in list(waiting):
+                if health.check(addresses[name], timedelta(milliseconds=500)) == health.SERVING:
+                    waiting.remove(name)
+                    self._report(f"{name} serves on {addresses[name]}")
+            if waiting and time.monotonic() > deadline:
+                child = self._children[waiting[0]]
+                raise Unavailable(
+                    f"{child.name} is not healthy after {STARTUP.total_seconds():.0f} s\n{tail(child.log)}",
+                    hint=f"Its whole log is {child.log}.",
+                )
+            time.sleep(0.05)
+
+
+def service_environment(
+    base: Mapping[str, str], addresses: Mapping[str, str], credentials: Credentials
+) -> dict[str, str]:
+    """What the services find in their environment: the caller's own settings, with the stack's over them."""
+    return {
+        **base,
+        "CODEGRAFT_NATS_URL": f"nats://{addresses['nats']}",
+        "CODEGRAFT_NATS_USER": credentials.nats_user,
+        "CODEGRAFT_NATS_PASSWORD": credentials.nats_password,
+        "CODEGRAFT_S3_ENDPOINT": addresses["s3"],
+        "CODEGRAFT_S3_ACCESS_KEY": credentials.s3_access_key,
+        "CODEGRAFT_S3_SECRET_KEY": credentials.s3_secret_key,
+        "CODEGRAFT_S3_BUCKET": BUCKET,
+        "CODEGRAFT_S3_SECURE": "false",
+        "CODEGRAFT_DRAIN_SECONDS": f"{DRAIN.total_seconds():.0f}",
+        **{f"CODEGRAFT_{name.upper()}_ADDRESS": addresses[name] for name in SERVICES},
+    }

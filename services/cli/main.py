@@ -1,0 +1,60 @@
+"""The ``codegraft`` command: every group of commands in one place, and one way to end."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import typer
+
+from services.cli import complete, doctor, models, project, scan, serve, source, stack, train
+from services.cli.local.supervisor import StopRequested
+from services.cli.output import EXIT_CODES, ExitCode, err, fail
+from services.core.errors import CodegraftError
+
+app = typer.Typer(
+    name="codegraft",
+    help="Better code completions from your own code, on your own machines.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (stack.up, stack.down, stack.status, doctor.doctor):
+    app.command(rich_help_panel="Local stack", epilog=EXIT_CODES)(command)
+for name, group in (
+    ("project", project.app),
+    ("source", source.app),
+    ("scan", scan.app),
+    ("train", train.app),
+    ("serve", serve.app),
+):
+    app.add_typer(group, name=name, rich_help_panel="From code to completions", epilog=EXIT_CODES)
+app.command(rich_help_panel="From code to completions", epilog=EXIT_CODES)(complete.complete)
+app.command(rich_help_panel="From code to completions", epilog=EXIT_CODES)(models.models)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    try:
+        app(args=arguments, prog_name="codegraft")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else ExitCode.OK
+    except CodegraftError as error:
+        return fail(error, as_json="--json" in arguments)
+    except (KeyboardInterrupt, StopRequested):
+        return ExitCode.INTERRUPTED
+    except Exception as error:
+        if os.environ.get("CODEGRAFT_LOG_LEVEL") == "debug":
+            traceback.print_exc()
+        err.print(f"error: {type(error).__name__}: {error}")
+        err.print("hint:  this is a defect of codegraft; CODEGRAFT_LOG_LEVEL=debug shows where it is.")
+        return ExitCode.FAILED
+    return ExitCode.OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""Loss curves of a run, as numbers and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from codegraft.trainer.v1.run_event_pb2 import RunEvent
+from services.core.errors import FailedPrecondition
+
+
+@dataclass
+class Curves:
+    """Loss in nats per token by optimizer step; step 0 of the test loss is the base model."""
+
+    train: list[tuple[int, float]] = field(default_factory=list)
+    test: list[tuple[int, float]] = field(default_factory=list)
+    best: tuple[int, float] | None = None
+
+
+def curves(events: Iterable[RunEvent]) -> Curves:
+    """Collects the curves from a run's story."""
+    found = Curves()
+    for event in events:
+        if event.HasField("step"):
+            found.train.append((event.step.step, event.step.train_loss))
+        elif event.HasField("evaluation"):
+            found.test.append((event.evaluation.step, event.evaluation.test_loss))
+        elif event.HasField("best"):
+            found.best = (event.best.step, event.best.test_loss)
+    return found
+
+
+def draw(found: Curves, title: str, target: Path) -> None:
+    """Draws the curves into an image; the suffix of the name chooses the format.
+
+    Raises:
+        FailedPrecondition: matplotlib is not installed, there is nothing to draw, or the file cannot be written.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise FailedPrecondition("matplotlib is not installed", hint="pip install 'codegraft[plot]'") from error
+    if not found.train and not found.test:
+        raise FailedPrecondition("the run has no loss yet", hint="Wait for its first steps.")
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(*_columns(found.train), color="#9db4d6", linewidth=1, label="train")
+    axes.plot(*_columns(found.test), color="#1f4e9e", marker="o", markersize=4, label="test (held out)")
+    if found.best is not None:
+        axes.annotate(
+            f"best {found.best[1]:.3f}",
+            xy=found.best,
+            xytext=(0, -16),
+            textcoords="offset points",
+            ha="center",
+            color="#1f4e9e",
+        )
+        axes.plot([found.best[0]], [found.best[1]], marker="*", markersize=13, color="#d9822b", linestyle="none")
+    axes.set(title=title, xlabel="step", ylabel="loss, nats per token")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    try:
+        figure.savefig(target)
+    except (OSError, ValueError) as error:
+        raise FailedPrecondition(f"{target} cannot be written: {error}", hint="Choose another --output.") from error
+
+
+def _columns(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [step for step, _ in points], [loss for _, loss in points]

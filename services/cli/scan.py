@@ -1,0 +1,190 @@
+"""``codegraft scan``: a verdict for every file, and the dataset of the accepted ones."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from codegraft.common.v1.job_pb2 import JobState
+from codegraft.scanner.v1 import scan_pb2
+from codegraft.scanner.v1.verdict_pb2 import Verdict, VerdictFilter, VerdictReason
+from services.cli.connect import Project, connect, full_name, id_of
+from services.cli.output import Json, err, out, print_json, print_table
+from services.cli.progress import JobBar, state_word
+from services.client import Codegraft
+from services.client.jobs import raise_failure
+from services.core import names
+from services.core.errors import ScanNotFound
+
+app = typer.Typer(help="Scans: which files are worth training on, and why the others are not.", no_args_is_help=True)
+
+ScanId = Annotated[str, typer.Argument(metavar="[SCAN]", help="Id or full name; the newest one if left out.")]
+
+
+@app.command()
+def start(
+    project: Project,
+    snapshot: Annotated[str, typer.Option(help="Snapshot to scan; a new one of all sources if left out.")] = "",
+    exclude: Annotated[list[str] | None, typer.Option(help="Mask of files to reject, in .gitignore syntax.")] = None,
+    force_include: Annotated[
+        list[str] | None, typer.Option(help="Mask of files that masks and the loss cannot reject.")
+    ] = None,
+    language: Annotated[list[str] | None, typer.Option(help="Language to use; every one if left out.")] = None,
+    max_file_bytes: Annotated[int | None, typer.Option(help="Largest accepted file.")] = None,
+    max_digit_share: Annotated[float | None, typer.Option(help="Largest accepted share of digits.")] = None,
+    loss_filter: Annotated[bool | None, typer.Option("--loss-filter/--no-loss-filter", help="Run stage 2.")] = None,
+    max_loss: Annotated[float | None, typer.Option(help="Largest accepted loss, nats per token.")] = None,
+    min_tokens: Annotated[int | None, typer.Option(help="Fewest tokens of an accepted file.")] = None,
+    max_tokens_per_file: Annotated[int | None, typer.Option(help="Most tokens that stage 2 reads of a file.")] = None,
+    test_share: Annotated[float | None, typer.Option(help="Share of the AUTO files held out as test files.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the automatic split.")] = None,
+    model: Annotated[str, typer.Option(help="Base model whose loss is measured.")] = "",
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Wait for the end and show the result.")] = False,
+    json: Json = False,
+) -> None:
+    """Take a snapshot of the sources and scan it.
+
+    Stage 1 rejects by rules (language, binary, size, digits, masks, duplicates); stage 2 by the loss under the base
+    model. Settings left out take the service's defaults.
+
+    Example: codegraft scan start -p acme --exclude 'migrations/**' --watch
+    """
+    settings = scan_pb2.ScanSettings(
+        exclude=exclude or (),
+        force_include=force_include or (),
+        languages=language or (),
+        max_file_bytes=max_file_bytes,
+        max_digit_share=max_digit_share,
+        loss_filter=loss_filter,
+        max_loss=max_loss,
+        min_tokens=min_tokens,
+        max_tokens_per_file=max_tokens_per_file,
+        test_share=test_share,
+        seed=seed,
+        model=model,
+    )
+    with connect() as client:
+        taken = full_name(names.SNAPSHOT, snapshot, project) if snapshot else client.snapshots.create(project).name
+        scan = client.scans.create(project, taken, settings=settings)
+        if watch:
+            scan = _follow(client, scan.name)
+    if json:
+        print_json(scan)
+    elif watch:
+        _tell(scan)
+    else:
+        err.print(f"queued {scan.name}; see: codegraft scan show --project {project}")
+    raise_failure(scan.status, scan.name)
+
+
+def _follow(client: Codegraft, name: str) -> scan_pb2.Scan:
+    scan = None
+    with JobBar(f"scan {id_of(name)}") as bar:
+        for scan in client.scans.watch(name):
+            bar.show(scan.status)
+    return scan or client.scans.get(name)
+
+
+@app.command("list")
+def list_(project: Project, json: Json = False) -> None:
+    """List the scans of a project, newest first."""
+    with connect() as client:
+        scans = list(client.scans.list(project))
+    if json:
+        print_json(scans)
+        return
+    rows = [
+        [
+            id_of(scan.name),
+            state_word(scan.status.state),
+            scan.report.file_count,
+            scan.report.accepted_count,
+            scan.report.rejected_count,
+            id_of(scan.dataset),
+        ]
+        for scan in scans
+    ]
+    columns = ["SCAN", "STATE", "FILES", "ACCEPTED", "REJECTED", "DATASET"]
+    print_table(columns, rows, empty=f"no scan yet: codegraft scan start --project {project}")
+
+
+@app.command()
+def show(project: Project, scan: ScanId = "", json: Json = False) -> None:
+    """Show a scan: its state, and its files by reason."""
+    with connect() as client:
+        found = client.scans.get(_name(client, project, scan))
+    if json:
+        print_json(found)
+    else:
+        _tell(found)
+
+
+@app.command()
+def log(
+    project: Project,
+    scan: ScanId = "",
+    accepted: Annotated[bool, typer.Option("--accepted", help="Only accepted files.")] = False,
+    rejected: Annotated[bool, typer.Option("--rejected", help="Only rejected files.")] = False,
+    reason: Annotated[list[str] | None, typer.Option(help="Only this reason, for example LOTS_OF_DIGITS.")] = None,
+    path: Annotated[str, typer.Option(help="Only paths that match this .gitignore pattern.")] = "",
+    json: Json = False,
+) -> None:
+    """Print the verdict of every file: one line each; with --json one JSON object a line."""
+    if accepted and rejected:
+        raise typer.BadParameter("give --accepted or --rejected, not both; neither prints all")
+    wanted = VerdictFilter(
+        accepted=True if accepted else False if rejected else None,
+        reasons=[_reason(name) for name in reason or ()],
+        path=path,
+    )
+    with connect() as client:
+        for verdict in client.scans.verdicts(_name(client, project, scan), wanted):
+            if json:
+                print_json(verdict)
+            else:
+                out.print(_line(verdict))
+
+
+def _reason(name: str) -> str:
+    """The enum's full name."""
+    full = f"VERDICT_REASON_{name.upper().replace('-', '_')}"
+    if full not in VerdictReason.keys()[1:]:
+        known = ", ".join(known.removeprefix("VERDICT_REASON_") for known in VerdictReason.keys()[1:])
+        raise typer.BadParameter(f"{name!r} is no reason; there are {known}")
+    return full
+
+
+def _line(verdict: Verdict) -> str:
+    reason = VerdictReason.Name(verdict.reason).removeprefix("VERDICT_REASON_")
+    loss = f"loss {verdict.loss:.3f}" if verdict.HasField("loss") else ""
+    notes = ", ".join(filter(None, [verdict.detail, loss]))
+    return f"{reason:17} {id_of(verdict.source)}: {verdict.path}" + (f"  ({notes})" if notes else "")
+
+
+def _name(client: Codegraft, project: str, scan: str) -> str:
+    """The scan's full name; the newest one's for an empty id."""
+    if scan:
+        return full_name(names.SCAN, scan, project)
+    newest = next(iter(client.scans.list(project)), None)
+    if newest is None:
+        raise ScanNotFound(f"{project} has no scan yet", field="scan", hint=f"codegraft scan start --project {project}")
+    return newest.name
+
+
+def _tell(scan: scan_pb2.Scan) -> None:
+    err.print(f"{scan.name}: {state_word(scan.status.state)}")
+    report = scan.report
+    if not report.file_count:
+        return
+    rows = [
+        [reason, count.files, count.bytes, count.tokens or None]
+        for reason, count in sorted(report.reasons.items(), key=lambda item: (item[0] != "ACCEPTED", -item[1].files))
+    ]
+    print_table(["REASON", "FILES", "BYTES", "TOKENS"], rows, empty="")
+    err.print(
+        f"{report.accepted_count:,} of {report.file_count:,} files accepted: {report.train.files:,} to train on "
+        f"({report.train.tokens:,} tokens), {report.test.files:,} held out ({report.test.tokens:,} tokens)"
+    )
+    if scan.status.state == JobState.JOB_STATE_SUCCEEDED:
+        err.print(f"dataset {scan.dataset}")

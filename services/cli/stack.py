@@ -1,0 +1,114 @@
+"""``codegraft up``, ``down`` and ``status``: the local stack."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from services.cli.local import health, supervisor
+from services.cli.local.files import DataFolder, StackInfo, StackState
+from services.cli.local.stack import SERVICES
+from services.cli.output import ExitCode, Json, err, print_json, print_table
+from services.client.addresses import default_data
+
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        "--data", help="Data folder of the stack.", envvar="CODEGRAFT_DATA", show_default="~/.local/share/codegraft"
+    ),
+]
+
+
+def up(
+    data: Data = None,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return once everything serves.")] = False,
+    json: Json = False,
+) -> None:
+    """Start NATS, S3 and the four services on this machine, on loopback.
+
+    Everything is kept in the data folder: a restart continues where the last one stopped, on the same addresses where
+    possible. Without --detach it runs until Ctrl-C. When the stack runs already, says so and does nothing.
+    """
+    folder = DataFolder(data or default_data())
+    folder.create()
+    if folder.supervisor() is not None:
+        info = supervisor.await_start(folder, lambda: folder.supervisor() is not None)
+        if info.state is StackState.READY:
+            err.print(f"the stack runs already, in {folder.root}")
+            _show(folder, info, json)
+            return
+    if detach:
+        _show(folder, supervisor.detach(folder), json)
+        return
+    number = supervisor.run(folder, err.print, lambda info: _announce(folder, info, json))
+    raise typer.Exit(ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.OK)
+
+
+def down(data: Data = None, json: Json = False) -> None:
+    """Stop the stack; what it stored stays. Services finish their running calls first."""
+    folder = DataFolder(data or default_data())
+    stopped = supervisor.stop(folder)
+    if json:
+        print_json({"stopped": stopped, "data": str(folder.root)})
+    else:
+        err.print(f"stopped the stack in {folder.root}" if stopped else f"no stack runs in {folder.root}")
+
+
+def status(data: Data = None, json: Json = False) -> None:
+    """Show what runs and whether it is healthy. Exits with 5 unless everything is."""
+    folder = DataFolder(data or default_data())
+    info = folder.info()
+    healthy = _show(folder, info, json)
+    if not healthy:
+        raise typer.Exit(ExitCode.UNAVAILABLE)
+
+
+def _announce(folder: DataFolder, info: StackInfo, as_json: bool) -> None:
+    _show(folder, info, as_json)
+    if not as_json:
+        err.print("Ctrl-C stops it")
+
+
+def _show(folder: DataFolder, info: StackInfo, as_json: bool) -> bool:
+    """Prints what runs; True when the stack is ready and every process is well."""
+    states = {name: _state(info, name) for name in info.processes}
+    healthy = info.state is StackState.READY and all(state in {"running", health.SERVING} for state in states.values())
+    if as_json:
+        print_json(describe(folder, info, states))
+        return healthy
+    err.print(f"{info.state.value}, data in {folder.root}")
+    if info.error:
+        err.print(info.error)
+    if info.processes:
+        rows = [
+            [process.name, states[process.name], process.address, str(process.pid), process.log]
+            for process in info.processes.values()
+        ]
+        print_table(["NAME", "STATE", "ADDRESS", "PID", "LOG"], rows, empty="")
+    return healthy
+
+
+def describe(folder: DataFolder, info: StackInfo, states: dict[str, str]) -> dict[str, Any]:
+    """What ``--json`` prints: the services and, apart from them, the servers they stand on."""
+    described = [
+        {"name": p.name, "state": states[p.name], "address": p.address, "pid": p.pid, "log": p.log}
+        for p in info.processes.values()
+    ]
+    return {
+        "state": info.state.value,
+        "data": os.fspath(folder.root),
+        "error": info.error,
+        "servers": [process for process in described if process["name"] not in SERVICES],
+        "services": [process for process in described if process["name"] in SERVICES],
+    }
+
+
+def _state(info: StackInfo, name: str) -> str:
+    process = info.processes[name]
+    if process.crash:
+        return process.crash
+    return health.check(process.address) if name in SERVICES else "running"

@@ -1,0 +1,260 @@
+"""``codegraft train``: runs that fine-tune a LoRA adapter on a dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from codegraft.trainer.v1.hyperparameters_pb2 import Hyperparameters, Plan
+from codegraft.trainer.v1.run_event_pb2 import RunEvent
+from codegraft.trainer.v1.run_pb2 import Run
+from services.cli.connect import Project, connect, full_name, id_of
+from services.cli.output import Json, err, print_json, print_table
+from services.cli.plot import curves, draw
+from services.cli.progress import JobBar, duration, state_word
+from services.client import Codegraft
+from services.client.jobs import raise_failure
+from services.core import names
+
+app = typer.Typer(help="Training: LoRA adapters of a base model, judged on held-out files.", no_args_is_help=True)
+
+RunId = Annotated[str, typer.Argument(metavar="[RUN]", help="Id or full name; the newest one if left out.")]
+LATEST = "latest"
+
+
+class Switch(StrEnum):
+    """A setting that is on, off, or (left out) chosen for the caller."""
+
+    ON = "on"
+    OFF = "off"
+
+
+def _setting(text: str) -> typer.models.OptionInfo:
+    option: typer.models.OptionInfo = typer.Option(
+        help=text, rich_help_panel="Settings (each one left out is chosen for you)"
+    )
+    return option
+
+
+@app.command()
+def start(
+    project: Project,
+    dataset: Annotated[str, typer.Option(help="Dataset to train on; the newest one if left out.")] = "",
+    model: Annotated[str, typer.Option(help="Base model; see `codegraft models`.")] = "",
+    title: Annotated[str, typer.Option(help="Title for people.")] = "",
+    lora_r: Annotated[int | None, _setting("Rank of the adapter.")] = None,
+    lora_alpha: Annotated[float | None, _setting("Scale: the update counts alpha / r.")] = None,
+    lora_init_scale: Annotated[float | None, _setting("L2 norm of the rows of lora_A at the start.")] = None,
+    lora_dropout: Annotated[float | None, _setting("Dropout on the adapter's input.")] = None,
+    target_module: Annotated[list[str] | None, _setting("Linear layer to adapt (repeat for more).")] = None,
+    learning_rate: Annotated[float | None, _setting("Peak learning rate.")] = None,
+    batch_size: Annotated[int | None, _setting("Sequences per optimizer step.")] = None,
+    micro_batch_size: Annotated[int | None, _setting("Sequences per forward pass.")] = None,
+    warmup_steps: Annotated[int | None, _setting("Steps until the peak learning rate.")] = None,
+    weight_decay: Annotated[float | None, _setting("Decoupled weight decay.")] = None,
+    train_steps: Annotated[int | None, _setting("Optimizer steps in all.")] = None,
+    decay_steps: Annotated[int | None, _setting("Steps over which the learning rate falls.")] = None,
+    low_gpu_memory_mode: Annotated[Switch | None, _setting("Gradient checkpointing: less memory, more time.")] = None,
+    context_length: Annotated[int | None, _setting("Tokens per sequence.")] = None,
+    fim_rate: Annotated[float | None, _setting("Share of fill-in-the-middle documents.")] = None,
+    seed: Annotated[int | None, _setting("Seed.")] = None,
+    time_limit_seconds: Annotated[float | None, _setting("End after this long, with a last evaluation.")] = None,
+    early_stopping_patience: Annotated[int | None, _setting("End after so many evaluations without a best.")] = None,
+    eval_steps: Annotated[int | None, _setting("Steps between evaluations.")] = None,
+    checkpoint_steps: Annotated[int | None, _setting("Steps between checkpoints.")] = None,
+    max_eval_tokens: Annotated[int | None, _setting("Most tokens of the test set that are evaluated.")] = None,
+    max_grad_norm: Annotated[float | None, _setting("Largest gradient norm before clipping.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Follow it to its end.")] = False,
+    json: Json = False,
+) -> None:
+    """Train an adapter. Settings left out are chosen from the dataset, the model and the machine, with reasons.
+
+    Examples: codegraft train start -p acme --watch
+
+    codegraft train start -p acme --lora-r 32 --train-steps 200 --title "rank 32"
+    """
+    hyperparameters = Hyperparameters(
+        lora_r=lora_r,
+        lora_alpha=lora_alpha,
+        lora_init_scale=lora_init_scale,
+        lora_dropout=lora_dropout,
+        target_modules=target_module or (),
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        warmup_steps=warmup_steps,
+        weight_decay=weight_decay,
+        train_steps=train_steps,
+        decay_steps=decay_steps,
+        low_gpu_memory_mode=None if low_gpu_memory_mode is None else low_gpu_memory_mode is Switch.ON,
+        context_length=context_length,
+        fim_rate=fim_rate,
+        seed=seed,
+        time_limit_seconds=time_limit_seconds,
+        early_stopping_patience=early_stopping_patience,
+        eval_steps=eval_steps,
+        checkpoint_steps=checkpoint_steps,
+        max_eval_tokens=max_eval_tokens,
+        max_grad_norm=max_grad_norm,
+    )
+    chosen = full_name(names.DATASET, dataset, project) if dataset else ""
+    with connect() as client:
+        run = client.runs.create(
+            project, dataset=chosen, base_model=model, hyperparameters=hyperparameters, title=title
+        )
+        if watch:
+            run = _follow(client, run.name, json)
+        elif json:
+            print_json(run)
+        else:
+            err.print(f"queued {run.name}; follow it with: codegraft train watch --project {project}")
+    raise_failure(run.status, run.name)
+
+
+@app.command("list")
+def list_(project: Project, json: Json = False) -> None:
+    """List the runs of a project, newest first."""
+    with connect() as client:
+        runs = list(client.runs.list(project))
+    if json:
+        print_json(runs)
+        return
+    rows = [
+        [
+            id_of(run.name),
+            state_word(run.status.state),
+            run.step,
+            run.base_test_loss if run.HasField("base_test_loss") else None,
+            run.best_test_loss if run.HasField("best_test_loss") else None,
+            id_of(run.best_checkpoint),
+            run.title,
+        ]
+        for run in runs
+    ]
+    columns = ["RUN", "STATE", "STEP", "BASE LOSS", "BEST LOSS", "BEST STEP", "TITLE"]
+    print_table(columns, rows, empty=f"no run yet: codegraft train start --project {project}")
+
+
+@app.command()
+def show(project: Project, run: RunId = LATEST, json: Json = False) -> None:
+    """Show a run: its state, its settings with reasons, and its checkpoints."""
+    with connect() as client:
+        found = client.runs.get(full_name(names.RUN, run, project))
+        checkpoints = list(client.runs.checkpoints(found.name))
+    if json:
+        print_json({"run": found, "checkpoints": checkpoints})
+        return
+    _tell(found)
+    if found.HasField("plan"):
+        _tell_plan(found.plan)
+    rows = [
+        [c.step, c.test_loss if c.HasField("test_loss") else None, c.best, c.sha256[:12], c.size] for c in checkpoints
+    ]
+    print_table(["STEP", "TEST LOSS", "BEST", "SHA-256", "BYTES"], rows, empty="no checkpoint yet")
+
+
+@app.command()
+def watch(project: Project, run: RunId = LATEST, json: Json = False) -> None:
+    """Follow a run to its end: losses as they come; with --json one event a line. Ctrl-C leaves it running."""
+    with connect() as client:
+        found = client.runs.get(full_name(names.RUN, run, project))
+        found = _follow(client, found.name, json)
+    raise_failure(found.status, found.name)
+
+
+@app.command()
+def cancel(project: Project, run: RunId = LATEST, json: Json = False) -> None:
+    """Ask a run to stop; its checkpoints stay."""
+    with connect() as client:
+        found = client.runs.get(full_name(names.RUN, run, project))
+        cancelled = client.runs.cancel(found.name)
+    if json:
+        print_json(cancelled)
+    else:
+        err.print(f"{cancelled.name}: {state_word(cancelled.status.state)}, stops within seconds")
+
+
+@app.command()
+def plot(
+    project: Project,
+    run: RunId = LATEST,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Image to write; the suffix chooses the format.")
+    ] = Path("loss.png"),
+    json: Json = False,
+) -> None:
+    """Draw the train and test loss of a run; with --json print the points instead."""
+    with connect() as client:
+        found = client.runs.get(full_name(names.RUN, run, project))
+        drawn = curves(story(client, found))
+    if json:
+        print_json(asdict(drawn))
+        return
+    draw(drawn, found.title or id_of(found.name), output)
+    err.print(f"wrote {output}")
+
+
+def story(client: Codegraft, run: Run) -> Iterator[RunEvent]:
+    """The run's events so far, without waiting for more."""
+    if not run.last_sequence:
+        return
+    for message in client.runs.watch(run.name):
+        if message.HasField("event"):
+            yield message.event
+            if message.event.sequence >= run.last_sequence:
+                return
+
+
+def _follow(client: Codegraft, name: str, as_json: bool) -> Run:
+    with JobBar(f"train {id_of(name)}") as bar:
+        for message in client.runs.watch(name):
+            if as_json:
+                print_json(message.event if message.HasField("event") else message.run.status)
+                continue
+            bar.show(message.run.status)
+            line = event_line(message.event)
+            if line:
+                bar.tell(line)
+    found = client.runs.get(name)
+    if not as_json:
+        _tell(found)
+    return found
+
+
+def event_line(event: RunEvent) -> str:
+    """One line for what a person wants to know; empty for what only moves the bar."""
+    match event.WhichOneof("event"):
+        case "plan":
+            plan = event.plan
+            return (
+                f"plan: {plan.hyperparameters.train_steps} steps over {plan.train_tokens:,} tokens "
+                f"({plan.epochs:.1f} passes), about {duration(plan.estimated_seconds)}"
+            )
+        case "evaluation":
+            what = "base model" if event.evaluation.step == 0 else f"step {event.evaluation.step}"
+            return f"{what}: test loss {event.evaluation.test_loss:.4f}"
+        case "best":
+            return f"step {event.best.step}: best so far, version {event.best.sha256[:12]}"
+        case "note":
+            return event.note
+        case _:
+            return ""
+
+
+def _tell(run: Run) -> None:
+    err.print(f"{run.name}: {state_word(run.status.state)} at step {run.step}")
+    if run.HasField("base_test_loss") and run.HasField("best_test_loss"):
+        change = 100 * (run.best_test_loss / run.base_test_loss - 1)
+        err.print(f"test loss {run.base_test_loss:.4f} -> {run.best_test_loss:.4f} ({change:+.1f} %)")
+    if run.best_checkpoint:
+        err.print(f"best checkpoint {run.best_checkpoint}")
+
+
+def _tell_plan(plan: Plan) -> None:
+    rows = [[setting.name, setting.value, "given" if setting.given else setting.why] for setting in plan.settings]
+    print_table(["SETTING", "VALUE", "WHY"], rows, empty="no settings yet")

@@ -1,0 +1,144 @@
+"""Settings that every service has, read from the environment over an optional TOML file.
+
+A service adds its own fields in a subclass (services/<name>/config.py), named with the service's name in front
+(``scanner_max_file_bytes``), so that one file and one environment can hold the settings of all four. The variable of a
+field is its name in capitals behind ``CODEGRAFT_``.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from services.core.errors import InvalidArgument
+
+PREFIX = "CODEGRAFT_"
+FILE_VARIABLE = PREFIX + "CONFIG"
+"""Variable that names the TOML file."""
+
+
+class CoreSettings(BaseSettings):
+    """What every service needs to find its peers, NATS and the object store. Use :func:`load`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_ignore_empty=True,
+        # The file is shared by four services: each picks its own fields.
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,
+    )
+
+    listen: str = "127.0.0.1:0"
+    """host:port of the gRPC server; port 0 takes a free one, which the first log line names."""
+    drain_seconds: float = Field(default=10, ge=0)
+    """How long running calls may go on after SIGTERM."""
+    startup_timeout_seconds: float = Field(default=60, gt=0)
+    """How long to wait for NATS and the object store at start before giving up."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe level that is written."""
+    cache_dir: Path = Path("~/.cache/codegraft")
+    """Local cache of artifacts and model weights; may be deleted at any time while nothing runs."""
+
+    nats_url: str = "nats://127.0.0.1:4222"
+    """Comma-separated URLs of the NATS servers."""
+    nats_user: str = ""
+    """User at NATS; empty for a server without authentication."""
+    nats_password: SecretStr = SecretStr("")
+    """Password at NATS."""
+    nats_replicas: int = Field(default=1, ge=1, le=5)
+    """Copies of every stream and bucket that is made; 3 on a cluster."""
+
+    s3_endpoint: str = "127.0.0.1:9000"
+    """host:port of the S3 server, without scheme."""
+    s3_access_key: SecretStr = SecretStr("")
+    """Access key id at the S3 server."""
+    s3_secret_key: SecretStr = SecretStr("")
+    """Secret key at the S3 server."""
+    s3_bucket: str = Field(default="codegraft", pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
+    """Bucket that holds blobs and artifacts; made at start when it is not there."""
+    s3_secure: bool = False
+    """Whether the S3 server speaks TLS."""
+
+    ingest_address: str = "127.0.0.1:50051"
+    """gRPC address of the ingest service."""
+    scanner_address: str = "127.0.0.1:50052"
+    """gRPC address of the scanner service."""
+    trainer_address: str = "127.0.0.1:50053"
+    """gRPC address of the trainer service."""
+    inference_address: str = "127.0.0.1:50054"
+    """gRPC address of the inference service."""
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _lower(cls, value: object) -> object:
+        return value.lower() if isinstance(value, str) else value
+
+    @field_validator("cache_dir")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+    @field_validator(
+        "listen", "s3_endpoint", "ingest_address", "scanner_address", "trainer_address", "inference_address"
+    )
+    @classmethod
+    def _host_and_port(cls, value: str) -> str:
+        address = value.removeprefix("dns:///")
+        if "//" in address or "@" in address:
+            raise ValueError("must be host:port, without scheme and credentials")
+        host, colon, port = address.rpartition(":")
+        if not (colon and host and port.isdecimal() and int(port) < 65536):
+            raise ValueError("must be host:port")
+        return value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments over environment over the file."""
+        path = os.environ.get(FILE_VARIABLE)
+        if not path:
+            return init_settings, env_settings
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=Path(path).expanduser())
+
+
+Settings = TypeVar("Settings", bound=CoreSettings)
+
+
+def load(settings_class: type[Settings]) -> Settings:
+    """Reads the settings.
+
+    Raises:
+        InvalidArgument: a value is out of its range, or the file is missing or no TOML; names the variable at fault,
+            and never repeats a value, which may be a secret.
+    """
+    path = os.environ.get(FILE_VARIABLE)
+    if path and not Path(path).expanduser().is_file():
+        raise InvalidArgument(
+            f"the settings file {path} is not there", field=FILE_VARIABLE, hint=f"Correct or unset {FILE_VARIABLE}."
+        )
+    try:
+        return settings_class()
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        variable = PREFIX + str(first["loc"][0]).upper() if first["loc"] else PREFIX.rstrip("_")
+        raise InvalidArgument(
+            f"setting {variable}: {first['msg'].removeprefix('Value error, ')}",
+            field=variable,
+            hint=f"Correct {variable} in the environment" + (f" or in {path}." if path else "."),
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidArgument(
+            f"the settings file {path} is not valid TOML: {error}", field=FILE_VARIABLE, hint=f"Correct {path}."
+        ) from None

@@ -1,0 +1,211 @@
+"""What a service stands on, opened together: NATS (state, jobs, events) and the object store (blobs, artifacts)."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+from services.core import config, log
+from services.core.backoff import Backoff
+from services.core.config import CoreSettings
+from services.core.errors import CodegraftError, StateUnavailable, Unavailable
+from services.core.events import EventBus, MemoryBus
+from services.core.events.nats import NatsBus
+from services.core.jobs import JobQueue, MemoryQueue
+from services.core.jobs.nats import NatsQueue
+from services.core.nats_connection import NatsConnection, connect
+from services.core.state import MemoryState, StateStore
+from services.core.state.nats import NatsState
+from services.core.store import Artifacts, Blobs, MemoryStore, ObjectStore, S3Store
+from services.core.store.s3 import S3Address
+
+PROBE_TIMEOUT = timedelta(seconds=5)
+"""Longest wait for one answer while starting; a server that is up answers within milliseconds."""
+
+Connected = TypeVar("Connected")
+Settings = TypeVar("Settings", bound=CoreSettings)
+logger = log.get(__name__)
+
+
+class Runtime:
+    """The open connections of one process. Use ``async with Runtime.open(...)``, or :meth:`memory` in tests.
+
+    Attributes:
+        jobs: queue of work for workers.
+        events: bus of what happened.
+        store: objects by key.
+        blobs: objects by digest, over the store.
+        artifacts: immutable named artifacts, over the store and the local cache.
+    """
+
+    def __init__(
+        self,
+        *,
+        state: Callable[[str], StateStore],
+        jobs: JobQueue,
+        events: EventBus,
+        store: ObjectStore,
+        cache_dir: Path,
+        check: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._open_state = state
+        self._states: dict[str, StateStore] = {}
+        self._check = check
+        self.jobs = jobs
+        self.events = events
+        self.store = store
+        self.blobs = Blobs(store)
+        self.artifacts = Artifacts(store, cache_dir)
+
+    def state(self, bucket: str) -> StateStore:
+        """The records of one bucket (one per service); the same object for the same bucket."""
+        if bucket not in self._states:
+            self._states[bucket] = self._open_state(bucket)
+        return self._states[bucket]
+
+    async def check(self) -> None:
+        """Returns when NATS and the object store answer now; for readiness.
+
+        Raises:
+            StateUnavailable: NATS does not answer.
+            StoreUnavailable: the object store does not.
+        """
+        await self._check()
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, service: str, settings: CoreSettings) -> AsyncIterator[Runtime]:
+        """Connects, waiting for servers that are still starting, and closes at the end.
+
+        Every failed try is one log line; the waits between them grow and are jittered.
+
+        Args:
+            service: name of the service, shown at NATS and in events.
+
+        Raises:
+            StateUnavailable: NATS was not there within ``startup_timeout_seconds``.
+            StoreUnavailable: the object store was not.
+            InvalidArgument: a setting is not usable.
+        """
+        log.hide(settings.nats_password, settings.s3_access_key, settings.s3_secret_key)
+        deadline = asyncio.get_running_loop().time() + settings.startup_timeout_seconds
+        async with AsyncExitStack() as stack:
+            connection = await _waiting("NATS", lambda: _connect_nats(service, settings), deadline)
+            stack.push_async_callback(connection.close)
+            await _waiting("the object store", lambda: _prepare_store(settings), deadline)
+            store = S3Store(_address(settings))
+            stack.callback(store.close)
+            logger.info("connected", nats=settings.nats_url, s3=settings.s3_endpoint, bucket=settings.s3_bucket)
+
+            async def check() -> None:
+                if not connection.client.is_connected:
+                    raise StateUnavailable("disconnected from NATS, reconnecting", field="nats_url", retry_after=1)
+                await store.check()
+
+            yield cls(
+                state=lambda bucket: NatsState(connection, bucket),
+                jobs=NatsQueue(connection),
+                events=NatsBus(connection, f"codegraft/{service}"),
+                store=store,
+                cache_dir=settings.cache_dir,
+                check=check,
+            )
+
+    @classmethod
+    def memory(cls, cache_dir: Path | None = None) -> Runtime:
+        """Fakes of everything, for tests; the cache is a temporary folder unless given."""
+        folder = cache_dir or Path(tempfile.mkdtemp(prefix="codegraft-"))
+
+        async def check() -> None:
+            return None
+
+        runtime = cls(
+            state=lambda _bucket: MemoryState(),
+            jobs=MemoryQueue(),
+            events=MemoryBus(),
+            store=MemoryStore(),
+            cache_dir=folder,
+            check=check,
+        )
+        if cache_dir is None:
+            weakref.finalize(runtime, shutil.rmtree, folder, ignore_errors=True)
+        return runtime
+
+
+def run(service: str, settings_class: type[Settings], main: Callable[[Settings], Awaitable[None]]) -> int:
+    """The life of a service's process: settings, logging, ``main``; the exit status.
+
+    A failure that has a reason (a wrong setting, a server that is not there) ends as one log line, without a trace.
+    """
+    log.configure(service)
+    try:
+        settings = config.load(settings_class)
+        log.configure(service, settings.log_level)
+
+        async def body() -> None:
+            await main(settings)
+
+        asyncio.run(body())
+    except CodegraftError as error:
+        logger.error("cannot run", error=error.message, reason=error.reason, field=error.field, hint=error.hint)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+async def _waiting(what: str, attempt: Callable[[], Awaitable[Connected]], deadline: float) -> Connected:
+    """Repeats the attempt until it succeeds or the deadline (of the loop's clock) has passed."""
+    clock = asyncio.get_running_loop().time
+    began, backoff, tries = clock(), Backoff(), 0
+    while True:
+        try:
+            return await attempt()
+        except Unavailable as error:
+            left, delay = deadline - clock(), backoff.delay(tries)
+            if left <= delay:
+                raise type(error)(
+                    f"gave up waiting for {what} after {clock() - began:.1f} s and {tries + 1} tries: {error.message}",
+                    field=error.field,
+                    hint=error.hint,
+                ) from None
+            logger.warning(f"waiting for {what}", error=error.message, tries=tries + 1, next_try_in=round(delay, 2))
+        await asyncio.sleep(delay)
+        tries += 1
+
+
+async def _connect_nats(service: str, settings: CoreSettings) -> NatsConnection:
+    return await connect(
+        settings.nats_url,
+        user=settings.nats_user,
+        password=settings.nats_password.get_secret_value(),
+        name=f"codegraft-{service}",
+        replicas=settings.nats_replicas,
+        patience=PROBE_TIMEOUT,
+    )
+
+
+async def _prepare_store(settings: CoreSettings) -> None:
+    # A client of its own, that gives up soon: a thread that hangs in a request cannot be stopped, only outwaited.
+    probe = S3Store(_address(settings), connect_timeout=PROBE_TIMEOUT, read_timeout=PROBE_TIMEOUT, retries=0)
+    try:
+        await probe.prepare()
+    finally:
+        probe.close()
+
+
+def _address(settings: CoreSettings) -> S3Address:
+    return S3Address(
+        settings.s3_endpoint,
+        settings.s3_bucket,
+        settings.s3_access_key.get_secret_value(),
+        settings.s3_secret_key.get_secret_value(),
+        settings.s3_secure,
+    )

@@ -1,0 +1,111 @@
+"""Blobs: bytes under the key of their own SHA-256, verified whenever they are read."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from services.core.errors import DigestMismatch, InvalidArgument
+from services.core.store.store import ObjectStore
+
+PREFIX = "blobs/sha256/"
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class Blobs:
+    """Content-addressed objects: the same bytes are stored once, and can never be other bytes."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+
+    async def put(self, data: bytes) -> str:
+        """Stores the bytes unless they are there, and returns their SHA-256 in hexadecimal."""
+        sha256 = (await asyncio.to_thread(hashlib.sha256, data)).hexdigest()
+        if await self._store.size(key(sha256)) != len(data):
+            await self._store.put(key(sha256), data)
+        return sha256
+
+    async def put_file(self, path: Path) -> tuple[str, int]:
+        """Stores a file's bytes unless they are there; returns their SHA-256 and their size in bytes.
+
+        The file must not change meanwhile: a reader would be told of a digest mismatch.
+        """
+        sha256, size = await asyncio.to_thread(lambda: (digest_of(path), path.stat().st_size))
+        if await self._store.size(key(sha256)) != size:
+            await self._store.put_file(key(sha256), path)
+        return sha256, size
+
+    async def get(self, sha256: str) -> bytes:
+        """The bytes.
+
+        Raises:
+            ObjectNotFound: there is no such blob.
+            DigestMismatch: what is stored has another digest.
+        """
+        data = await self._store.get(key(sha256))
+        _check(sha256, (await asyncio.to_thread(hashlib.sha256, data)).hexdigest())
+        return data
+
+    async def get_file(self, sha256: str, to: Path) -> None:
+        """Writes the bytes to a file, which appears at once and only when they are the right ones.
+
+        Raises:
+            ObjectNotFound: there is no such blob.
+            DigestMismatch: what is stored has another digest.
+        """
+        with _replacing(to) as temporary:
+            await self._store.get_file(key(sha256), temporary)
+            _check(sha256, await asyncio.to_thread(digest_of, temporary))
+
+    async def has(self, sha256: str) -> bool:
+        """Whether the blob is stored."""
+        return await self._store.size(key(sha256)) is not None
+
+
+def key(sha256: str) -> str:
+    """The object key of a blob.
+
+    Raises:
+        InvalidArgument: that is no SHA-256 in lower-case hexadecimal.
+    """
+    if not _SHA256.fullmatch(sha256):
+        raise InvalidArgument(
+            f"{sha256[:80]!r} is no SHA-256", field="sha256", hint="Give 64 lower-case hexadecimal digits."
+        )
+    return f"{PREFIX}{sha256[:2]}/{sha256[2:]}"
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal. Blocks; for a thread."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check(wanted: str, found: str) -> None:
+    if wanted != found:
+        raise DigestMismatch(
+            f"the stored blob {wanted} has the digest {found}",
+            field="sha256",
+            hint="The object store returned damaged data: restore that object, or repeat what produced it.",
+            sha256=wanted,
+        )
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside ``path`` that takes its place at the end, and goes when that is not reached."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name[:64]}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()

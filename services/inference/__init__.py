@@ -1,0 +1,1 @@
+"""Base model and adapters in, streamed completions out."""

@@ -1,0 +1,50 @@
+"""Runs the inference service: health and queue first, then the model."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from services.core.models import catalogue
+from services.core.rpc import server
+from services.core.runtime import Runtime, run
+from services.inference.assembly import Replica, limits
+from services.inference.config import InferenceSettings
+from services.inference.peers import IngestProjects, TrainerBests
+
+if TYPE_CHECKING:
+    from services.inference.model import LoadedModel
+
+
+async def main(settings: InferenceSettings) -> None:
+    """Serves until a signal."""
+    spec = catalogue.find(settings.inference_model)
+
+    def load() -> LoadedModel:
+        from services.inference import model  # imports torch: seconds in which calls are answered already
+
+        return model.load(
+            spec,
+            settings.cache_dir,
+            limits(settings),
+            threads=settings.inference_threads,
+            max_rank=settings.inference_max_rank,
+        )
+
+    async with Runtime.open("inference", settings) as runtime:
+        replica = Replica(
+            runtime,
+            settings,
+            spec,
+            bests=TrainerBests(settings.trainer_address),
+            projects=IngestProjects(settings.ingest_address),
+            load=load,
+        )
+        try:
+            await server.serve(settings, replica.services, background=[replica.run])
+        finally:
+            replica.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(run("inference", InferenceSettings, main))

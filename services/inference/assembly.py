@@ -1,0 +1,132 @@
+"""The parts of one inference replica, put together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from codegraft.inference.v1 import completion_pb2_grpc, serving_pb2_grpc
+from codegraft.inference.v1.serving_pb2 import Serving
+from services.core import log
+from services.core.errors import CodegraftError, ServingNotFound
+from services.core.models.catalogue import ModelSpec
+from services.core.rpc.server import Registration
+from services.core.runtime import Runtime
+from services.core.state import Table
+from services.inference.adapters.follower import Follower
+from services.inference.adapters.loader import Loader
+from services.inference.adapters.registry import Registry
+from services.inference.completions import Completions
+from services.inference.config import InferenceSettings
+from services.inference.engine.scheduler import Limits
+from services.inference.policy import BestSource, Policies, Projects
+from services.inference.prompter import Prompter
+from services.inference.servicer import CompletionServicer, ServingServicer
+from services.inference.serving import ServingDesk
+
+if TYPE_CHECKING:
+    from services.inference.model import LoadedModel
+
+_log = log.get("inference")
+
+
+class Replica:
+    """One replica. Made within the event loop it belongs to.
+
+    Args:
+        load: loads the model, in a thread; the first import of torch happens in it.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        settings: InferenceSettings,
+        spec: ModelSpec,
+        *,
+        bests: BestSource,
+        projects: Projects,
+        load: Callable[[], LoadedModel],
+    ) -> None:
+        self._load = load
+        self.model: asyncio.Future[LoadedModel] = asyncio.get_running_loop().create_future()
+        self.registry = Registry(settings.inference_idle_adapters)
+        table = Table(runtime.state("inference"), Serving, missing=ServingNotFound)
+        loader = Loader(runtime.artifacts, self.registry)
+        self.follower = Follower(
+            table=table,
+            events=runtime.events,
+            loader=loader,
+            registry=self.registry,
+            bests=bests,
+            replica=settings.inference_replica,
+            reconcile=settings.inference_reconcile_seconds,
+        )
+        completions = Completions(
+            model=self.model,
+            registry=self.registry,
+            follower=self.follower,
+            loader=loader,
+            projects=projects,
+            prompter=Prompter(settings.inference_prompt_tokens),
+            load_wait=settings.inference_load_wait_seconds,
+        )
+        desk = ServingDesk(
+            policies=Policies(table),
+            follower=self.follower,
+            registry=self.registry,
+            loader=loader,
+            projects=projects,
+            model=self.model,
+            model_id=spec.id,
+            replica=settings.inference_replica,
+        )
+        self.services: list[Registration] = [
+            (
+                completion_pb2_grpc.add_CompletionServiceServicer_to_server,
+                CompletionServicer(completions, spec),
+                "codegraft.inference.v1.CompletionService",
+            ),
+            (
+                serving_pb2_grpc.add_ServingServiceServicer_to_server,
+                ServingServicer(desk),
+                "codegraft.inference.v1.ServingService",
+            ),
+        ]
+
+    async def run(self) -> None:
+        """Loads the model, then follows policies and events until cancelled.
+
+        Raises:
+            CodegraftError: the model cannot be loaded; completions that wait get the same error.
+        """
+        following = asyncio.create_task(self.follower.run())
+        try:
+            began = asyncio.get_running_loop().time()
+            try:
+                model = await asyncio.to_thread(self._load)
+            except CodegraftError as error:
+                self.model.set_exception(error)
+                raise
+            seconds = round(asyncio.get_running_loop().time() - began, 2)
+            _log.info("model loaded", model=model.base.model, seconds=seconds)
+            self.follower.model_loaded(model)
+            self.model.set_result(model)
+            await following
+        finally:
+            following.cancel()
+
+    def stop(self) -> None:
+        """Ends the engine; what still runs ends as cancelled."""
+        if self.model.done() and not self.model.cancelled() and self.model.exception() is None:
+            self.model.result().engine.stop()
+
+
+def limits(settings: InferenceSettings) -> Limits:
+    """The engine's limits as the settings say."""
+    return Limits(
+        running=settings.inference_max_running,
+        waiting=settings.inference_max_waiting,
+        step_tokens=max(settings.inference_step_tokens, settings.inference_max_running),
+        kv_tokens=settings.inference_kv_tokens,
+    )

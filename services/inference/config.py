@@ -1,0 +1,40 @@
+"""Settings of the inference service."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+from pydantic import Field
+
+from services.core.config import CoreSettings
+from services.core.models.catalogue import DEFAULT_MODEL
+
+
+class InferenceSettings(CoreSettings):
+    """What the inference service needs beyond the core's settings."""
+
+    inference_model: str = DEFAULT_MODEL
+    """Base model: catalogue id, "hf:<organisation>/<name>" or "dir:<absolute path>"."""
+    inference_threads: int = Field(default=0, ge=0)
+    """Threads of a step's arithmetic; 0 means one a core."""
+    inference_max_running: int = Field(default=16, ge=1, le=256)
+    """Most completions in one step."""
+    inference_max_waiting: int = Field(default=64, ge=1)
+    """Most completions in the queue; more get QUEUE_FULL."""
+    inference_step_tokens: int = Field(default=256, ge=16)
+    """Most tokens in one step: smaller keeps running streams smooth, larger gets prompts through sooner."""
+    inference_kv_tokens: int = Field(default=32768, ge=8192)
+    """Most tokens whose keys and values are held at once (SmolLM2-135M in bf16: 23 KB each)."""
+    inference_prompt_tokens: int = Field(default=1024, ge=64)
+    """Most tokens of a completion's prompt; what is farther from the cursor is cut."""
+    inference_load_wait_seconds: float = Field(default=60, ge=0)
+    """How long a completion waits for the model to be loaded before it gets MODEL_LOADING; 0 refuses at once."""
+    inference_max_rank: int = Field(default=64, ge=1)
+    """Largest rank of an adapter that is served."""
+    inference_idle_adapters: int = Field(default=4, ge=0)
+    """Adapters that nobody uses but that stay in memory, the latest used ones."""
+    inference_reconcile_seconds: float = Field(default=15, gt=0)
+    """How often the trainer is asked for the best checkpoint, beside its events."""
+    inference_replica: str = Field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}")
+    """This replica's name in events and statuses."""

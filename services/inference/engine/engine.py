@@ -1,0 +1,124 @@
+"""The step loop, in a thread of its own: plan, compute, deliver.
+
+Everything else talks to it through :meth:`Engine.submit` and :meth:`Engine.cancel`, which never wait for a step.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Protocol
+
+from services.core import log
+from services.core.errors import ShuttingDown
+from services.inference.engine.scheduler import Limits, Scheduler, Work
+from services.inference.engine.sequence import Output, Reason, Sequence
+
+_log = log.get("inference.engine")
+
+
+class StepRunner(Protocol):
+    """What the loop needs of the runner."""
+
+    def step(self, work: list[Work]) -> list[int | None]: ...
+
+    def release(self, sequence: Sequence) -> None: ...
+
+
+class Engine:
+    """Runs sequences until they end; each one's outputs go to its ``deliver``, from the engine's thread."""
+
+    def __init__(self, runner: StepRunner, limits: Limits) -> None:
+        self._runner = runner
+        self._scheduler = Scheduler(limits)
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the loop after the step in progress; sequences that still run end as CANCELLED."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """(running, waiting) sequences."""
+        with self._changed:
+            return len(self._scheduler.running), len(self._scheduler.waiting)
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queues a sequence.
+
+        Raises:
+            QueueFull, InvalidArgument: as the scheduler says.
+            ShuttingDown: the engine is stopping.
+        """
+        with self._changed:
+            if self._stopping:
+                raise ShuttingDown("this replica is shutting down", retry_after=0.5)
+            sequence.submit_time = time.monotonic()
+            self._scheduler.submit(sequence)
+            self._changed.notify()
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Ends a sequence before its next step; one that has ended already is fine."""
+        with self._changed:
+            sequence.cancelled = sequence.cancelled or Reason.CANCELLED
+            self._changed.notify()
+
+    def _loop(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopping or len(self._scheduler))
+                if self._stopping:
+                    for sequence in (*self._scheduler.waiting, *self._scheduler.running):
+                        sequence.cancelled = sequence.cancelled or Reason.CANCELLED
+                plan = self._scheduler.plan(time.monotonic())
+            for sequence, reason in plan.ended:
+                self._end(sequence, sequence.close(reason))
+            if self._stopping and not plan.work:
+                return
+            for sequence in plan.admitted:
+                sequence.start_time = time.monotonic()
+                sequence.deliver(Output(started=True))
+            if plan.work:
+                self._step(plan.work)
+
+    def _step(self, work: list[Work]) -> None:
+        try:
+            tokens = self._runner.step(work)
+        except Exception:
+            _log.exception("a step failed; its sequences end", sequences=len(work))
+            ended = [(item.sequence, item.sequence.close(Reason.FAILED)) for item in work]
+        else:
+            ended = self._take(work, tokens)
+        if ended:
+            with self._changed:
+                self._scheduler.remove(sequence for sequence, _ in ended)
+        for sequence, output in ended:
+            self._end(sequence, output)
+
+    def _take(self, work: list[Work], tokens: list[int | None]) -> list[tuple[Sequence, Output]]:
+        """Hands every sequence its token; the last outputs of those that ended with it."""
+        now, ended = time.monotonic(), []
+        for item, token in zip(work, tokens, strict=True):
+            if token is None:
+                continue
+            item.sequence.first_token_time = item.sequence.first_token_time or now
+            output = item.sequence.accept(token)
+            if output is not None and output.reason is not None:
+                ended.append((item.sequence, output))
+            elif output is not None:
+                item.sequence.deliver(output)
+        return ended
+
+    def _end(self, sequence: Sequence, output: Output) -> None:
+        self._runner.release(sequence)
+        sequence.deliver(output)

@@ -1,0 +1,90 @@
+"""The next token of a sequence from its logits."""
+
+from __future__ import annotations
+
+import torch
+
+from services.inference.engine.sequence import Sampling, Sequence
+from services.inference.engine.spelling import Spelling
+
+
+class Sampler:
+    """Greedy or random, per sequence; keeps one random generator for each that is random.
+
+    Args:
+        spelling: the vocabulary, for sequences that have an overhang to repeat.
+    """
+
+    def __init__(self, spelling: Spelling) -> None:
+        self._spelling = spelling
+        self._generators: dict[int, torch.Generator] = {}
+
+    def sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
+        """One token id a sequence.
+
+        Args:
+            logits: ``[sequences, vocabulary]``, any float type.
+        """
+        likeliest: list[int] = logits.argmax(-1).tolist()  # one call for all: most requests are greedy
+        return [
+            self._one(logits[row].float(), sequence) if _is_special(sequence) else likeliest[row]
+            for row, sequence in enumerate(sequences)
+        ]
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drops what is kept for a sequence that has ended."""
+        self._generators.pop(sequence.number, None)
+
+    def _one(self, logits: torch.Tensor, sequence: Sequence) -> int:
+        sampling = sequence.sampling
+        allowed = self._spelling.beginning(sequence.text.overhang) if sequence.text.overhang else []
+        if sampling.repetition_penalty != 1.0:
+            logits = _penalized(logits, sequence)
+        if allowed:
+            kept = torch.tensor(allowed, device=logits.device)
+            return allowed[self._choose(logits[kept], sequence)]
+        return self._choose(logits, sequence)
+
+    def _choose(self, logits: torch.Tensor, sequence: Sequence) -> int:
+        if sequence.sampling.temperature == 0.0:
+            return int(logits.argmax())
+        probabilities = distribution(logits, sequence.sampling)
+        generator = self._generators.get(sequence.number)
+        if generator is None:
+            generator = self._generators[sequence.number] = torch.Generator(device=logits.device)
+            if sequence.sampling.seed is None:
+                generator.seed()
+            else:
+                generator.manual_seed(sequence.sampling.seed)
+        return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Probabilities after temperature, top-k, top-p and min-p, in that order.
+
+    Args:
+        logits: ``[vocabulary]``, float32.
+        sampling: its temperature is above 0.
+    """
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.numel():
+        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], -torch.inf)
+    if sampling.top_p < 1.0:
+        ordered, order = logits.softmax(-1).sort(descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= sampling.top_p  # the token that crosses the border stays
+        logits = logits.index_fill(-1, order[beyond], -torch.inf)
+    if sampling.min_p > 0.0:
+        probabilities = logits.softmax(-1)
+        logits = logits.masked_fill(probabilities < sampling.min_p * probabilities.max(), -torch.inf)
+    return logits.softmax(-1)
+
+
+def _penalized(logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:
+    seen = torch.tensor(sorted(set(sequence.tokens)), device=logits.device)
+    values, penalty = logits[seen], sequence.sampling.repetition_penalty
+    return logits.index_copy(-1, seen, torch.where(values > 0, values / penalty, values * penalty))
+
+
+def _is_special(sequence: Sequence) -> bool:
+    sampling = sequence.sampling
+    return bool(sampling.temperature or sequence.text.overhang or sampling.repetition_penalty != 1.0)

@@ -1,0 +1,132 @@
+"""Which tokens the next step computes. Knows no torch.
+
+Continuous batching with chunked prefill (Sarathi-Serve, arXiv:2403.02310): every running sequence decodes one token a
+step, and what is left of the step's token budget goes to prompts in the order of their arrival. So a long prompt never
+stops the others, and a finished one makes room within a step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from services.core.errors import InvalidArgument, QueueFull
+from services.inference.engine.sequence import Reason, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one engine takes on."""
+
+    running: int = 16
+    """Most sequences in one step."""
+    waiting: int = 64
+    """Most sequences in the queue; more are refused."""
+    step_tokens: int = 256
+    """Most tokens in one step: bounds how long a prompt delays everybody's next token."""
+    kv_tokens: int = 32768
+    """Most tokens whose keys and values are held at once."""
+    retry_seconds: float = 1.0
+    """What a refused caller is told to wait."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Tokens [start, start + count) of a sequence, to be computed in this step."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step gives the sequence's next token: no prompt token is left after it."""
+        return self.start + self.count == len(self.sequence.tokens)
+
+
+@dataclass(slots=True)
+class Plan:
+    """One step."""
+
+    work: list[Work] = field(default_factory=list)
+    """At most one entry a sequence."""
+    admitted: list[Sequence] = field(default_factory=list)
+    """Sequences whose first step this is."""
+    ended: list[tuple[Sequence, Reason]] = field(default_factory=list)
+    """Sequences that are out from now on, and why."""
+
+
+class Scheduler:
+    """The queue and the running set. Not thread-safe: the engine holds its lock around every call."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+
+    def __len__(self) -> int:
+        return len(self.waiting) + len(self.running)
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queues a sequence, in place of an older one of its session.
+
+        Raises:
+            QueueFull: too many wait already.
+            InvalidArgument: it could never run within the limits.
+        """
+        if sequence.capacity > self.limits.kv_tokens:
+            raise InvalidArgument(
+                f"prompt and completion of {sequence.capacity} tokens exceed this replica's {self.limits.kv_tokens}",
+                field="stop.max_tokens",
+                hint="Ask for fewer tokens or give a shorter prompt.",
+            )
+        if sequence.session:
+            for older in (*self.waiting, *self.running):
+                if older.session == sequence.session:
+                    older.cancelled = older.cancelled or Reason.SUPERSEDED
+        if sum(not waiting.cancelled for waiting in self.waiting) >= self.limits.waiting:
+            raise QueueFull(
+                f"{self.limits.waiting} completions wait already",
+                hint="Retry later, or run more replicas.",
+                retry_after=self.limits.retry_seconds,
+            )
+        self.waiting.append(sequence)
+
+    def plan(self, now: float) -> Plan:
+        """The next step; sequences whose time is over leave first."""
+        plan = Plan()
+        for sequence in (*self.waiting, *self.running):
+            if sequence.cancelled is None and sequence.deadline is not None and now >= sequence.deadline:
+                sequence.cancelled = Reason.DEADLINE
+            if sequence.cancelled is not None:
+                plan.ended.append((sequence, sequence.cancelled))
+        self.remove(sequence for sequence, _ in plan.ended)
+        self._admit(plan)
+        budget = self.limits.step_tokens
+        decoding = [sequence for sequence in self.running if sequence.remaining == 1]
+        prefilling = [sequence for sequence in self.running if sequence.remaining > 1]
+        for sequence in (*decoding, *prefilling):
+            count = min(sequence.remaining, budget)
+            if count == 0:
+                break
+            plan.work.append(Work(sequence, sequence.computed, count))
+            budget -= count
+        return plan
+
+    def remove(self, sequences: Iterable[Sequence]) -> None:
+        """Takes sequences out; their place is free for the next step."""
+        gone = {sequence.number for sequence in sequences}
+        if gone:
+            self.waiting = deque(s for s in self.waiting if s.number not in gone)
+            self.running = [s for s in self.running if s.number not in gone]
+
+    def _admit(self, plan: Plan) -> None:
+        held = sum(sequence.capacity for sequence in self.running)
+        while self.waiting and len(self.running) < self.limits.running:
+            if held + self.waiting[0].capacity > self.limits.kv_tokens:
+                break  # in order of arrival: a small one behind a large one would starve it
+            sequence = self.waiting.popleft()
+            held += sequence.capacity
+            self.running.append(sequence)
+            plan.admitted.append(sequence)

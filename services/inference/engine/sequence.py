@@ -1,0 +1,140 @@
+"""One completion on its way through the engine. Imports no torch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from services.inference.engine.text import TextStream
+
+_numbers = itertools.count(1)
+
+
+class Reason(StrEnum):
+    """Why a sequence ended."""
+
+    END_OF_TEXT = "END_OF_TEXT"
+    STOP = "STOP"
+    LENGTH = "LENGTH"
+    DEADLINE = "DEADLINE"
+    SUPERSEDED = "SUPERSEDED"
+    CANCELLED = "CANCELLED"
+    FAILED = "FAILED"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen; the defaults are greedy decoding."""
+
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Nucleus: the smallest set of tokens with this probability."""
+    top_k: int = 0
+    """Only the k likeliest; 0 means all."""
+    min_p: float = 0.0
+    """Only tokens at least this likely relative to the likeliest."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens seen before, multiplies negative ones (CTRL, arXiv:1909.05858)."""
+    seed: int | None = None
+    """Same seed, same completion; None draws one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a step brought for one sequence."""
+
+    started: bool = False
+    """Whether this is the sign that the first step has begun; then nothing else is set."""
+    text: str = ""
+    """New text, whole characters only."""
+    tokens: int = 0
+    """Tokens that the text stands for, and those held back before it."""
+    reason: Reason | None = None
+    """Set on the last output."""
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens, their limits, and how far the keys and values are."""
+
+    prompt: list[int]
+    """Prompt token ids, at least one."""
+    max_tokens: int
+    """Most new tokens; those that only repeat the overhang do not count."""
+    text: TextStream
+    """Turns tokens into text and finds its end."""
+    deliver: Callable[[Output], None]
+    """Called from the engine's thread."""
+    sampling: Sampling = Sampling()
+    adapter: Any = None
+    """The weights this sequence runs on to its end; None for the base model. The engine only hands them through."""
+    stop_ids: frozenset[int] = frozenset()
+    """Tokens that end the text."""
+    deadline: float | None = None
+    """On the monotonic clock, seconds."""
+    session: str = ""
+    """A newer sequence of the same session takes this one's place."""
+
+    number: int = field(default_factory=lambda: next(_numbers))
+    """Unique in this process."""
+    tokens: list[int] = field(init=False)
+    """Prompt and what was generated."""
+    computed: int = field(default=0, init=False)
+    """Tokens whose keys and values are there."""
+    generated: int = field(default=0, init=False)
+    """New tokens that count towards max_tokens."""
+    unsent: int = field(default=0, init=False)
+    """Generated tokens whose text is held back."""
+    cancelled: Reason | None = field(default=None, init=False)
+    """Set when it is to end before its next step."""
+    submit_time: float = field(default=0.0, init=False)
+    """All on the monotonic clock, seconds."""
+    start_time: float | None = field(default=None, init=False)
+    """Begin of its first step."""
+    first_token_time: float | None = field(default=None, init=False)
+    """End of the step that gave its first token."""
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise ValueError("a sequence needs at least one prompt token")
+        self.tokens = list(self.prompt)
+
+    @property
+    def capacity(self) -> int:
+        """Most tokens it can come to, so that its keys and values are allocated once."""
+        return len(self.prompt) + self.max_tokens + self.text.overhang_size
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that wait for their keys and values; 1 while decoding."""
+        return len(self.tokens) - self.computed
+
+    def accept(self, token: int) -> Output | None:
+        """Takes one new token; None while there is no new text to tell.
+
+        The stop token itself is neither text nor counted.
+        """
+        if token in self.stop_ids:
+            return self.close(Reason.END_OF_TEXT)
+        self.tokens.append(token)
+        text = self.text.push(token)
+        if not self.text.repeating:
+            self.generated += 1
+            self.unsent += 1
+        if self.text.stopped:
+            return self._output(text, Reason.STOP)
+        if self.generated >= self.max_tokens or len(self.tokens) >= self.capacity:
+            return self.close(Reason.LENGTH, before=text)
+        return self._output(text) if text else None
+
+    def close(self, reason: Reason, before: str = "") -> Output:
+        """The last output: what was held back comes with it."""
+        return self._output(before + self.text.flush(), reason)
+
+    def _output(self, text: str, reason: Reason | None = None) -> Output:
+        tokens, self.unsent = self.unsent, 0
+        return Output(text=text, tokens=tokens, reason=reason)

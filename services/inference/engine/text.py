@@ -1,0 +1,139 @@
+"""From tokens to text: never half a character, and the end where a stop string begins. Imports no torch."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Sequence
+from typing import Any
+
+
+class TextStream:
+    """The text of one sequence, token by token.
+
+    Text that may still turn out to be the begin of a stop string is held back until that is decided, so stop strings
+    are found across token borders and never sent in part.
+
+    Args:
+        vocabulary: bytes of every token id (:func:`token_bytes`).
+        stop: generation ends before the first of these.
+        suffix_stop: more of them, each one line with its newline (:func:`suffix_stop`); the end of the text counts as
+            that newline.
+        single_line: it ends at the end of the first line that is not blank.
+        overhang: text that generation has to repeat before anything new; not part of the output.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Sequence[bytes],
+        *,
+        stop: Sequence[str] = (),
+        suffix_stop: Sequence[str] = (),
+        single_line: bool = False,
+        overhang: str = "",
+    ) -> None:
+        self._vocabulary = vocabulary
+        self._stop = [s for s in (*stop, *suffix_stop) if s]
+        self._suffix_lines = {s[:-1] for s in suffix_stop}
+        self._single_line = single_line
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+        self._line_has_text = False
+        self.overhang = overhang.encode()
+        """What is still to be repeated; the sampler keeps to it."""
+        self.overhang_size = len(self.overhang)
+        self.repeating = False
+        """Whether the last token only repeated overhang."""
+        self.stopped = False
+        """Whether a stop was reached: nothing comes any more."""
+
+    def push(self, token: int) -> str:
+        """The text that is certain by now."""
+        data = self._vocabulary[token]
+        self.repeating = False
+        if self.overhang:
+            repeated = min(len(data), len(self.overhang))
+            if data[:repeated] == self.overhang[:repeated]:
+                self.overhang, data = self.overhang[repeated:], data[repeated:]
+                self.repeating = not data
+            else:
+                self.overhang = b""  # a vocabulary that cannot spell it: go on from here
+        return self._advance(self._decoder.decode(data))
+
+    def flush(self) -> str:
+        """The held-back text, at the end of the sequence; a cut character is dropped."""
+        held, self._held = self._held, ""
+        return "" if self.stopped or held in self._suffix_lines else held
+
+    def _advance(self, new: str) -> str:
+        text = self._held + new
+        end = self._end_of(text)
+        if end is not None:
+            self.stopped, self._held = True, ""
+            return text[:end]
+        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        sent, self._held = text[: len(text) - keep], text[len(text) - keep :]
+        self._line_has_text = self._line_has_text or bool(sent.strip())
+        return sent
+
+    def _end_of(self, text: str) -> int | None:
+        ends = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        if self._single_line:
+            begin = 0 if self._line_has_text else len(text) - len(text.lstrip())
+            if (at := text.find("\n", begin)) >= 0:
+                ends.append(at)
+        return min(ends, default=None)
+
+
+def suffix_stop(suffix: str) -> tuple[str, ...]:
+    """Stop strings for a model that does not see the suffix: where it would repeat the suffix's first line.
+
+    When text follows the cursor on its own line, that rest of the line has to end a line; else the first line that is
+    not blank has to come again as a whole line, indentation included.
+    """
+    first, _, rest = suffix.partition("\n")
+    if first.strip():
+        return (first.rstrip() + "\n",)
+    line = next((line.rstrip() for line in rest.splitlines() if line.strip()), "")
+    return (f"\n{line}\n",) if line else ()
+
+
+def token_bytes(tokenizer: Any) -> list[bytes]:
+    """Bytes of each token id of a transformers tokenizer (fast), so that text can be put together incrementally.
+
+    Byte-level vocabularies (GPT-2's mapping of bytes to characters), SentencePiece ones (``▁`` is a space, ``<0x0A>`` a
+    byte) and plain words are told apart by the tokenizer's own decoder. Markers have no text.
+    """
+    decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"], ensure_ascii=False)
+    byte_level, sentence_piece = '"ByteLevel"' in decoder, '"ByteFallback"' in decoder or "▁" in decoder
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    added: set[str] = set(tokenizer.get_added_vocab())
+    special: set[str] = set(tokenizer.all_special_tokens)
+    characters = {character: byte for byte, character in _byte_characters().items()}
+    table = [b""] * (max(vocabulary.values()) + 1)
+    for token, number in vocabulary.items():
+        if token in special:
+            continue
+        if token in added:
+            table[number] = token.encode()
+        elif byte_level:
+            table[number] = bytes(characters[c] for c in token if c in characters)
+        elif sentence_piece and len(token) == 6 and token.startswith("<0x"):
+            table[number] = bytes([int(token[3:5], 16)])
+        elif sentence_piece:
+            table[number] = token.replace("▁", " ").encode()
+        else:
+            table[number] = token.encode()
+    return table
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of the text that begins the stop string."""
+    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def _byte_characters() -> dict[int, str]:
+    """GPT-2's table: printable bytes stand for themselves, the others for characters from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}

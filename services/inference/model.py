@@ -1,0 +1,76 @@
+"""The loaded base model with its engine: everything that needs torch is made here, once, off the event loop."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from services.core.models import prompts, weights
+from services.core.models.catalogue import ModelSpec
+from services.inference.adapters import lora
+from services.inference.adapters.verify import Base
+from services.inference.engine.engine import Engine
+from services.inference.engine.runner import Runner
+from services.inference.engine.sampler import Sampler
+from services.inference.engine.scheduler import Limits
+from services.inference.engine.spelling import Spelling
+from services.inference.engine.text import token_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A base model that serves."""
+
+    model: PreTrainedModel
+    base: Base
+    """What adapters have to fit."""
+    tokenizer: Any
+    """transformers' tokenizer; not thread-safe, see Prompter."""
+    format: prompts.PromptFormat
+    vocabulary: list[bytes]
+    """Bytes of every token id."""
+    context_length: int
+    """Longest sequence in tokens."""
+    engine: Engine
+    """Started."""
+
+    def read(self, file: Path) -> Mapping[str, torch.Tensor]:
+        """The tensors of a safetensors file, on the CPU."""
+        return load_file(file)
+
+    def prepare(self, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], scale: float) -> lora.Weights:
+        """Verified matrices, ready to run on this model."""
+        return lora.prepare(pairs, scale, self.model.dtype, self.model.device)
+
+
+def load(spec: ModelSpec, cache_dir: Path, limits: Limits, *, threads: int = 0, max_rank: int = 64) -> LoadedModel:
+    """Brings the weights here when need be, loads them and starts the engine.
+
+    Raises:
+        ModelNotFound, StoreUnavailable …: as :func:`services.core.models.weights.ensure_weights`.
+    """
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    folder = weights.ensure_weights(spec, cache_dir)
+    model = weights.load_model(folder)
+    if torch.cuda.is_available():
+        model.to("cuda")  # type: ignore[arg-type]
+    return start(model, weights.load_tokenizer(folder), spec.id, weights.base_digest(folder), limits, max_rank=max_rank)
+
+
+def start(
+    model: PreTrainedModel, tokenizer: Any, model_id: str, digest: str, limits: Limits, *, max_rank: int = 64
+) -> LoadedModel:
+    """Starts an engine over a model in memory."""
+    fmt, vocabulary = prompts.detect(tokenizer), token_bytes(tokenizer)
+    base = Base(model_id, digest, fmt.name, lora.adaptable(model), max_rank)
+    engine = Engine(Runner(model, Sampler(Spelling(vocabulary))), limits)
+    engine.start()
+    context_length = int(model.config.max_position_embeddings)
+    return LoadedModel(model, base, tokenizer, fmt, vocabulary, context_length, engine)

@@ -1,0 +1,62 @@
+"""What inference asks of other services: ingest which projects there are, the trainer what is best."""
+
+from __future__ import annotations
+
+import time
+
+import grpc
+
+from codegraft.ingest.v1 import project_pb2, project_pb2_grpc
+from codegraft.trainer.v1 import run_pb2, run_pb2_grpc
+from services.core import log
+from services.core.errors import CodegraftError, NotFound
+from services.core.rpc.client import channel
+from services.core.rpc.status import from_rpc
+from services.inference.policy import Best
+
+_TIMEOUT = 3.0
+_REMEMBERED = 60.0
+_logger = log.get("inference.peers")
+
+
+class IngestProjects:
+    """The projects, as ingest knows them; a found one is remembered for a minute."""
+
+    def __init__(self, address: str) -> None:
+        self._stub = project_pb2_grpc.ProjectServiceStub(channel(address))
+        self._seen: dict[str, float] = {}
+
+    async def exists(self, project: str) -> bool:
+        """Whether there is a project of that name; completions go on when ingest does not answer."""
+        if time.monotonic() - self._seen.get(project, -_REMEMBERED) < _REMEMBERED:
+            return True
+        try:
+            await self._stub.GetProject(project_pb2.GetProjectRequest(name=project), timeout=_TIMEOUT)
+        except grpc.aio.AioRpcError as error:
+            known = from_rpc(error)
+            if isinstance(known, NotFound):
+                return False
+            _logger.warning("ingest does not say whether a project exists", project=project, error=str(known))
+            return True
+        self._seen[project] = time.monotonic()
+        return True
+
+
+class TrainerBests:
+    """The best checkpoints, as the trainer knows them."""
+
+    def __init__(self, address: str) -> None:
+        self._stub = run_pb2_grpc.RunServiceStub(channel(address))
+
+    async def best(self, project: str, base_model: str) -> Best | None:
+        """See :class:`services.inference.policy.BestSource`."""
+        request = run_pb2.GetBestCheckpointRequest(parent=project, base_model=base_model)
+        try:
+            found = (await self._stub.GetBestCheckpoint(request, timeout=_TIMEOUT)).checkpoint
+        except grpc.aio.AioRpcError as error:
+            known: CodegraftError = from_rpc(error)
+            if isinstance(known, NotFound):
+                return None
+            raise known from None
+        loss = found.test_loss if found.HasField("test_loss") else None
+        return Best(found.name, found.sha256, found.base_model, found.base_digest, loss)

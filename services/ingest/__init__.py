@@ -1,0 +1,1 @@
+"""The ingest service: sources become immutable snapshots."""

@@ -1,0 +1,1 @@
+"""The scanner: a snapshot in, a verdict for every file and a dataset out."""

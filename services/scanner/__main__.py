@@ -1,0 +1,54 @@
+"""The scanner service: ``python -m services.scanner``."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import sys
+
+from codegraft.scanner.v1 import scan_pb2_grpc
+from codegraft.scanner.v1.dataset_pb2 import Dataset
+from codegraft.scanner.v1.scan_pb2 import Scan
+from services.core import runtime
+from services.core.errors import DatasetNotFound, ScanNotFound
+from services.core.jobs import JobRunner
+from services.core.rpc.server import serve
+from services.core.runtime import Runtime
+from services.core.state import Table
+from services.scanner.announcer import announce
+from services.scanner.config import ScannerSettings
+from services.scanner.meter import Meter
+from services.scanner.servicer import KIND, ScanServicer
+from services.scanner.worker import ScanWorker
+
+SERVICE = "codegraft.scanner.v1.ScanService"
+
+
+async def main(settings: ScannerSettings) -> None:
+    """Serves, and works on scans, until the process is told to stop."""
+    async with Runtime.open("scanner", settings) as opened:
+        state = opened.state("scanner")
+        scans = Table(state, Scan, missing=ScanNotFound)
+        datasets = Table(state, Dataset, missing=DatasetNotFound)
+        worker = ScanWorker(opened, settings, datasets, Meter(settings))
+        me = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
+        runners = [
+            JobRunner(KIND, scans, opened.jobs, worker.handle, worker_id=f"{me}-{number}")
+            for number in range(settings.scanner_workers)
+        ]
+        await serve(
+            settings,
+            [
+                (
+                    scan_pb2_grpc.add_ScanServiceServicer_to_server,
+                    ScanServicer(opened, settings, scans, datasets),
+                    SERVICE,
+                )
+            ],
+            background=[*(runner.run for runner in runners), lambda: announce(scans, opened.events)],
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(runtime.run("scanner", ScannerSettings, main))

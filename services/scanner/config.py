@@ -1,0 +1,28 @@
+"""Settings of the scanner."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from services.core.config import CoreSettings
+from services.core.models.catalogue import DEFAULT_MODEL
+
+
+class ScannerSettings(CoreSettings):
+    """What the scanner needs besides the core's settings. Use ``services.core.config.load``."""
+
+    scanner_model: str = DEFAULT_MODEL
+    """Base model of stage 2 where a scan names none."""
+    scanner_device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where stage 2 runs; auto takes a GPU when there is one."""
+    scanner_threads: int = Field(default=0, ge=0)
+    """Threads of stage 2 on a CPU; 0 leaves it to torch (all cores)."""
+    scanner_batch_tokens: int = Field(default=0, ge=0)
+    """Tokens that go through the model at once; 0 means 768 on a CPU, where it keeps cancelling under a second, and
+    32,768 on a GPU."""
+    scanner_reads: int = Field(default=8, ge=1, le=64)
+    """Files that are read from the object store at once."""
+    scanner_workers: int = Field(default=1, ge=0)
+    """Scans that this process works on at once; 0 for a replica that only answers calls."""

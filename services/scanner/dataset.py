@@ -1,0 +1,145 @@
+"""Datasets and verdicts as Parquet, which anyone can open.
+
+The digest of a dataset is taken over what it was made from and its rows, without the losses: their last digits depend
+on the processor, and on which files were measured together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from codegraft.scanner.v1.dataset_pb2 import DatasetManifest, DatasetPart
+from services.scanner.verdict import Split, Verdict
+
+TRAIN, TEST, VERDICTS = "train.parquet", "test.parquet", "verdicts.parquet"
+_ROWS = 512
+"""Rows, and so texts, that are in memory at once."""
+
+DATASET_SCHEMA = pa.schema(
+    [
+        ("path", pa.string()),
+        ("source", pa.string()),
+        ("sha256", pa.string()),
+        ("size", pa.int64()),
+        ("language", pa.string()),
+        ("split", pa.string()),
+        ("text", pa.large_string()),
+        ("tokens", pa.int64()),
+        ("loss", pa.float64()),
+    ]
+)
+VERDICT_SCHEMA = pa.schema(
+    [
+        ("path", pa.string()),
+        ("source", pa.string()),
+        ("sha256", pa.string()),
+        ("size", pa.int64()),
+        ("language", pa.string()),
+        ("split", pa.string()),
+        ("accepted", pa.bool_()),
+        ("stage", pa.int32()),
+        ("reason", pa.string()),
+        ("reasons", pa.list_(pa.string())),
+        ("detail", pa.string()),
+        ("loss", pa.float64()),
+        ("tokens", pa.int64()),
+        ("sampled_tokens", pa.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a dataset was made from."""
+
+    project: str
+    snapshot: str
+    model: str
+    """Id of the model of stage 2; empty when it was off."""
+    model_digest: str
+    """Digest of its weights; empty when it was off."""
+
+
+def manifest(origin: Origin, verdicts: Sequence[Verdict]) -> DatasetManifest:
+    """The manifest of the dataset of the accepted files, without its ``files``."""
+    digest = digest_of(origin, verdicts)
+    return DatasetManifest(
+        name=f"{origin.project}/datasets/{digest[:16]}",
+        digest=digest,
+        snapshot=origin.snapshot,
+        model=origin.model,
+        model_digest=origin.model_digest,
+        train=_part(verdicts, "TRAIN"),
+        test=_part(verdicts, "TEST"),
+    )
+
+
+def digest_of(origin: Origin, verdicts: Sequence[Verdict]) -> str:
+    """SHA-256 (hex) over origin and accepted rows; the order of the verdicts does not matter."""
+    digest = hashlib.sha256(json.dumps([origin.snapshot, origin.model, origin.model_digest]).encode())
+    for row in _accepted(verdicts):
+        line = [row.source, row.path, row.sha256, row.size, row.language, row.split, row.tokens]
+        digest.update(json.dumps(line).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def write(verdicts: Sequence[Verdict], text_of: Callable[[str], str], folder: Path) -> dict[str, Path]:
+    """Writes train.parquet and test.parquet of the accepted files.
+
+    Args:
+        text_of: the decoded text of a SHA-256.
+        folder: where to.
+    """
+    written: dict[str, Path] = {}
+    parts: list[tuple[str, Split]] = [(TRAIN, "TRAIN"), (TEST, "TEST")]
+    for name, split in parts:
+        written[name] = folder / name
+        with pq.ParquetWriter(written[name], DATASET_SCHEMA, compression="zstd") as writer:
+            chosen = [verdict for verdict in _accepted(verdicts) if verdict.split == split]
+            for some in _chunks(chosen):
+                rows = [_row(verdict, text_of(verdict.sha256)) for verdict in some]
+                writer.write_table(pa.Table.from_pylist(rows, schema=DATASET_SCHEMA))
+    return written
+
+
+def write_verdicts(verdicts: Sequence[Verdict], path: Path) -> None:
+    """Writes verdicts.parquet, by source and path."""
+    ordered = sorted(verdicts, key=lambda verdict: (verdict.source, verdict.path))
+    with pq.ParquetWriter(path, VERDICT_SCHEMA, compression="zstd") as writer:
+        for some in _chunks(ordered):
+            writer.write_table(pa.Table.from_pylist([asdict(verdict) for verdict in some], schema=VERDICT_SCHEMA))
+
+
+def _accepted(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    return sorted((row for row in verdicts if row.accepted), key=lambda row: (row.source, row.path))
+
+
+def _part(verdicts: Sequence[Verdict], split: Split) -> DatasetPart:
+    rows = [row for row in verdicts if row.accepted and row.split == split]
+    return DatasetPart(files=len(rows), bytes=sum(row.size for row in rows), tokens=sum(row.tokens for row in rows))
+
+
+def _row(verdict: Verdict, text: str) -> dict[str, Any]:
+    return {
+        "path": verdict.path,
+        "source": verdict.source,
+        "sha256": verdict.sha256,
+        "size": verdict.size,
+        "language": verdict.language,
+        "split": verdict.split,
+        "text": text,
+        "tokens": verdict.tokens,
+        "loss": verdict.loss,
+    }
+
+
+def _chunks(rows: Sequence[Verdict]) -> list[Sequence[Verdict]]:
+    return [rows[at : at + _ROWS] for at in range(0, len(rows), _ROWS)]

@@ -1,0 +1,72 @@
+"""What linguist says of a file: language, generated, vendored, binary.
+
+go-enry follows github-linguist's data and rules. Its Go runtime hangs in a forked process: whoever adds processes here
+must spawn them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import enry
+
+ALSO_CODE = frozenset({"SQL", "Vue", "Svelte", "Astro"})
+"""Languages that linguist files under data or markup, and that people write, and complete, as programs."""
+
+_TEXT_BOMS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")
+_HEAD = 8000
+"""Bytes in which git and linguist look for a NUL."""
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What linguist says of one file."""
+
+    language: str
+    """Linguist's name; empty when unknown."""
+    generated: bool
+    vendored: bool
+
+
+def identify(path: str, content: bytes) -> Traits:
+    """Language and kind of a text file.
+
+    Args:
+        path: path within the source; need not be valid Unicode.
+        content: the whole file, in UTF-8 or an 8-bit encoding.
+    """
+    name = _safe(path)
+    return Traits(
+        language=enry.get_language(name, content),
+        generated=bool(enry.is_generated(name, content)),
+        vendored=bool(enry.is_vendor(name)),
+    )
+
+
+def from_path(path: str) -> Traits:
+    """What can be said without the content."""
+    name = _safe(path)
+    language = enry.get_language_by_filename(name).language or enry.get_language_by_extension(name).language
+    return Traits(language=language, generated=False, vendored=bool(enry.is_vendor(name)))
+
+
+def is_binary(content: bytes) -> bool:
+    """Linguist's rule: UTF-16 and UTF-32 with a byte order mark are text; else a NUL near the begin means binary."""
+    return not content.startswith(_TEXT_BOMS) and b"\0" in content[:_HEAD]
+
+
+@lru_cache(maxsize=2048)
+def is_code(language: str) -> bool:
+    """Whether linguist's language is one to learn from."""
+    return language in ALSO_CODE or str(enry.get_language_type(language)) == "programming"
+
+
+def is_known(language: str) -> bool:
+    """Whether linguist has a language of that name."""
+    return str(enry.get_language_type(language)) != "unknown"
+
+
+def _safe(path: str) -> str:
+    """A NUL would cut the path off in C, and a lone surrogate cannot be encoded."""
+    return path.replace("\0", "_").encode(errors="replace").decode()

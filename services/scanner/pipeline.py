@@ -1,0 +1,107 @@
+"""The verdicts of a scan, stage by stage, over all files at once. No input or output: worker.py does that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from services.scanner import duplicates, loss, split, stage1
+from services.scanner.loss import FileLoss
+from services.scanner.rules import Rules
+from services.scanner.snapshot import File
+from services.scanner.stage1 import SourceMasks
+from services.scanner.verdict import Finding, Reason, Split, Verdict, by_precedence
+
+
+@dataclass(slots=True)
+class Entry:
+    """A file on its way to its verdict."""
+
+    file: File
+    language: str
+    fingerprint: str
+    """See :class:`~services.scanner.stage1.Examined`."""
+    characters: int
+    """Length of its text."""
+    forced: bool
+    findings: tuple[Finding, ...]
+    """What speaks against it so far, the primary reason first."""
+    loss: FileLoss | None = None
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether nothing speaks against it so far."""
+        return not self.findings
+
+    def add(self, finding: Finding) -> None:
+        """Takes one more reason down."""
+        self.findings = by_precedence([*self.findings, finding])
+
+
+def examine(file: File, data: bytes | None, rules: Rules, masks: SourceMasks) -> tuple[Entry, str]:
+    """Stage 1 for one file; its text comes back apart, so that nobody keeps all texts in memory."""
+    found = stage1.examine(file.path, data, rules, masks, size=file.size)
+    entry = Entry(file, found.language, found.fingerprint, len(found.text), found.forced, found.findings)
+    return entry, found.text
+
+
+def mark_duplicates(entries: Sequence[Entry]) -> None:
+    """Rejects all but one of the files with the same text."""
+    with_text = [entry for entry in entries if entry.fingerprint]
+    candidates = [
+        duplicates.Candidate(
+            source=entry.file.source,
+            path=entry.file.path,
+            sha256=entry.file.sha256,
+            fingerprint=entry.fingerprint,
+            is_test=entry.file.split == "TEST",
+            is_clean=entry.is_clean,
+        )
+        for entry in with_text
+    ]
+    for index, (survivor, same) in duplicates.find(candidates).items():
+        kept = with_text[survivor].file
+        with_text[index].add(Finding(Reason.DUPLICATE, f"{same} as {kept.path} of {kept.source}"))
+
+
+def judge_losses(entries: Sequence[Entry], losses: Mapping[str, FileLoss], rules: Rules) -> None:
+    """Stage 2 for every file that stage 1 left.
+
+    Args:
+        losses: by SHA-256 of the content; has all of them.
+    """
+    for entry in entries:
+        if entry.is_clean:
+            entry.loss = losses[entry.file.sha256]
+            if finding := loss.judge(entry.loss, rules, forced=entry.forced):
+                entry.add(finding)
+
+
+def conclude(entries: Sequence[Entry], rules: Rules) -> list[Verdict]:
+    """The verdicts, in the order of the entries, with the accepted files split into train and test."""
+    accepted = [entry for entry in entries if entry.is_clean]
+    items = [split.Item(entry.fingerprint, entry.file.split) for entry in accepted]
+    parts = iter(split.assign(items, seed=rules.seed, share=rules.test_share))
+    return [_verdict(entry, next(parts) if entry.is_clean else "") for entry in entries]
+
+
+def _verdict(entry: Entry, part: Split) -> Verdict:
+    findings = entry.findings or (Finding(Reason.ACCEPTED),)
+    measured = entry.loss
+    return Verdict(
+        path=entry.file.path,
+        source=entry.file.source,
+        sha256=entry.file.sha256,
+        size=entry.file.size,
+        language=entry.language,
+        split=part,
+        accepted=entry.is_clean,
+        stage=1 if measured is None else 2,
+        reason=findings[0].reason.name,
+        reasons=tuple(dict.fromkeys(finding.reason.name for finding in findings)),
+        detail=findings[0].detail,
+        loss=measured.loss if measured is not None and math.isfinite(measured.loss) else None,
+        tokens=measured.tokens if measured is not None else 0,
+        sampled_tokens=measured.sampled_tokens if measured is not None else 0,
+    )

@@ -1,0 +1,109 @@
+"""The rules of a scan: its settings with every default filled in, and checked."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from codegraft.scanner.v1.scan_pb2 import ScanSettings
+from services.core.errors import InvalidArgument
+from services.core.masks import Masks
+from services.core.models import catalogue
+from services.scanner import languages as linguist
+from services.scanner.split import MAX_SHARE
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How a scan filters. The fields are those of the proto's ScanSettings."""
+
+    max_file_bytes: int = 512 * 1024
+    """Larger files are rejected; exactly this size is accepted."""
+    max_digit_share: float = 0.30
+    """Of the non-whitespace characters; exactly this share is accepted."""
+    exclude: tuple[str, ...] = ()
+    """Masks of the scan itself."""
+    force_include: tuple[str, ...] = ()
+    """Masks of files that are taken in spite of what is forgivable."""
+    languages: frozenset[str] = frozenset()
+    """Linguist names; empty means every programming language."""
+    loss_filter: bool = True
+    """Whether stage 2 runs."""
+    max_loss: float = 3.0
+    """Nats per token."""
+    min_tokens: int = 32
+    """Shorter files are rejected by stage 2."""
+    max_tokens_per_file: int = 4096
+    """Stage 2 reads at most this many tokens of a file."""
+    window_tokens: int = 512
+    """Longest sequence that stage 2 gives to the model."""
+    model: str = catalogue.DEFAULT_MODEL
+    """Base model whose loss is measured."""
+    seed: int = 0
+    """Of the automatic split."""
+    test_share: float | None = None
+    """Of the AUTO files that become test; None: see split.py."""
+    reject_vendored: bool = True
+    reject_generated: bool = True
+
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "max_file_bytes": (1, 16 * 1024 * 1024),
+    "max_digit_share": (0, 1),
+    "max_loss": (0, 1000),
+    "min_tokens": (1, 4096),
+    "max_tokens_per_file": (64, 1_000_000),
+    "window_tokens": (32, 8192),
+    "test_share": (0, MAX_SHARE),
+}
+
+
+def resolve(settings: ScanSettings, *, default_model: str = catalogue.DEFAULT_MODEL) -> Rules:
+    """The rules that settings stand for.
+
+    Raises:
+        InvalidArgument: a number out of its range, or a language that linguist does not know; names the field.
+        InvalidMask: a mask that is no pattern.
+        ModelNotFound: no such model.
+    """
+    given: dict[str, Any] = {}
+    for field in fields(Rules):
+        descriptor = ScanSettings.DESCRIPTOR.fields_by_name[field.name]
+        if descriptor.has_presence and settings.HasField(field.name):
+            given[field.name] = getattr(settings, field.name)
+    for name, (low, high) in _RANGES.items():
+        if (value := given.get(name)) is not None and not (math.isfinite(value) and low <= value <= high):
+            raise InvalidArgument(
+                f"{name} is {value:g}",
+                field=f"settings.{name}",
+                hint=f"Give a number from {low:g} to {high:g}.",
+            )
+    for language in settings.languages:
+        if not linguist.is_known(language):
+            raise InvalidArgument(
+                f"{language[:80]!r} is no language that linguist knows",
+                field="settings.languages",
+                hint="Use linguist's spelling, for example Python, C++ or Shell.",
+            )
+    Masks(settings.exclude, field="settings.exclude")
+    Masks(settings.force_include, field="settings.force_include")
+    return Rules(
+        **given,
+        exclude=tuple(settings.exclude),
+        force_include=tuple(settings.force_include),
+        languages=frozenset(settings.languages),
+        model=catalogue.find(settings.model or default_model).id,
+    )
+
+
+def to_settings(rules: Rules) -> ScanSettings:
+    """The settings that stand for these rules, with nothing left to a default."""
+    settings = ScanSettings()
+    for field in fields(Rules):
+        value = getattr(rules, field.name)
+        if isinstance(value, tuple | frozenset):
+            getattr(settings, field.name).extend(sorted(value) if isinstance(value, frozenset) else value)
+        elif value is not None:
+            setattr(settings, field.name, value)
+    return settings

@@ -1,0 +1,113 @@
+"""Stage 1: a file's way to its verdict, by rules alone.
+
+:func:`examine` is a pure function of path, bytes and rules. It gathers everything that speaks against a file; the first
+finding by precedence is the primary reason. Duplicates need all files at once and follow in duplicates.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from services.core.masks import Masks
+from services.scanner import languages, text
+from services.scanner.languages import Traits
+from services.scanner.rules import Rules
+from services.scanner.verdict import FORGIVABLE, Finding, Reason, by_precedence
+
+
+@dataclass(frozen=True, slots=True)
+class SourceMasks:
+    """The masks that apply to the files of one source."""
+
+    exclude: Masks
+    """Of the scan, the project and the source together."""
+    include: Masks
+    """Of the source; empty means every file."""
+    force: Masks
+    """Of the scan: see :data:`~services.scanner.verdict.FORGIVABLE`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """What stage 1 found out about one file."""
+
+    findings: tuple[Finding, ...]
+    """Why it cannot be accepted, the primary reason first; empty when nothing speaks against it."""
+    language: str = ""
+    text: str = ""
+    """The decoded file; empty when it could not be decoded or was not read."""
+    fingerprint: str = ""
+    """Equal for files that differ in line ends and trailing blanks only; empty without text."""
+    forced: bool = False
+    """Whether a force-include mask matches."""
+
+
+def examine(path: str, data: bytes | None, rules: Rules, masks: SourceMasks, *, size: int) -> Examined:
+    """Examines one file.
+
+    Args:
+        path: path within its source.
+        data: its content; None when it could not be read, or is over the size limit and was not read.
+        rules: the scan's settings.
+        masks: the masks of its source.
+        size: its size in bytes.
+    """
+    forced = masks.force.match(path) is not None
+    if size > rules.max_file_bytes:
+        traits = languages.from_path(path)
+        found = [Finding(Reason.TOO_LARGE, f"{size} bytes"), *_by_path(path, traits, rules, masks)]
+        return Examined(_unforgiven(found, forced), traits.language, forced=forced)
+    if data is None:
+        return Examined((Finding(Reason.LINGUIST_ERROR, "the content could not be read"),))
+    if languages.is_binary(data):
+        traits = languages.from_path(path)
+        found = [Finding(Reason.NOT_TEXT, "binary"), *_by_path(path, traits, rules, masks)]
+        return Examined(_unforgiven(found, forced), traits.language, forced=forced)
+    try:
+        decoded = text.decode(data)
+    except text.Undecodable as error:
+        return Examined((Finding(Reason.LINGUIST_ERROR, str(error)),))
+    # Linguist's heuristics read bytes: UTF-16 would hide every keyword from them.
+    readable = decoded.text.encode() if decoded.encoding.startswith("utf-") else data
+    traits = languages.identify(path, readable)
+    found = [*_by_path(path, traits, rules, masks), *_by_content(decoded.text, traits, rules)]
+    return Examined(
+        findings=_unforgiven(found, forced),
+        language=traits.language,
+        text=decoded.text,
+        fingerprint=text.fingerprint(decoded.text),
+        forced=forced,
+    )
+
+
+def _by_path(path: str, traits: Traits, rules: Rules, masks: SourceMasks) -> Iterator[Finding]:
+    if traits.vendored and rules.reject_vendored:
+        yield Finding(Reason.VENDORED)
+    if mask := masks.exclude.match(path):
+        yield Finding(Reason.EXCLUDED_BY_MASK, mask)
+    elif masks.include and masks.include.match(path) is None:
+        yield Finding(Reason.EXCLUDED_BY_MASK, "matched by no include mask")
+
+
+def _by_content(content: str, traits: Traits, rules: Rules) -> Iterator[Finding]:
+    language = traits.language
+    if language not in rules.languages:
+        if not languages.is_code(language):
+            yield Finding(Reason.NOT_CODE, language or "of no known language")
+        elif rules.languages:
+            yield Finding(Reason.LANGUAGE_OFF, language)
+    if traits.generated and rules.reject_generated:
+        yield Finding(Reason.GENERATED)
+    if (share := text.digit_share(content)) > rules.max_digit_share:
+        yield Finding(Reason.LOTS_OF_DIGITS, f"{share:.1%} of the characters")
+    if problem := text.long_lines(content):
+        yield Finding(Reason.LONG_LINES, problem)
+    if problem := text.encoded_data(content):
+        yield Finding(Reason.ENCODED_DATA, problem)
+    if not content.strip():
+        yield Finding(Reason.FILTER_EMPTY, "no text")
+
+
+def _unforgiven(findings: list[Finding], forced: bool) -> tuple[Finding, ...]:
+    return by_precedence(finding for finding in findings if not (forced and finding.reason in FORGIVABLE))

@@ -1,0 +1,89 @@
+"""What is decided about a file: reasons in order of precedence, and the verdict made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+
+class Reason(Enum):
+    """Why a file was accepted or rejected.
+
+    The names are those of the proto's VerdictReason without its prefix. The order is the precedence: of all that
+    applies to a file, the first is its primary reason.
+    """
+
+    ACCEPTED = 1
+    LINGUIST_ERROR = 2
+    NOT_TEXT = 3
+    NOT_CODE = 4
+    TOO_LARGE = 5
+    GENERATED = 6
+    VENDORED = 7
+    EXCLUDED_BY_MASK = 8
+    LANGUAGE_OFF = 9
+    LOTS_OF_DIGITS = 10
+    LONG_LINES = 11
+    ENCODED_DATA = 12
+    DUPLICATE = 13
+    SECRET = 14
+    FILTER_EMPTY = 15
+    HIGH_LOSS = 16
+    LICENSE = 17
+
+
+FORGIVABLE = frozenset(
+    {
+        Reason.EXCLUDED_BY_MASK,
+        Reason.LANGUAGE_OFF,
+        Reason.LOTS_OF_DIGITS,
+        Reason.LONG_LINES,
+        Reason.ENCODED_DATA,
+        Reason.HIGH_LOSS,
+    }
+)
+"""What a force-include mask overrules. What linguist decides is final, and so are duplicates and files without text."""
+
+Split = Literal["TRAIN", "TEST", "AUTO", ""]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One reason to reject a file."""
+
+    reason: Reason
+    detail: str = ""
+    """What exactly: the mask, the share of digits, the survivor of a duplicate."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a scan decided about one file; one row of verdicts.parquet."""
+
+    path: str
+    source: str
+    sha256: str
+    size: int
+    language: str
+    split: Split
+    """TRAIN or TEST when accepted, else empty."""
+    accepted: bool
+    stage: int
+    """The stage that decided: 1 (rules) or 2 (loss)."""
+    reason: str
+    reasons: tuple[str, ...]
+    """Every reason that applies, the primary one first."""
+    detail: str
+    loss: float | None
+    """Nats per token; None when stage 2 did not read the file or the loss is no number."""
+    tokens: int
+    """Tokens of the file; 0 when stage 2 did not read it."""
+    sampled_tokens: int
+    """Tokens that stage 2 read of it."""
+
+
+def by_precedence(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """The findings, the primary one first."""
+    return tuple(sorted(findings, key=lambda finding: finding.reason.value))

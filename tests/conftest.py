@@ -1,0 +1,76 @@
+"""Real servers for the tests, started once a session on loopback with credentials of their own."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from services.cli.local import nats, ports, s3
+from services.cli.local.process import Child
+from services.core.store.s3 import S3Address
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Address]:
+    """A real S3 server (SeaweedFS) with an empty bucket."""
+    folder = tmp_path_factory.mktemp("s3")
+    port = ports.choose(["s3"], {})["s3"]
+    address = S3Address(f"{ports.HOST}:{port}", "codegraft", secrets.token_hex(10), secrets.token_urlsafe(32))
+    server = s3.start(
+        folder / "data",
+        log=folder / "log",
+        port=port,
+        access_key=address.access_key,
+        secret_key=address.secret_key,
+        bucket=address.bucket,
+    )
+    yield address
+    server.stop(s3.GRACE)
+
+
+@dataclass
+class NatsServer:
+    """A real NATS server with JetStream in a folder of its own; can be restarted on the same port and data."""
+
+    folder: Path
+    port: int = field(default_factory=lambda: ports.choose(["nats"], {})["nats"])
+    user: str = "tests"
+    password: str = field(default_factory=lambda: secrets.token_urlsafe(16))
+    child: Child | None = None
+
+    @property
+    def url(self) -> str:
+        return f"nats://{ports.HOST}:{self.port}"
+
+    def start(self) -> None:
+        self.child = nats.start(
+            self.folder / "data", log=self.folder / "log", port=self.port, user=self.user, password=self.password
+        )
+
+    def stop(self) -> None:
+        if self.child is not None:
+            self.child.stop(timedelta(seconds=10))
+            self.child = None
+
+
+@pytest.fixture(scope="session")
+def nats_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer]:
+    """A real NATS server that the whole session shares: use names of your own."""
+    server = NatsServer(tmp_path_factory.mktemp("nats"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def own_nats_server(tmp_path: Path) -> Iterator[NatsServer]:
+    """A real NATS server for one test, which may stop and start it."""
+    server = NatsServer(tmp_path)
+    server.start()
+    yield server
+    server.stop()

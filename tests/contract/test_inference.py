@@ -1,0 +1,585 @@
+"""The whole inference service in one process: real gRPC, real engine over a tiny model, fakes of NATS and the store."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import hashlib
+import json
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from grpc_status import rpc_status
+from safetensors.torch import save
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from codegraft.event.v1 import events_pb2
+from codegraft.inference.v1 import completion_pb2 as pb
+from codegraft.inference.v1 import completion_pb2_grpc, serving_pb2, serving_pb2_grpc
+from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest
+from services.core import errors
+from services.core.models.catalogue import find
+from services.core.rpc.interceptors import CallInterceptor
+from services.core.rpc.status import from_rpc
+from services.core.runtime import Runtime
+from services.inference import model as inference_model
+from services.inference.adapters import lora
+from services.inference.adapters.verify import CONFIG, WEIGHTS
+from services.inference.assembly import Replica
+from services.inference.config import InferenceSettings
+from services.inference.engine.scheduler import Limits
+from services.inference.policy import Best
+from tests.unit.inference import tiny
+
+BEST = "codegraft.trainer.checkpoint.best.v1"
+PROJECT, RUN = "projects/demo", "projects/demo/runs/one"
+DIGEST = "d" * 64
+
+
+@dataclass
+class Peers:
+    """Ingest and the trainer, as far as inference asks them."""
+
+    best_checkpoint: Best | None = None
+    down: bool = False
+    asked: int = 0
+
+    async def exists(self, project: str) -> bool:
+        return project != "projects/none"
+
+    async def best(self, project: str, base_model: str) -> Best | None:
+        self.asked += 1
+        if self.down:
+            raise errors.Unavailable("no trainer")
+        return self.best_checkpoint
+
+
+@dataclass
+class Stream:
+    """One completion, as its caller sees it."""
+
+    call: Any
+    started: Any = None
+    text: str = ""
+    finished: Any = None
+
+    async def begin(self) -> Stream:
+        async for response in self.call:
+            self._take(response)
+            if self.started is not None:
+                break
+        return self
+
+    async def end(self) -> Stream:
+        async for response in self.call:
+            self._take(response)
+        return self
+
+    def _take(self, response: Any) -> None:
+        match response.WhichOneof("part"):
+            case "started":
+                assert self.started is None and not self.text
+                self.started = response.started
+            case "delta":
+                assert self.started is not None and self.finished is None
+                self.text += response.delta.text
+            case "finished":
+                self.finished = response.finished
+
+    @property
+    def reason(self) -> str:
+        return str(pb.FinishReason.Name(self.finished.reason)).removeprefix("FINISH_REASON_")
+
+
+@dataclass
+class World:
+    """A replica under test with everything around it."""
+
+    runtime: Runtime
+    peers: Peers
+    replica: Replica
+    completions: Any
+    serving: Any
+    reference: LlamaForCausalLM
+    adapters: dict[str, bytes] = field(default_factory=dict)
+
+    def complete(self, prefix: str = "def main():\n", max_tokens: int = 24, **fields: Any) -> Stream:
+        timeout = fields.pop("timeout", 20)
+        parent = fields.pop("parent", PROJECT)
+        stop = fields.pop("stop", None) or pb.StopRule(max_tokens=max_tokens)
+        prompt = fields.pop("prompt", None) or pb.CodePrompt(path="a.py", prefix=prefix)
+        request = pb.CompleteRequest(parent=parent, prompt=prompt, stop=stop, **fields)
+        return Stream(self.completions.Complete(request, timeout=timeout))
+
+    async def store(self, step: int, seed: int, change: Callable[[dict[str, Any]], None] | None = None) -> Best:
+        """Commits an adapter as the trainer does; ``change`` spoils it first."""
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {}
+        for path, (out, width) in lora.adaptable(self.reference).items():
+            name = f"base_model.model.{path}.lora_"
+            tensors[name + "A.weight"] = torch.randn(4, width, generator=generator) * 0.2
+            tensors[name + "B.weight"] = torch.randn(out, 4, generator=generator) * 0.2
+        parts: dict[str, Any] = {
+            "tensors": tensors,
+            "config": {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none"},
+            "base_digest": DIGEST,
+            "lora_r": 4,
+            "sha256": None,
+            "extra": {},
+        }
+        if change:
+            change(parts)
+        data = parts.get("data") or save(parts["tensors"])
+        sha256 = parts["sha256"] or hashlib.sha256(data).hexdigest()
+        name = f"{RUN}/checkpoints/{step}"
+        manifest = AdapterManifest(
+            name=name, sha256=sha256, base_model="tiny", base_digest=parts["base_digest"], lora_r=parts["lora_r"]
+        )
+        files = {WEIGHTS: data, CONFIG: json.dumps(parts["config"]).encode(), **parts["extra"]}
+        await self.runtime.artifacts.commit(name, manifest, files)
+        return Best(name, sha256, "tiny", parts["base_digest"], 2.0 - step / 1000)
+
+    async def publish(self, best: Best) -> None:
+        """The trainer has a new best checkpoint."""
+        self.peers.best_checkpoint = best
+        event = events_pb2.BestCheckpointChanged(
+            checkpoint=best.checkpoint,
+            sha256=best.sha256,
+            base_model=best.base_model,
+            base_digest=best.base_digest,
+            test_loss=best.test_loss or 0.0,
+        )
+        await self.runtime.events.publish(BEST, best.checkpoint, event, id=f"{best.checkpoint}-{time.time_ns()}")
+
+    async def status(self) -> Any:
+        return await self.serving.GetServing(serving_pb2.GetServingRequest(parent=PROJECT))
+
+    async def until_active(self, sha256: str) -> None:
+        await until(lambda: (v := self.replica.registry.active(PROJECT)) is not None and v.sha256 == sha256)
+
+    def told(self, type: str) -> list[Any]:
+        return [event for event in self.runtime.events.published if event.type == type]  # type: ignore[attr-defined]
+
+
+async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        await asyncio.sleep(0.005)
+
+
+async def refused(stream: Stream) -> errors.CodegraftError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stream.end()
+    return from_rpc(caught.value)
+
+
+async def refused_call(call: Any) -> errors.CodegraftError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return from_rpc(caught.value)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    torch.set_num_threads(1)
+    return tiny.make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def reference(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    return tiny.make_model(tokenizer)
+
+
+@pytest.fixture
+async def worlds(reference: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> AsyncIterator[Callable[..., Any]]:
+    """Starts replicas; several may share one runtime."""
+    running: list[Callable[[], Any]] = []
+
+    async def make(
+        runtime: Runtime | None = None, peers: Peers | None = None, hold: Any = None, **fields: Any
+    ) -> World:
+        runtime, peers = runtime or Runtime.memory(), peers or Peers()
+        limits = fields.pop("limits", Limits(running=4, waiting=4, step_tokens=32, kv_tokens=8192))
+        options = {"inference_reconcile_seconds": 60, "inference_replica": "r1", "inference_idle_adapters": 1, **fields}
+        settings = InferenceSettings(**options)
+
+        def load() -> inference_model.LoadedModel:
+            if hold is not None:
+                hold.wait(20)
+            return inference_model.start(copy.deepcopy(reference), tokenizer, "tiny", DIGEST, limits, max_rank=8)
+
+        replica = Replica(runtime, settings, find("smollm2-135m"), bests=peers, projects=peers, load=load)
+        server = grpc.aio.server(interceptors=[CallInterceptor()])
+        for add, servicer, _ in replica.services:
+            add(servicer, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        task = asyncio.create_task(replica.run())
+        channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
+        if hold is None:
+            await asyncio.wait_for(asyncio.shield(replica.model), 20)
+            await asyncio.sleep(0.05)  # the follower subscribes
+
+        async def stop() -> None:
+            if hold is not None:
+                hold.set()
+            await channel.close()
+            await server.stop(0)
+            if not replica.model.done():
+                await asyncio.wait([replica.model], timeout=10)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            replica.stop()
+            assert replica.registry.streams(PROJECT) == {}, "a stream still holds its version"
+
+        running.append(stop)
+        completions = completion_pb2_grpc.CompletionServiceStub(channel)
+        return World(runtime, peers, replica, completions, serving_pb2_grpc.ServingServiceStub(channel), reference)
+
+    yield make
+    for stop in running:
+        await stop()
+
+
+@pytest.fixture
+async def world(worlds: Callable[..., Any]) -> World:
+    made: World = await worlds()
+    return made
+
+
+# --- completions ---
+
+
+async def test_a_stream_is_started_deltas_finished(world: World) -> None:
+    stream = await world.complete().end()
+    assert stream.started.model == "tiny" and stream.started.adapter_sha256 == "" == stream.started.checkpoint
+    assert stream.started.completion_id and stream.started.prompt_tokens == len("\x00a.py\ndef main():")
+    assert stream.reason == "LENGTH" and stream.finished.usage.completion_tokens == 24
+    assert stream.finished.usage.prompt_tokens == stream.started.prompt_tokens
+    timings = stream.finished.timings
+    assert 0 <= timings.first_token_seconds <= timings.total_seconds < 20
+    assert stream.text == (await world.complete().end()).text
+
+
+async def test_stop_rules_and_sampling(world: World) -> None:
+    whole = (await world.complete(max_tokens=60).end()).text
+    needle = whole[20:23]
+    stopped = await world.complete(stop=pb.StopRule(max_tokens=60, strings=[needle])).end()
+    assert stopped.text == whole[: whole.index(needle)] and stopped.reason == "STOP"
+    sampling = pb.Sampling(temperature=1.2, top_p=0.9, repetition_penalty=1.1, seed=5)
+    one, two = [(await world.complete(sampling=sampling).end()).text for _ in range(2)]
+    assert one == two != whole[: len(one)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "at"),
+    [
+        ({"prompt": pb.CodePrompt(path="a.py")}, errors.EmptyPrompt, "prompt"),
+        ({"parent": "demo"}, errors.InvalidName, "parent"),
+        ({"parent": "projects/none"}, errors.ProjectNotFound, "parent"),
+        ({"stop": pb.StopRule(max_tokens=0)}, errors.InvalidArgument, "stop.max_tokens"),
+        ({"stop": pb.StopRule(strings=[""])}, errors.InvalidArgument, "stop.strings"),
+        ({"sampling": pb.Sampling(temperature=-1)}, errors.InvalidArgument, "sampling.temperature"),
+        ({"sampling": pb.Sampling(top_p=float("nan"))}, errors.InvalidArgument, "sampling.top_p"),
+        ({"adapter": pb.AdapterChoice(checkpoint="x")}, errors.InvalidName, "adapter.checkpoint"),
+        (
+            {"adapter": pb.AdapterChoice(checkpoint="projects/other/runs/r/checkpoints/1")},
+            errors.InvalidArgument,
+            "adapter.checkpoint",
+        ),
+        ({"adapter": pb.AdapterChoice(checkpoint=f"{RUN}/checkpoints/404")}, errors.CheckpointNotFound, "checkpoint"),
+        ({"stop": pb.StopRule(max_tokens=500)}, errors.PromptTooLong, "prompt.path"),
+    ],
+)
+async def test_bad_requests_name_the_field(world: World, fields: Any, error: type, at: str) -> None:
+    answer = await refused(world.complete(**fields))
+    assert type(answer) is error and answer.field == at and str(answer)
+
+
+async def test_deadline_gives_the_text_so_far(world: World) -> None:
+    stream = await world.complete(max_tokens=200, timeout=0.3, prefix="x" * 40).end()
+    assert stream.reason in ("DEADLINE", "LENGTH") and stream.text
+
+
+async def test_a_caller_that_goes_away_frees_its_place(world: World) -> None:
+    stream = await world.complete(max_tokens=220).begin()
+    stream.call.cancel()
+    engine = world.replica.model.result().engine
+    await until(lambda: engine.load == (0, 0) and world.replica.registry.streams(PROJECT) == {})
+
+
+async def test_a_full_queue_refuses_with_a_time_to_come_back(worlds: Callable[..., Any]) -> None:
+    world = await worlds(limits=Limits(running=1, waiting=1, step_tokens=32, kv_tokens=8192))
+    running = await world.complete(max_tokens=220).begin()
+    waiting = asyncio.create_task(world.complete(max_tokens=2).end())
+    engine = world.replica.model.result().engine
+    await until(lambda: engine.load[1] == 1 or waiting.done())
+    if not waiting.done():
+        answer = await refused(world.complete(max_tokens=2))
+        assert type(answer) is errors.QueueFull and answer.retry_after
+    assert (await running.end()).finished and (await waiting).reason == "LENGTH"
+
+
+async def test_completions_wait_for_the_model_or_say_that_it_loads(worlds: Callable[..., Any]) -> None:
+    hold = threading.Event()
+    world = await worlds(hold=hold, inference_load_wait_seconds=0.2)
+    models = await world.completions.ListModels(pb.ListModelsRequest())
+    assert [model.cached for model in models.models] == [False]
+    answer = await refused(world.complete())
+    assert type(answer) is errors.ModelLoading and answer.retry_after
+    assert not (await world.status()).status.ready
+    hold.set()
+    await asyncio.wait_for(asyncio.shield(world.replica.model), 20)
+    assert (await world.complete().end()).reason == "LENGTH" and (await world.status()).status.ready
+
+
+async def test_chat_needs_a_template_and_renders_with_it(world: World) -> None:
+    message = pb.ChatMessage(role=pb.CHAT_ROLE_USER, content="<|endoftext|>hi")
+    request = pb.ChatRequest(parent=PROJECT, messages=[message], stop=pb.StopRule(max_tokens=3))
+    answer = await refused(Stream(world.completions.Chat(request, timeout=10)))
+    assert type(answer) is errors.ChatUnsupported
+    tokenizer = world.replica.model.result().tokenizer
+    tokenizer.chat_template = "{% for m in messages %}<file_sep>{{ m.role }}:{{ m.content }}{% endfor %}"
+    try:
+        stream = await Stream(world.completions.Chat(request, timeout=10)).end()
+    finally:
+        tokenizer.chat_template = None
+    assert stream.started.prompt_tokens == 1 + len("user:<|endoftext|>hi"), "markers in a message are only text"
+    assert stream.reason == "LENGTH"
+
+
+async def test_score_is_not_offered_yet(world: World) -> None:
+    answer = await refused_call(world.completions.Score(pb.ScoreRequest(parent=PROJECT)))
+    assert type(answer) is errors.NotSupported
+
+
+# --- swaps ---
+
+
+async def test_a_new_best_is_swapped_in_under_a_running_stream(world: World) -> None:
+    base_text = (await world.complete(max_tokens=200).end()).text
+    running = await world.complete(max_tokens=200).begin()
+    best = await world.store(10, seed=1)
+    await world.publish(best)
+    await world.until_active(best.sha256)
+    after = await world.complete(max_tokens=200).end()
+    assert (await running.end()).text == base_text and running.started.adapter_sha256 == ""
+    assert after.started.adapter_sha256 == best.sha256 and after.started.checkpoint == best.checkpoint
+    assert after.text != base_text
+    status = (await world.status()).status
+    assert status.converged and status.active_checkpoint == best.checkpoint and status.last_swap_seconds > 0
+    swapped = world.told("codegraft.inference.adapter.swapped.v1")
+    assert swapped[-1].unpack(events_pb2.AdapterSwapped).to_sha256 == best.sha256
+
+
+async def test_streams_over_swaps_equal_their_replay(world: World) -> None:
+    bests = [await world.store(step, seed=step) for step in (1, 2, 3)]
+    replay = {best.sha256: "" for best in bests} | {"": ""}
+    for best in (None, *bests):
+        choice = pb.AdapterChoice(checkpoint=best.checkpoint) if best else pb.AdapterChoice(base=True)
+        stream = await world.complete(max_tokens=60, adapter=choice).end()
+        assert stream.started.adapter_sha256 == (best.sha256 if best else "")
+        replay[stream.started.adapter_sha256] = stream.text
+    assert len(set(replay.values())) == 4
+    seen: list[Stream] = []
+    done = asyncio.Event()
+
+    async def editor() -> None:
+        while not done.is_set():
+            seen.append(await world.complete(max_tokens=60).end())
+
+    editors = [asyncio.create_task(editor()) for _ in range(3)]
+    for best in bests:
+        await asyncio.sleep(0.15)
+        await world.publish(best)
+        await world.until_active(best.sha256)
+    await asyncio.sleep(0.15)
+    done.set()
+    await asyncio.gather(*editors)
+    assert {stream.started.adapter_sha256 for stream in seen} == set(replay)
+    assert all(stream.text == replay[stream.started.adapter_sha256] for stream in seen)
+    assert len(world.replica.registry.holdings()) <= 2, "one active, one idle"
+
+
+async def test_policies_off_pinned_latest_best(world: World) -> None:
+    one, two = await world.store(1, seed=1), await world.store(2, seed=2)
+    world.peers.best_checkpoint = two
+
+    async def choose(mode: Any, checkpoint: str = "") -> tuple[str, bool]:
+        request = serving_pb2.SetServingRequest(parent=PROJECT, mode=mode, checkpoint=checkpoint)
+        await world.serving.SetServing(request)
+        stream = await world.complete(max_tokens=2).end()
+        return stream.started.adapter_sha256, (await world.status()).status.converged
+
+    assert await choose(serving_pb2.SERVING_MODE_PINNED, one.checkpoint) == (one.sha256, True)
+    assert await choose(serving_pb2.SERVING_MODE_LATEST_BEST) == (two.sha256, True)
+    assert await choose(serving_pb2.SERVING_MODE_OFF) == ("", True)
+    await world.publish(await world.store(3, seed=3))
+    await asyncio.sleep(0.1)
+    assert (await world.complete(max_tokens=2).end()).started.adapter_sha256 == "", "OFF stays off"
+    assert await choose(serving_pb2.SERVING_MODE_PINNED, one.checkpoint) == (one.sha256, True)
+    await world.publish(await world.store(4, seed=4))
+    await asyncio.sleep(0.1)
+    assert (await world.complete(max_tokens=2).end()).started.adapter_sha256 == one.sha256, "a pin stays"
+    serving = (await world.status()).serving
+    stale = serving_pb2.SetServingRequest(parent=PROJECT, mode=serving_pb2.SERVING_MODE_OFF, etag="1")
+    assert serving.etag != "1" and type(await refused_call(world.serving.SetServing(stale))) is errors.EtagMismatch
+
+
+async def test_a_project_without_policy_follows_the_latest_best(world: World) -> None:
+    assert (await world.status()).serving.mode == serving_pb2.SERVING_MODE_LATEST_BEST
+    best = await world.store(1, seed=1)
+    world.peers.best_checkpoint = best  # its event was lost
+    assert (await world.complete(max_tokens=2).end()).started.adapter_sha256 == best.sha256
+
+
+async def test_a_lost_event_is_caught_up_by_the_reconcile(worlds: Callable[..., Any]) -> None:
+    world = await worlds(inference_reconcile_seconds=0.1)
+    assert (await world.complete(max_tokens=2).end()).started.adapter_sha256 == ""
+    best = world.peers.best_checkpoint = await world.store(1, seed=1)
+    await world.until_active(best.sha256)
+
+
+async def test_an_event_serves_while_the_trainer_is_down(world: World) -> None:
+    world.peers.down = True
+    best = await world.store(1, seed=1)
+    await world.publish(best)
+    await world.until_active(best.sha256)
+    late = await world.store(0, seed=9)
+    await world.publish(late)  # an older one of the same run, with a higher loss
+    await asyncio.sleep(0.2)
+    assert (await world.complete(max_tokens=2).end()).started.adapter_sha256 == best.sha256
+
+
+async def test_a_cold_replica_starts_on_the_durable_version(world: World, worlds: Callable[..., Any]) -> None:
+    best = await world.store(1, seed=1)
+    await world.publish(best)
+    await world.until_active(best.sha256)
+    other = await worlds(runtime=world.runtime, peers=Peers(down=True), inference_replica="r2")
+    assert (await other.complete(max_tokens=2).end()).started.adapter_sha256 == best.sha256
+    request = serving_pb2.SetServingRequest(parent=PROJECT, mode=serving_pb2.SERVING_MODE_OFF)
+    await other.serving.SetServing(request)
+    await until(lambda: world.replica.registry.active(PROJECT) is None)  # every replica converges
+
+
+def _nan(parts: dict[str, Any]) -> None:
+    next(iter(parts["tensors"].values()))[0, 0] = float("nan")
+
+
+def _shape(parts: dict[str, Any]) -> None:
+    name = next(iter(parts["tensors"]))
+    parts["tensors"][name] = torch.zeros(4, 5)
+
+
+def _unknown_layer(parts: dict[str, Any]) -> None:
+    parts["tensors"]["base_model.model.lm_head.lora_A.weight"] = torch.zeros(4, 64)
+
+
+def _half_pair(parts: dict[str, Any]) -> None:
+    parts["tensors"].popitem()
+
+
+SPOILED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "other base model": (lambda p: p.update(base_digest="e" * 64), "BASE_MODEL_MISMATCH"),
+    "digest": (lambda p: p.update(sha256="f" * 64), "DIGEST_MISMATCH"),
+    "rank of the manifest": (lambda p: p.update(lora_r=2), "ADAPTER_REJECTED"),
+    "rank above the limit": (lambda p: p.update(lora_r=64), "ADAPTER_REJECTED"),
+    "not finite": (_nan, "ADAPTER_REJECTED"),
+    "shape": (_shape, "ADAPTER_REJECTED"),
+    "unknown layer": (_unknown_layer, "ADAPTER_REJECTED"),
+    "half a pair": (_half_pair, "ADAPTER_REJECTED"),
+    "nothing": (lambda p: p.update(tensors={"x": torch.zeros(0)}), "ADAPTER_REJECTED"),
+    "truncated": (lambda p: p.update(data=save(p["tensors"])[:-100]), "ADAPTER_REJECTED"),
+    "pickle": (lambda p: p["extra"].update({"adapter_model.bin": b"\x80\x04."}), "ADAPTER_REJECTED"),
+    "pickle as safetensors": (lambda p: p.update(data=b"\x80\x04]q\x00." * 10), "ADAPTER_REJECTED"),
+    "config": (lambda p: p["config"].pop("r"), "ADAPTER_REJECTED"),
+    "dora": (lambda p: p["config"].update(use_dora=True), "ADAPTER_REJECTED"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+async def test_a_bad_adapter_never_serves(world: World, case: str) -> None:
+    spoil, reason = SPOILED[case]
+    good = await world.store(1, seed=1)
+    await world.publish(good)
+    await world.until_active(good.sha256)
+    before = (await world.complete().end()).text
+    bad = await world.store(2, 2, spoil)
+    began = time.monotonic()
+    await world.publish(bad)
+    rejected = "codegraft.inference.adapter.rejected.v1"
+    await until(lambda: bool(world.told(rejected)))
+    assert time.monotonic() - began < 1.0
+    event = world.told(rejected)[0].unpack(events_pb2.AdapterRejected)
+    assert (event.reason, event.checkpoint) == (reason, bad.checkpoint) and event.message
+    after = await world.complete().end()
+    assert after.started.adapter_sha256 == good.sha256 and after.text == before
+    state = await world.status()
+    assert state.status.failure.reason == reason and state.serving.wanted_sha256 == good.sha256
+    answer = await refused_call(world.serving.LoadAdapter(serving_pb2.LoadAdapterRequest(checkpoint=bad.checkpoint)))
+    assert answer.reason == reason
+    await world.publish(await world.store(3, seed=3))  # the next good one is taken as if nothing had been
+    await until(lambda: not world.replica.follower.standing(PROJECT).failure)
+
+
+async def test_a_pin_that_is_not_there_or_does_not_fit_is_refused(world: World) -> None:
+    def pin(checkpoint: str) -> Any:
+        return world.serving.SetServing(
+            serving_pb2.SetServingRequest(parent=PROJECT, mode=serving_pb2.SERVING_MODE_PINNED, checkpoint=checkpoint)
+        )
+
+    foreign = await world.store(5, 5, lambda parts: parts.update(base_digest="e" * 64))
+    assert type(await refused_call(pin(f"{RUN}/checkpoints/404"))) is errors.CheckpointNotFound
+    assert type(await refused_call(pin(foreign.checkpoint))) is errors.BaseModelMismatch
+    assert type(await refused_call(pin("nonsense"))) is errors.InvalidName
+    assert (await world.status()).serving.etag == ""
+    damaged = await world.store(6, 6, _nan)
+    serving = (await pin(damaged.checkpoint)).serving
+    state = await world.status()
+    assert serving.wanted_sha256 == damaged.sha256 and not state.status.converged
+    assert state.status.failure.reason == "ADAPTER_REJECTED" and state.status.active_sha256 == ""
+
+
+async def test_watch_tells_policy_and_swap(world: World) -> None:
+    watch = world.serving.WatchServing(serving_pb2.WatchServingRequest(parent=PROJECT))
+    first = await watch.read()
+    assert first.status.ready and first.status.active_sha256 == ""
+    best = await world.store(1, seed=1)
+    await world.publish(best)
+    while (state := await asyncio.wait_for(watch.read(), 5)).status.active_sha256 != best.sha256:
+        pass
+    assert state.status.converged and state.serving.wanted_checkpoint == best.checkpoint
+    watch.cancel()
+
+
+async def test_load_list_unload(world: World) -> None:
+    best = await world.store(1, seed=1)
+    loaded = await world.serving.LoadAdapter(serving_pb2.LoadAdapterRequest(checkpoint=best.checkpoint))
+    assert (loaded.adapter.lora_r, loaded.adapter.sha256) == (4, best.sha256) and loaded.adapter.size > 0
+    listed = await world.serving.ListAdapters(serving_pb2.ListAdaptersRequest(page_size=1))
+    assert [adapter.checkpoint for adapter in listed.adapters] == [best.checkpoint] and not listed.next_page_token
+    await world.publish(best)
+    await world.until_active(best.sha256)
+    unload = serving_pb2.UnloadAdapterRequest(checkpoint=best.checkpoint)
+    assert type(await refused_call(world.serving.UnloadAdapter(unload))) is errors.FailedPrecondition
+    request = serving_pb2.SetServingRequest(parent=PROJECT, mode=serving_pb2.SERVING_MODE_OFF)
+    await world.serving.SetServing(request)
+    await world.serving.UnloadAdapter(unload)
+    assert world.replica.registry.holdings() == []
+    assert type(await refused_call(world.serving.UnloadAdapter(unload))) is errors.CheckpointNotFound
+    negative = world.serving.ListAdapters(serving_pb2.ListAdaptersRequest(page_size=-1))
+    assert type(await refused_call(negative)) is errors.InvalidPageSize
+
+
+async def test_every_error_carries_its_details(world: World) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await world.complete(prompt=pb.CodePrompt()).end()
+    status = rpc_status.from_call(caught.value)
+    assert status is not None and caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT

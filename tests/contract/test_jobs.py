@@ -1,0 +1,580 @@
+"""Job queues and the runner: one suite over the fake and over JetStream."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from codegraft.common.v1.job_pb2 import (
+    JOB_STATE_CANCELLED,
+    JOB_STATE_FAILED,
+    JOB_STATE_QUEUED,
+    JOB_STATE_RUNNING,
+    JOB_STATE_SUCCEEDED,
+    JobState,
+    JobStatus,
+)
+from codegraft.trainer.v1.run_pb2 import Run
+from services.core import errors
+from services.core.backoff import Backoff
+from services.core.jobs import Delivery, JobContext, JobQueue, JobRunner, MemoryQueue, new_status, request_cancel
+from services.core.jobs.nats import DEAD_STREAM, STREAM, NatsQueue
+from services.core.jobs.states import claim
+from services.core.nats_connection import NatsConnection, connect
+from services.core.state import MemoryState, Table
+from services.core.state.nats import NatsState
+
+if TYPE_CHECKING:
+    from tests.conftest import NatsServer
+
+ACK_WAIT = timedelta(seconds=1)
+LEASE = timedelta(seconds=0.9)
+RETRY = Backoff(first=timedelta(milliseconds=20), longest=timedelta(milliseconds=50))
+NAME = "projects/p/runs/r"
+
+Handler = Callable[[JobContext[Run]], Awaitable[None]]
+
+
+@dataclass
+class World:
+    """A queue and a table that no other test uses."""
+
+    queue: JobQueue
+    table: Table[Run]
+    kind: str
+    connection: NatsConnection | None = None
+
+    async def dead(self) -> list[tuple[str, str]]:
+        """Dead letters: name and why."""
+        if isinstance(self.queue, MemoryQueue):
+            return [(name, why) for kind, name, why in self.queue.dead if kind == self.kind]
+        assert self.connection is not None
+        info = await self.connection.js.stream_info(DEAD_STREAM, subjects_filter=f"dead.{self.kind}.>")
+        letters = []
+        for subject in info.state.subjects or {}:
+            letter = await self.connection.js.get_last_msg(DEAD_STREAM, subject)
+            letters.append(((letter.data or b"").decode(), (letter.headers or {})["Codegraft-Reason"]))
+        return letters
+
+    async def lose_messages(self) -> None:
+        """The queue forgets everything."""
+        if isinstance(self.queue, MemoryQueue):
+            self.queue._items.clear()
+        else:
+            assert self.connection is not None
+            await self.connection.js.purge_stream(STREAM, subject=f"jobs.{self.kind}.>")
+
+    async def queued(self) -> bool:
+        """Whether a message waits; takes nothing off."""
+        if isinstance(self.queue, MemoryQueue):
+            return bool(self.queue._items)
+        assert self.connection is not None
+        info = await self.connection.js.stream_info(STREAM, subjects_filter=f"jobs.{self.kind}.>")
+        return bool(info.state.subjects)
+
+    def runner(self, handler: Handler, worker: str = "w", **settings: object) -> JobRunner[Run]:
+        return JobRunner(
+            self.kind,
+            self.table,
+            self.queue,
+            handler,
+            worker_id=worker,
+            **{"lease": LEASE, "retry": RETRY, **settings},  # type: ignore[arg-type]
+        )
+
+    @contextlib.asynccontextmanager
+    async def working(
+        self, handler: Handler, worker: str = "w", **settings: object
+    ) -> AsyncIterator[asyncio.Task[None]]:
+        task: asyncio.Task[None] = asyncio.create_task(self.runner(handler, worker, **settings).run())
+        try:
+            yield task
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def create(self, name: str = NAME, submit: bool = True) -> None:
+        await self.table.create(Run(name=name, status=new_status()))
+        if submit:
+            await self.queue.submit(self.kind, name)
+
+    async def reaches(self, state: JobState, name: str = NAME, seconds: float = 10) -> JobStatus:
+        async with asyncio.timeout(seconds):
+            async for run in self.table.watch(name):
+                if run.status.state == state:
+                    return run.status
+        raise AssertionError("deleted")
+
+
+@pytest.fixture(params=["memory", "nats"])
+async def world(request: pytest.FixtureRequest) -> AsyncIterator[World]:
+    kind = f"k{uuid.uuid4().hex}"
+    if request.param == "memory":
+        yield World(MemoryQueue(ack_wait=ACK_WAIT), Table(MemoryState(), Run, missing=errors.RunNotFound), kind)
+        return
+    server: NatsServer = request.getfixturevalue("nats_server")
+    connection = await connect(server.url, user=server.user, password=server.password)
+    table = Table(NatsState(connection, kind), Run, missing=errors.RunNotFound)
+    yield World(NatsQueue(connection, ack_wait=ACK_WAIT), table, kind, connection)
+    await connection.close()
+
+
+# --- the queue --------------------------------------------------------------------------------------------------------
+
+
+async def taken(world: World, seconds: float = 5) -> Delivery:
+    return await world.queue.take(world.kind, seconds) or pytest.fail("nothing to take")
+
+
+async def test_first_in_first_out(world: World) -> None:
+    for name in ("projects/p/runs/b", "projects/p/runs/a"):
+        await world.queue.submit(world.kind, name)
+    first, second = await taken(world), await taken(world)
+    assert [first.name, second.name] == ["projects/p/runs/b", "projects/p/runs/a"]
+    assert [first.attempt, second.attempt] == [1, 1]
+    await first.ack()
+    await second.ack()
+    assert await world.queue.take(world.kind, 0.2) is None
+    assert not await world.queued()
+
+
+async def test_a_job_is_queued_once_until_it_is_off_the_queue(world: World) -> None:
+    await world.queue.submit(world.kind, NAME)
+    await world.queue.submit(world.kind, NAME)
+    delivery = await taken(world)
+    await world.queue.submit(world.kind, NAME)  # it is with a taker
+    assert await world.queue.take(world.kind, 0.2) is None
+    await delivery.ack()
+    await world.queue.submit(world.kind, NAME)
+    assert (await taken(world)).name == NAME
+
+
+async def test_kinds_are_apart(world: World) -> None:
+    await world.queue.submit(world.kind, NAME)
+    assert await world.queue.take(world.kind + "x", 0.2) is None
+    assert (await taken(world)).name == NAME
+
+
+async def test_a_taker_wakes_for_a_new_job(world: World) -> None:
+    taking = asyncio.create_task(world.queue.take(world.kind, 5))
+    await asyncio.sleep(0.1)
+    await world.queue.submit(world.kind, NAME)
+    assert (await asyncio.wait_for(taking, 1) or pytest.fail("nothing")).name == NAME
+
+
+async def test_a_silent_taker_loses_the_job(world: World) -> None:
+    await world.queue.submit(world.kind, NAME)
+    first = await taken(world)
+    assert await world.queue.take(world.kind, 0.3) is None
+    again = await taken(world)
+    assert (again.name, again.attempt) == (NAME, 2)
+    await again.ack()
+    await first.in_progress()  # late: changes nothing
+    assert await world.queue.take(world.kind, 0.2) is None
+
+
+async def test_a_busy_taker_keeps_the_job(world: World) -> None:
+    await world.queue.submit(world.kind, NAME)
+    delivery = await taken(world)
+    for _ in range(4):
+        assert await world.queue.take(world.kind, 0.5) is None
+        await delivery.in_progress()
+    await delivery.ack()
+
+
+async def test_nak_waits(world: World) -> None:
+    await world.queue.submit(world.kind, NAME)
+    await (await taken(world)).nak()
+    await (await taken(world, 0.5)).nak(0.6)
+    assert await world.queue.take(world.kind, 0.3) is None
+    again = await taken(world)
+    assert again.attempt == 3
+    await again.ack()
+
+
+async def test_dead_letters_are_kept(world: World) -> None:
+    await world.queue.submit(world.kind, NAME)
+    await (await taken(world)).dead_letter("INTERNAL:\r\nno ümlaut")
+    assert await world.queue.take(world.kind, 0.2) is None
+    [(name, why)] = await world.dead()
+    assert name == NAME
+    assert why.startswith("INTERNAL:")
+
+
+async def test_an_interrupted_take_leaves_the_job(world: World) -> None:
+    taking = asyncio.create_task(world.queue.take(world.kind, 5))
+    await asyncio.sleep(0.2)
+    taking.cancel()
+    await asyncio.gather(taking, return_exceptions=True)
+    await world.queue.submit(world.kind, NAME)
+    assert (await taken(world, 0.5)).attempt == 1
+
+
+# --- the runner: how an attempt ends ----------------------------------------------------------------------------------
+
+
+async def test_success(world: World) -> None:
+    seen: list[JobContext[Run]] = []
+
+    async def handler(context: JobContext[Run]) -> None:
+        seen.append(context)
+        assert (context.name, context.epoch, context.job.status.worker) == (NAME, 1, "w")
+        await context.progress(3, 4, "steps", "training")
+        await context.update(lambda run: setattr(run, "step", 3))
+        await context.progress(4, 4, "steps", "training")  # too soon to be written: the end carries it
+
+    await world.create()
+    async with world.working(handler):
+        status = await world.reaches(JOB_STATE_SUCCEEDED)
+    run = await world.table.get(NAME)
+    assert (run.step, status.epoch, status.attempt, status.worker) == (3, 1, 1, "")
+    assert (status.progress.done, status.progress.message) == (4, "training")
+    assert not status.HasField("lease_expire_time")
+    assert status.create_time.ToDatetime() <= status.start_time.ToDatetime() <= status.end_time.ToDatetime()
+    assert not await world.queued()
+    with pytest.raises(errors.LeaseLost):  # it has ended
+        await seen[0].update(lambda run: setattr(run, "step", 9))
+
+
+async def test_the_callers_fault_fails_at_once(world: World) -> None:
+    calls = 0
+
+    async def handler(context: JobContext[Run]) -> None:
+        nonlocal calls
+        calls += 1
+        raise errors.EmptyDataset("no file passed", hint="Loosen the filters.")
+
+    await world.create()
+    async with world.working(handler):
+        status = await world.reaches(JOB_STATE_FAILED)
+        await asyncio.sleep(0.3)
+    assert calls == 1
+    failure = status.failure
+    assert (failure.reason, failure.message, failure.hint) == ("EMPTY_DATASET", "no file passed", "Loosen the filters.")
+    assert await world.dead() == []
+    assert not await world.queued()
+
+
+async def test_other_failures_are_retried_then_buried(world: World) -> None:
+    attempts: list[int] = []
+
+    async def handler(context: JobContext[Run]) -> None:
+        attempts.append(context.job.status.attempt)
+        raise RuntimeError("secret /path")
+
+    await world.create()
+    async with world.working(handler, max_attempts=3):
+        status = await world.reaches(JOB_STATE_FAILED)
+        await asyncio.sleep(0.3)
+    assert attempts == [1, 2, 3]
+    assert status.failure.reason == "INTERNAL"
+    assert "RuntimeError" in status.failure.message
+    assert "secret" not in status.failure.message
+    [(name, why)] = await world.dead()
+    assert name == NAME
+    assert why.startswith("INTERNAL: ")
+    assert not await world.queued()
+
+
+async def test_a_retry_can_succeed(world: World) -> None:
+    async def handler(context: JobContext[Run]) -> None:
+        if context.job.status.attempt == 1:
+            raise errors.StoreUnavailable("try again")
+
+    await world.create()
+    async with world.working(handler):
+        status = await world.reaches(JOB_STATE_SUCCEEDED)
+    assert (status.attempt, status.epoch, status.HasField("failure")) == (2, 2, False)
+
+
+# --- the runner: cancellation -----------------------------------------------------------------------------------------
+
+
+async def test_cancelled_while_queued_never_starts(world: World) -> None:
+    started = asyncio.Event()
+
+    async def handler(context: JobContext[Run]) -> None:
+        started.set()
+
+    await world.create()
+    await world.table.mutate(NAME, lambda run: request_cancel(run.status))
+    async with world.working(handler):
+        async with asyncio.timeout(5):
+            while await world.queued():  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+    assert (await world.table.get(NAME)).status.state == JOB_STATE_CANCELLED
+    assert not started.is_set()
+
+
+async def test_cancelled_while_running(world: World) -> None:
+    async def handler(context: JobContext[Run]) -> None:
+        def in_a_thread() -> None:
+            while not context.is_cancelled():
+                stopped.wait(0.01)
+
+        await asyncio.to_thread(in_a_thread)
+        raise errors.JobCancelled("stopped")
+
+    import threading
+
+    stopped = threading.Event()
+    await world.create()
+    async with world.working(handler, lease=timedelta(seconds=30)):
+        await world.reaches(JOB_STATE_RUNNING)
+        began = asyncio.get_running_loop().time()
+        await world.table.mutate(NAME, lambda run: request_cancel(run.status))
+        status = await world.reaches(JOB_STATE_CANCELLED)
+        assert asyncio.get_running_loop().time() - began < 2  # not only at the next heartbeat
+    assert status.HasField("end_time")
+    async with asyncio.timeout(5):
+        while await world.queued():  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
+
+async def test_a_handler_that_does_not_listen_is_interrupted(world: World) -> None:
+    async def handler(context: JobContext[Run]) -> None:
+        await asyncio.sleep(60)
+
+    await world.create()
+    async with world.working(handler):
+        await world.reaches(JOB_STATE_RUNNING)
+        await world.table.mutate(NAME, lambda run: request_cancel(run.status))
+        assert (await world.reaches(JOB_STATE_CANCELLED)).attempt == 1
+
+
+async def test_a_deleted_job_is_dropped(world: World) -> None:
+    stopped = asyncio.Event()
+
+    async def handler(context: JobContext[Run]) -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            stopped.set()
+
+    await world.create()
+    async with world.working(handler):
+        await world.reaches(JOB_STATE_RUNNING)
+        await world.table.delete(NAME)
+        await asyncio.wait_for(stopped.wait(), 5)
+        async with asyncio.timeout(10):
+            while await world.queued():  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+    assert await world.table.find(NAME) is None
+
+
+# --- the runner: leases -----------------------------------------------------------------------------------------------
+
+
+async def test_a_long_job_keeps_its_lease(world: World) -> None:
+    """Longer than lease and ack wait, with a second worker that would take it."""
+    starts: list[str] = []
+
+    async def handler(context: JobContext[Run]) -> None:
+        starts.append(context.job.status.worker)
+        await asyncio.sleep(2.5)
+
+    await world.create()
+    async with world.working(handler, "a"), world.working(handler, "b"):
+        status = await world.reaches(JOB_STATE_SUCCEEDED)
+    assert (len(starts), status.epoch) == (1, 1)
+
+
+async def test_a_lost_workers_job_goes_to_another_and_the_late_one_is_fenced(world: World) -> None:
+    async def handler(context: JobContext[Run]) -> None:
+        await context.update(lambda run: setattr(run, "title", "second"))
+
+    await world.create()
+    delivery = await taken(world)  # a worker that claims the job, then hangs without a sign of life
+    job = await world.table.mutate(NAME, lambda run: claim(run.status, "hung", LEASE))
+    late = JobContext(world.table, job, NAME)
+    async with world.working(handler, "second"):
+        status = await world.reaches(JOB_STATE_SUCCEEDED)
+    assert (status.epoch, status.attempt) == (2, 2)
+    with pytest.raises(errors.LeaseLost):
+        await late.update(lambda run: setattr(run, "title", "late"))
+    with pytest.raises(errors.LeaseLost):
+        await late.progress(1, 2, "steps")
+    assert late.is_cancelled()
+    await delivery.ack()  # counts for nothing
+    assert (await world.table.get(NAME)).title == "second"
+
+
+async def test_a_running_handler_is_stopped_when_the_epoch_moves_on(world: World) -> None:
+    stopped = asyncio.Event()
+
+    async def handler(context: JobContext[Run]) -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            stopped.set()
+
+    def take_over(run: Run) -> None:
+        run.status.epoch += 1
+        run.status.worker = "other"
+        run.status.lease_expire_time.FromDatetime(datetime.now(UTC) + timedelta(minutes=1))
+
+    await world.create()
+    async with world.working(handler, lease=timedelta(seconds=30)):
+        await world.reaches(JOB_STATE_RUNNING)
+        await world.table.mutate(NAME, take_over)
+        await asyncio.wait_for(stopped.wait(), 2)
+    status = (await world.table.get(NAME)).status
+    assert (status.state, status.epoch, status.worker) == (JOB_STATE_RUNNING, 2, "other")  # left alone
+
+
+async def test_workers_that_vanish_use_up_the_attempts(world: World) -> None:
+    def vanish(run: Run) -> None:
+        claim(run.status, "gone", timedelta(seconds=-1))
+        run.status.attempt = 3
+
+    async def handler(context: JobContext[Run]) -> None:
+        raise AssertionError("never started again")
+
+    await world.create(submit=False)
+    await world.table.mutate(NAME, vanish)
+    async with world.working(handler, max_attempts=3):
+        status = await world.reaches(JOB_STATE_FAILED)
+        async with asyncio.timeout(5):
+            while not await world.dead():  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+    assert "vanished 3 times" in status.failure.message
+
+
+async def test_lost_messages_are_reconciled(world: World) -> None:
+    async def handler(context: JobContext[Run]) -> None:
+        pass
+
+    await world.create("projects/p/runs/never-submitted", submit=False)
+    await world.create("projects/p/runs/lost")
+    await world.create("projects/p/runs/orphan")
+    await world.lose_messages()
+    orphan = "projects/p/runs/orphan"
+    await world.table.mutate(orphan, lambda run: claim(run.status, "gone", timedelta(seconds=0.5)))
+    async with world.working(handler):
+        for name in ("never-submitted", "lost", "orphan"):
+            await world.reaches(JOB_STATE_SUCCEEDED, f"projects/p/runs/{name}")
+    assert (await world.table.get(orphan)).status.epoch == 2
+
+
+async def test_shutdown_gives_the_job_back(world: World) -> None:
+    started = asyncio.Event()
+
+    async def handler(context: JobContext[Run]) -> None:
+        started.set()
+        await asyncio.sleep(60)
+
+    async def quick(context: JobContext[Run]) -> None:
+        pass
+
+    await world.create()
+    async with world.working(handler, lease=timedelta(seconds=30)):
+        await asyncio.wait_for(started.wait(), 5)
+    status = (await world.table.get(NAME)).status
+    assert (status.state, status.attempt, status.worker) == (JOB_STATE_QUEUED, 0, "")
+    async with world.working(quick, "next"):
+        status = await world.reaches(JOB_STATE_SUCCEEDED, seconds=3)  # at once, not when the ack wait is over
+    assert (status.epoch, status.attempt) == (2, 1)
+
+
+async def test_more_workers_take_more_jobs(world: World) -> None:
+    async def handler(context: JobContext[Run]) -> None:
+        await asyncio.sleep(0.3)
+
+    names = [f"projects/p/runs/r{number}" for number in range(6)]
+    for name in names:
+        await world.create(name)
+    async with contextlib.AsyncExitStack() as workers:
+        for number in range(3):
+            await workers.enter_async_context(world.working(handler, f"w{number}"))
+        for name in names:
+            assert (await world.reaches(JOB_STATE_SUCCEEDED, name)).epoch == 1
+
+
+# --- the real server only ---------------------------------------------------------------------------------------------
+
+WORKER = """
+import asyncio, sys
+from services.core import errors
+from services.core.jobs import JobRunner
+from services.core.jobs.nats import NatsQueue
+from services.core.nats_connection import connect
+from services.core.state import Table
+from services.core.state.nats import NatsState
+from codegraft.trainer.v1.run_pb2 import Run
+from datetime import timedelta
+
+async def main(url, user, password, kind):
+    connection = await connect(url, user=user, password=password)
+    async def handler(context):
+        await context.update(lambda run: setattr(run, "step", 7))
+        await asyncio.sleep(60)
+    table = Table(NatsState(connection, kind), Run, missing=errors.RunNotFound)
+    queue = NatsQueue(connection, ack_wait=timedelta(seconds=1))
+    await JobRunner(kind, table, queue, handler, worker_id="doomed", lease=timedelta(seconds=0.9)).run()
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("world", ["nats"], indirect=True)
+async def test_the_job_of_a_killed_process_goes_on_elsewhere(world: World, nats_server: NatsServer) -> None:
+    async def handler(context: JobContext[Run]) -> None:
+        assert context.job.step == 7  # what the dead worker had reached
+        await context.update(lambda run: setattr(run, "step", 8))
+
+    await world.create()
+    arguments = [nats_server.url, nats_server.user, nats_server.password, world.kind]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", WORKER, *arguments, cwd=Path(__file__).parents[2]
+    )
+    try:
+        async with asyncio.timeout(20):
+            async for run in world.table.watch(NAME):
+                if run.step == 7:
+                    break
+        os.kill(process.pid, signal.SIGKILL)
+        async with world.working(handler, "rescuer"):
+            status = await world.reaches(JOB_STATE_SUCCEEDED)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+    assert (status.epoch, status.attempt, (await world.table.get(NAME)).step) == (2, 2, 8)
+
+
+async def test_jobs_go_on_over_a_restart_of_the_server(own_nats_server: NatsServer) -> None:
+    connection = await connect(own_nats_server.url, user=own_nats_server.user, password=own_nats_server.password)
+    table = Table(NatsState(connection, "jobs"), Run, missing=errors.RunNotFound)
+    world = World(NatsQueue(connection, ack_wait=ACK_WAIT), table, "run", connection)
+    go_on = asyncio.Event()
+
+    async def handler(context: JobContext[Run]) -> None:
+        await context.update(lambda run: setattr(run, "step", 1))
+        if context.name == NAME:
+            await go_on.wait()
+        await context.update(lambda run: setattr(run, "step", 2))
+
+    async with world.working(handler):
+        await world.create()
+        await world.reaches(JOB_STATE_RUNNING)
+        own_nats_server.stop()
+        await asyncio.sleep(1.2)  # longer than the lease
+        go_on.set()
+        await asyncio.sleep(0.2)
+        own_nats_server.start()
+        status = await world.reaches(JOB_STATE_SUCCEEDED, seconds=20)
+        assert (status.epoch, status.attempt) == (1, 1)  # the outage cost no attempt
+        await world.create("projects/p/runs/next")
+        await world.reaches(JOB_STATE_SUCCEEDED, "projects/p/runs/next", seconds=20)
+    await connection.close()

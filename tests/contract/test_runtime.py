@@ -1,0 +1,68 @@
+"""The runtime over real servers: everything opens, works together, and tells when a server is gone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from codegraft.ingest.v1.snapshot_pb2 import SnapshotManifest
+from services.core import errors
+from services.core.config import CoreSettings
+from services.core.names import new_id
+from services.core.runtime import Runtime
+from services.core.store.s3 import S3Address
+
+
+def settings_for(nats: Any, s3: S3Address, cache: Path) -> CoreSettings:
+    return CoreSettings(
+        nats_url=nats.url,
+        nats_user=nats.user,
+        nats_password=SecretStr(nats.password),
+        s3_endpoint=s3.endpoint,
+        s3_access_key=SecretStr(s3.access_key),
+        s3_secret_key=SecretStr(s3.secret_key),
+        s3_bucket=s3.bucket,
+        cache_dir=cache,
+        startup_timeout_seconds=5,
+    )
+
+
+async def test_everything_opens_and_works(own_nats_server: Any, s3_server: S3Address, tmp_path: Path) -> None:
+    name = f"projects/{new_id('p')}/snapshots/s"
+    settings = settings_for(own_nats_server, s3_server, tmp_path / "cache")
+    async with Runtime.open("ingest", settings) as runtime:
+        await runtime.check()
+        assert await runtime.state("ingest").create(name, b"1") > 0
+        await runtime.artifacts.commit(name, SnapshotManifest(name=name), {"a": b"1"})
+        await runtime.events.publish(
+            "codegraft.ingest.snapshot.created.v1", name, SnapshotManifest(name=name), id=new_id("e")
+        )
+        await runtime.jobs.submit("scan", name)
+        delivery = await runtime.jobs.take("scan", 2)
+        assert delivery is not None
+        assert delivery.name == name
+        await delivery.ack()
+
+    async with Runtime.open("ingest", settings) as again:
+        entry = await again.state("ingest").get(name)
+        assert entry is not None
+        assert entry.value == b"1"
+        assert (await again.artifacts.manifest(name, SnapshotManifest)).name == name
+        own_nats_server.stop()
+        with pytest.raises(errors.StateUnavailable):
+            for _ in range(200):
+                await again.check()
+        own_nats_server.start()
+
+
+async def test_wrong_store_credentials_are_named(own_nats_server: Any, s3_server: S3Address, tmp_path: Path) -> None:
+    settings = settings_for(own_nats_server, s3_server, tmp_path).model_copy(
+        update={"s3_secret_key": SecretStr("something-else"), "startup_timeout_seconds": 0.5}
+    )
+    with pytest.raises(errors.StoreUnavailable, match=r"gave up .*refuses the credentials") as raised:
+        async with Runtime.open("ingest", settings):
+            pass
+    assert "CODEGRAFT_S3_SECRET_KEY" in raised.value.hint

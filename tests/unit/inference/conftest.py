@@ -1,0 +1,36 @@
+"""Fixtures over tiny.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from services.inference.engine.scheduler import Limits
+from tests.unit.inference.tiny import Bench, make_model, make_tokenizer
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def reference(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    return make_model(tokenizer)
+
+
+@pytest.fixture
+def bench(reference: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Iterator[Bench]:
+    made = Bench(reference, tokenizer, Limits(running=4, waiting=6, step_tokens=16, kv_tokens=2048))
+    made.engine.start()
+    yield made
+    made.engine.stop()
+    assert made.runner.sequences_held == 0, "keys and values of an ended sequence are still held"

@@ -1,0 +1,205 @@
+"""The engine over a real (tiny) model: the same tokens as transformers, alone, together, and under adapters."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GraniteConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Starcoder2Config,
+)
+
+from services.core import errors
+from services.inference.engine.engine import Engine
+from services.inference.engine.scheduler import Limits, Work
+from services.inference.engine.sequence import Reason, Sampling, Sequence
+from tests.unit.inference.tiny import Bench, greedy, marker, merged
+
+PROMPTS = [[random.Random(n).randrange(256) for _ in range(size)] for n, size in enumerate([1, 7, 40, 90, 16, 17])]
+
+
+def test_tokens_are_those_of_transformers(bench: Bench, reference: LlamaForCausalLM) -> None:
+    for prompt in PROMPTS:
+        assert bench.submit(prompt, 20).wait().new == greedy(reference, prompt, 20)
+
+
+def test_tokens_do_not_depend_on_the_company(bench: Bench, reference: LlamaForCausalLM) -> None:
+    heard = [bench.submit(prompt, 30) for prompt in PROMPTS]
+    for prompt, one in zip(PROMPTS, heard, strict=True):
+        assert one.wait().new == greedy(reference, prompt, 30)
+        assert one.reason is Reason.LENGTH
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Qwen2Config(num_key_value_heads=2, bos_token_id=None, eos_token_id=None),
+        Starcoder2Config(num_key_value_heads=1, sliding_window=24, bos_token_id=None, eos_token_id=None),
+        GraniteConfig(num_key_value_heads=4, attention_multiplier=0.3, bos_token_id=None, eos_token_id=None),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_every_architecture_of_the_catalogue(config: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    torch.manual_seed(1)
+    config.update({"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 96, "initializer_range": 0.3})
+    config.update({"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 256})
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    bench = Bench(model, tokenizer, Limits(running=4, step_tokens=16))
+    bench.engine.start()
+    heard = [bench.submit(prompt, 12) for prompt in PROMPTS]
+    expected = [greedy(model, prompt, 12) for prompt in PROMPTS]
+    assert [one.wait().new for one in heard] == expected
+    bench.engine.stop()
+
+
+def test_each_sequence_runs_on_its_own_adapter(bench: Bench, reference: LlamaForCausalLM) -> None:
+    versions = [None, marker(bench.model, 1), marker(bench.model, 2, rank=8), None, marker(bench.model, 1)]
+    heard = [bench.submit(PROMPTS[3], 20, adapter=weights) for weights in versions]
+    texts = [one.wait().new for one in heard]
+    expected = [greedy(merged(reference, w) if w else reference, PROMPTS[3], 20) for w in versions]
+    assert texts == expected
+    assert texts[0] == texts[3] and texts[1] == texts[4]
+    assert len({tuple(text) for text in texts}) == 3, "the markers must tell the versions apart"
+
+
+def test_a_b_a_gives_the_tokens_of_a_again(bench: Bench) -> None:
+    a, b = marker(bench.model, 1), marker(bench.model, 2)
+    first, other, again = (bench.submit(PROMPTS[2], 20, adapter=weights).wait().new for weights in (a, b, a))
+    assert first == again != other
+
+
+def test_cancel_frees_the_sequence_within_a_step(bench: Bench) -> None:
+    heard = bench.submit(PROMPTS[1], 400).wait(lambda output: output.tokens > 0)
+    bench.engine.cancel(heard.sequence)
+    assert heard.wait().reason is Reason.CANCELLED
+    assert bench.runner.sequences_held == 0 and bench.engine.load == (0, 0)
+    bench.engine.cancel(heard.sequence)  # once more does no harm
+
+
+def test_deadline_gives_the_text_so_far(bench: Bench) -> None:
+    heard = bench.submit(PROMPTS[1], 1900, deadline=time.monotonic() + 0.15).wait()
+    assert heard.reason is Reason.DEADLINE
+    assert 0 < heard.sequence.generated < 1900 and heard.text
+
+
+def test_a_newer_request_of_the_session_takes_the_place(bench: Bench) -> None:
+    older = bench.submit(PROMPTS[1], 400, session="editor")
+    newer = bench.submit(PROMPTS[1], 3, session="editor")
+    assert older.wait().reason is Reason.SUPERSEDED
+    assert newer.wait().reason is Reason.LENGTH
+
+
+def test_the_queue_is_bounded(bench: Bench) -> None:
+    running = [bench.submit(PROMPTS[0], 400).wait(lambda output: output.started) for _ in range(4)]
+    waiting = [bench.submit(PROMPTS[0], 400) for _ in range(6)]
+    with pytest.raises(errors.QueueFull) as refused:
+        bench.submit(PROMPTS[0], 4)
+    assert refused.value.retry_after
+    for heard in (*running, *waiting):
+        bench.engine.cancel(heard.sequence)
+        assert heard.wait().reason is Reason.CANCELLED
+
+
+def test_same_seed_same_tokens(bench: Bench) -> None:
+    sampling = Sampling(temperature=1.0, top_p=0.95, top_k=50, seed=3)
+    one, two = (bench.submit(PROMPTS[1], 24, sampling=sampling) for _ in range(2))
+    other = bench.submit(PROMPTS[1], 24, sampling=Sampling(temperature=1.0, top_p=0.95, top_k=50, seed=4))
+    assert one.wait().new == two.wait().new != other.wait().new
+
+
+def test_generation_begins_with_the_overhang(bench: Bench) -> None:
+    heard = bench.submit(PROMPTS[1], 5, overhang="\n  é").wait()
+    assert bytes(b for token in heard.new for b in bench.vocabulary[token]).startswith("\n  é".encode())
+    assert heard.sequence.generated == 5 and len(heard.new) == 5 + len("\n  é".encode())
+    assert not heard.text.startswith("\n  é")
+
+
+def test_stop_token_ends_without_text(bench: Bench, reference: LlamaForCausalLM) -> None:
+    tokens = greedy(reference, PROMPTS[1], 8)
+    at = next(n for n in range(1, 8) if tokens[n] not in tokens[:n])
+    heard = bench.submit(PROMPTS[1], 8, stop_ids=frozenset({tokens[at]})).wait()
+    assert heard.reason is Reason.END_OF_TEXT and heard.new == tokens[:at]
+
+
+class Failing:
+    """A runner whose every second step fails."""
+
+    def __init__(self) -> None:
+        self.steps, self.released = 0, 0
+
+    def step(self, work: list[Work]) -> list[int | None]:
+        self.steps += 1
+        if self.steps == 2:
+            raise MemoryError("no room")
+        for item in work:
+            item.sequence.computed = item.start + item.count
+        return [65 if item.samples else None for item in work]
+
+    def release(self, sequence: Sequence) -> None:
+        self.released += 1
+
+
+def test_a_failing_step_ends_its_sequences_and_the_engine_goes_on(bench: Bench) -> None:
+    runner = Failing()
+    engine = Engine(runner, Limits())
+    first, second = bench.make([1], 5), bench.make([1], 5)
+    engine.start()
+    engine.submit(first.sequence)
+    assert first.wait().reason is Reason.FAILED
+    engine.submit(second.sequence)
+    assert second.wait().reason is Reason.LENGTH and second.new == [65] * 5
+    engine.stop()
+    assert runner.released == 2
+
+
+def test_stop_ends_what_runs_and_refuses_what_comes(bench: Bench) -> None:
+    heard = bench.submit(PROMPTS[1], 400).wait(lambda output: output.tokens > 0)
+    bench.engine.stop()
+    assert heard.wait().reason is Reason.CANCELLED
+    with pytest.raises(errors.ShuttingDown):
+        bench.submit(PROMPTS[1])
+
+
+def test_nothing_is_held_after_thousands_of_random_operations(bench: Bench) -> None:
+    rng, live, weights = random.Random(5), [], [None, marker(bench.model, 1), marker(bench.model, 2)]
+    errors_seen: list[BaseException] = []
+
+    def client(seed: int) -> None:
+        mine = random.Random(seed)
+        try:
+            for _ in range(60):
+                try:
+                    heard = bench.submit(
+                        mine.choice(PROMPTS),
+                        mine.randrange(1, 12),
+                        adapter=mine.choice(weights),
+                        deadline=time.monotonic() + mine.choice([0.001, 0.02, 5]),
+                        session=mine.choice(["", "", "s"]),
+                    )
+                except errors.QueueFull:
+                    continue
+                if mine.random() < 0.3:
+                    bench.engine.cancel(heard.sequence)
+                live.append(heard)
+                heard.wait()
+        except BaseException as error:  # told to the test below
+            errors_seen.append(error)
+
+    threads = [threading.Thread(target=client, args=(rng.random(),)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors_seen
+    assert all(sum(o.reason is not None for o in heard.outputs) == 1 for heard in live)
+    assert bench.engine.load == (0, 0) and bench.runner.sequences_held == 0

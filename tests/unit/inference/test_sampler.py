@@ -1,0 +1,73 @@
+"""The sampler against plain definitions of its filters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from services.inference.engine.sampler import Sampler, distribution
+from services.inference.engine.sequence import Sampling, Sequence
+from services.inference.engine.spelling import Spelling
+from services.inference.engine.text import TextStream
+
+VOCABULARY = [b"a", b"b", b"ab", b"c", b"\n"]
+LOGITS = torch.tensor([2.0, 1.0, 0.5, -1.0, 3.0])
+
+
+def make(sampling: Sampling, prompt: list[int] | None = None, overhang: str = "") -> Sequence:
+    text = TextStream(VOCABULARY, overhang=overhang)
+    return Sequence(prompt=prompt or [3], max_tokens=5, text=text, deliver=lambda _: None, sampling=sampling)
+
+
+def kept(sampling: Sampling) -> set[int]:
+    return set(distribution(LOGITS, sampling).nonzero().flatten().tolist())
+
+
+def test_temperature_is_a_softmax() -> None:
+    expected = (LOGITS / 0.7).softmax(-1)
+    assert torch.allclose(distribution(LOGITS, Sampling(temperature=0.7)), expected)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "tokens"),
+    [
+        (Sampling(temperature=1, top_k=2), {4, 0}),
+        (Sampling(temperature=1, top_k=99), {0, 1, 2, 3, 4}),
+        (Sampling(temperature=1, top_p=0.01), {4}),
+        (Sampling(temperature=1, top_p=0.8), {4, 0}),
+        (Sampling(temperature=1, min_p=0.3), {4, 0}),
+        (Sampling(temperature=1, min_p=1.0), {4}),
+    ],
+)
+def test_filters_keep_what_they_say(sampling: Sampling, tokens: set[int]) -> None:
+    assert kept(sampling) == tokens
+
+
+def test_greedy_and_random_side_by_side() -> None:
+    sampler = Sampler(Spelling(VOCABULARY))
+    sequences = [make(Sampling()), make(Sampling(temperature=1, seed=1)), make(Sampling(temperature=1, seed=1))]
+    tokens = [sampler.sample(LOGITS.expand(3, -1), sequences) for _ in range(20)]
+    assert all(greedy == 4 and one == two for greedy, one, two in tokens)
+    assert len({one for _, one, _ in tokens}) > 1, "each step draws anew"
+
+
+def test_drawn_tokens_follow_the_distribution() -> None:
+    sampler, sequence = Sampler(Spelling(VOCABULARY)), make(Sampling(temperature=1, seed=0))
+    drawn = [sampler.sample(LOGITS[None], [sequence])[0] for _ in range(4000)]
+    shares = torch.bincount(torch.tensor(drawn), minlength=5) / len(drawn)
+    assert torch.allclose(shares, LOGITS.softmax(-1), atol=0.03)
+
+
+def test_repetition_penalty_lowers_what_was_there() -> None:
+    sampler = Sampler(Spelling(VOCABULARY))
+    sequence = make(Sampling(repetition_penalty=2.0), prompt=[4])
+    assert sampler.sample(LOGITS[None], [sequence]) == [0]
+    negative = torch.tensor([-1.0, -1.5, -9.0, -9.0, -0.9])
+    assert sampler.sample(negative[None], [sequence]) == [0], "a negative logit goes down, too"
+
+
+def test_the_overhang_allows_only_what_spells_it() -> None:
+    sampler = Sampler(Spelling(VOCABULARY))
+    assert sampler.sample(LOGITS[None], [make(Sampling(), overhang="abc")]) == [0]
+    assert sampler.sample(LOGITS[None], [make(Sampling(), overhang="c")]) == [3]
+    assert sampler.sample(LOGITS[None], [make(Sampling(), overhang="é")]) == [4], "what cannot be spelled binds nobody"

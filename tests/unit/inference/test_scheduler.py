@@ -1,0 +1,128 @@
+"""The scheduler's steps: decodes first, prompts in chunks, everybody in the order of arrival, nobody twice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.core import errors
+from services.inference.engine.scheduler import Limits, Plan, Scheduler
+from services.inference.engine.sequence import Reason, Sequence
+from services.inference.engine.text import TextStream
+
+VOCABULARY = [b"x"]
+
+
+def make(prompt: int = 5, max_tokens: int = 4, **fields: Any) -> Sequence:
+    text = TextStream(VOCABULARY)
+    return Sequence(prompt=[0] * prompt, max_tokens=max_tokens, text=text, deliver=lambda _: None, **fields)
+
+
+def compute(scheduler: Scheduler, plan: Plan) -> list[Sequence]:
+    """Pretends to run the step; the sequences that ended with it."""
+    ended = []
+    for work in plan.work:
+        samples = work.samples
+        work.sequence.computed = work.start + work.count
+        if samples:
+            output = work.sequence.accept(0)
+            if output and output.reason:
+                ended.append(work.sequence)
+    scheduler.remove(ended)
+    return ended
+
+
+def test_a_long_prompt_goes_in_chunks_beside_decodes() -> None:
+    scheduler = Scheduler(Limits(step_tokens=8))
+    short, long = make(3, 9), make(20)
+    scheduler.submit(short)
+    compute(scheduler, scheduler.plan(0))
+    scheduler.submit(long)
+    steps = []
+    for _ in range(4):
+        plan = scheduler.plan(0)
+        steps.append([(work.sequence is short, work.count, work.samples) for work in plan.work])
+        compute(scheduler, plan)
+    assert steps[:2] == [[(True, 1, True), (False, 7, False)]] * 2
+    assert steps[2:] == [[(True, 1, True), (False, 6, True)], [(True, 1, True), (False, 1, True)]]
+
+
+def test_room_for_keys_and_values_is_kept_in_order_of_arrival() -> None:
+    scheduler = Scheduler(Limits(kv_tokens=30))
+    first, large, small = make(15, 5), make(15, 5), make(1, 1)
+    for sequence in (first, large, small):
+        scheduler.submit(sequence)
+    assert scheduler.plan(0).admitted == [first]
+    scheduler.remove([first])
+    assert scheduler.plan(0).admitted == [large, small]
+
+
+def test_what_could_never_run_is_refused_at_once() -> None:
+    with pytest.raises(errors.InvalidArgument) as refused:
+        Scheduler(Limits(kv_tokens=30)).submit(make(20, 20))
+    assert refused.value.field == "stop.max_tokens"
+
+
+def test_the_queue_is_bounded_and_cancelled_ones_do_not_count() -> None:
+    scheduler = Scheduler(Limits(running=1, waiting=2))
+    waiting = [make(), make()]
+    for sequence in waiting:
+        scheduler.submit(sequence)
+    with pytest.raises(errors.QueueFull):
+        scheduler.submit(make())
+    waiting[0].cancelled = Reason.CANCELLED
+    scheduler.submit(make())
+    assert scheduler.plan(0).ended == [(waiting[0], Reason.CANCELLED)]
+
+
+def test_deadlines_end_waiting_and_running_ones() -> None:
+    scheduler = Scheduler(Limits(running=1))
+    running, waiting, patient = make(deadline=1.0), make(deadline=1.0), make(deadline=9.0)
+    for sequence in (running, waiting, patient):
+        scheduler.submit(sequence)
+    compute(scheduler, scheduler.plan(0.5))
+    plan = scheduler.plan(1.0)
+    assert plan.ended == [(waiting, Reason.DEADLINE), (running, Reason.DEADLINE)]
+    assert plan.admitted == [patient]
+
+
+def test_a_session_has_one_sequence() -> None:
+    scheduler = Scheduler(Limits())
+    older, other, newer = make(session="a"), make(session="b"), make(session="a")
+    for sequence in (older, other, newer):
+        scheduler.submit(sequence)
+    plan = scheduler.plan(0)
+    assert plan.ended == [(older, Reason.SUPERSEDED)] and plan.admitted == [other, newer]
+
+
+@settings(max_examples=60)
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 10), st.booleans()), min_size=1, max_size=20),
+    running=st.integers(1, 5),
+    step_tokens=st.integers(8, 20),
+)
+def test_everybody_ends_within_the_limits(shapes: list[tuple[int, int, bool]], running: int, step_tokens: int) -> None:
+    limits = Limits(running=running, step_tokens=step_tokens, kv_tokens=80)
+    scheduler = Scheduler(limits)
+    sequences = [make(prompt, tokens) for prompt, tokens, _ in shapes]
+    for sequence, (_, _, cancel) in zip(sequences, shapes, strict=True):
+        scheduler.submit(sequence)
+        if cancel:
+            sequence.cancelled = Reason.CANCELLED
+    ended: list[Sequence] = []
+    for _ in range(2000):
+        if not len(scheduler):
+            break
+        plan = scheduler.plan(0)
+        ended += [sequence for sequence, _ in plan.ended]
+        assert len(plan.work) <= running and sum(work.count for work in plan.work) <= step_tokens
+        assert sum(sequence.capacity for sequence in scheduler.running) <= limits.kv_tokens
+        assert all(work.start == work.sequence.computed for work in plan.work)
+        decoding = {s.number for s in scheduler.running if s.remaining == 1}
+        assert decoding <= {work.sequence.number for work in plan.work}, "decodes never wait for prompts"
+        ended += compute(scheduler, plan)
+    assert len(ended) == len({s.number for s in ended}) == len(sequences) and not len(scheduler)
+    assert all(s.generated == s.max_tokens for s in sequences if s.cancelled is None)
