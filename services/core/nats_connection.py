@@ -97,7 +97,10 @@ async def connect(
 
     async def on_error(error: Exception) -> None:
         if connection is None:
-            failures.append(error)
+            # A server that refuses the credentials hangs up, often before its reason could be read: the client tries
+            # again by itself, and sooner or later we learn it.
+            if not isinstance(error, ConnectionResetError | nats.errors.UnexpectedEOF):
+                failures.append(error)
             if len(failures) >= len(servers):
                 all_failed.set()
         else:
@@ -144,7 +147,7 @@ async def connect(
             connection = NatsConnection(client, replicas)
             return connection
         failure = connecting.exception() if connecting.done() else None
-        cause = failures[-1] if failures else failure
+        cause = failures[-1] if failures else failure or client.last_error
     finally:
         failing.cancel()
         if connection is None:

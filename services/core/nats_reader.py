@@ -17,7 +17,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.js import api
 
-from services.core.nats_connection import NatsConnection
+from services.core.nats_connection import NatsConnection, translated
 
 HEARTBEAT = 5.0
 """Seconds between the server's heartbeats while nothing happens; silence for twice as long is an interruption."""
@@ -31,6 +31,8 @@ class Interrupted(Exception):
 
 class OrderedReader:
     """Messages of a stream in stream order, each once. An async context manager; one reader, one task.
+
+    Entering and :meth:`next` raise StateUnavailable when the server does not answer.
 
     Args:
         filters: subjects, all of them when empty.
@@ -56,14 +58,15 @@ class OrderedReader:
         self._connection.on_reconnect.add(self._interrupt)
         try:
             # Limits off: the server stops by itself (flow control) until we answer what it has sent.
-            self._subscription = await self._connection.client.subscribe(
-                inbox, cb=self._queue.put, pending_msgs_limit=0, pending_bytes_limit=0
-            )
-            info = await self._connection.js.add_consumer(self._stream, self._config(inbox))
+            with translated(f"read stream {self._stream}"):
+                self._subscription = await self._connection.client.subscribe(
+                    inbox, cb=self._queue.put, pending_msgs_limit=0, pending_bytes_limit=0
+                )
+                info = await self._connection.js.add_consumer(self._stream, self._config(inbox))
+                self._consumer = info.name
         except BaseException:
             await self._close()
             raise
-        self._consumer = info.name
         self.backlog = (info.num_pending or 0) + (info.delivered.consumer_seq if info.delivered else 0)
         return self
 
@@ -100,7 +103,8 @@ class OrderedReader:
         if int(headers.get(_LAST_CONSUMER_SEQUENCE, self._delivered)) != self._delivered:
             raise Interrupted("a message is missing")
         if reply := msg.reply or headers.get(_STALLED):
-            await self._connection.client.publish(reply)
+            with translated(f"read stream {self._stream}"):
+                await self._connection.client.publish(reply)
 
     def _interrupt(self) -> None:
         self._queue.put_nowait(None)

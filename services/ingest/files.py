@@ -22,7 +22,7 @@ class FoundFile:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """An entry that is left out, and why: "symlink", "hardlink", "device", "unsafe-path", "oversize", "lfs-pointer", …"""
+    """An entry that is left out, and why: "symlink", "hardlink", "device", "unsafe-path", "oversize" and so on."""
 
     why: str
 

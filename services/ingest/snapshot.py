@@ -120,7 +120,7 @@ def read_files(data: bytes) -> list[SnapshotFile]:
             size=row["size"],
             sha256=row["sha256"],
             mode=row["mode"],
-            split=Split.Value(f"SPLIT_{row['split']}"),
+            split=f"SPLIT_{row['split']}",
         )
         for row in pq.read_table(io.BytesIO(data), schema=_SCHEMA).to_pylist()
     ]

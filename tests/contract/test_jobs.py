@@ -30,7 +30,7 @@ from services.core import errors
 from services.core.backoff import Backoff
 from services.core.jobs import Delivery, JobContext, JobQueue, JobRunner, MemoryQueue, new_status, request_cancel
 from services.core.jobs.nats import DEAD_STREAM, STREAM, NatsQueue
-from services.core.jobs.states import claim
+from services.core.jobs.states import claim, lease_expired
 from services.core.nats_connection import NatsConnection, connect
 from services.core.state import MemoryState, Table
 from services.core.state.nats import NatsState
@@ -376,8 +376,8 @@ async def test_a_deleted_job_is_dropped(world: World) -> None:
 # --- the runner: leases -----------------------------------------------------------------------------------------------
 
 
-async def test_a_long_job_keeps_its_lease(world: World) -> None:
-    """Longer than lease and ack wait, with a second worker that would take it."""
+async def test_a_long_job_keeps_its_lease_and_its_message(world: World) -> None:
+    """Longer than lease and ack wait, with others that would take it."""
     starts: list[str] = []
 
     async def handler(context: JobContext[Run]) -> None:
@@ -385,8 +385,12 @@ async def test_a_long_job_keeps_its_lease(world: World) -> None:
         await asyncio.sleep(2.5)
 
     await world.create()
-    async with world.working(handler, "a"), world.working(handler, "b"):
-        status = await world.reaches(JOB_STATE_SUCCEEDED)
+    async with world.working(handler, "a"):
+        await world.reaches(JOB_STATE_RUNNING)
+        assert await world.queue.take(world.kind, 2) is None
+        assert not lease_expired((await world.table.get(NAME)).status)
+        async with world.working(handler, "b"):
+            status = await world.reaches(JOB_STATE_SUCCEEDED)
     assert (len(starts), status.epoch) == (1, 1)
 
 

@@ -86,15 +86,15 @@ class NatsBus:
         while True:
             try:
                 await self._ensure()
-                with translated("follow events"):
-                    if after is None:
+                if after is None:
+                    with translated("follow events"):
                         after = (await self._connection.js.stream_info(STREAM)).state.last_seq
-                    async with OrderedReader(self._connection, STREAM, wanted, after=after) as reader:
-                        failures = 0
-                        while True:
-                            if (msg := await reader.next()) is not None:
-                                after = msg.metadata.sequence.stream
-                                yield msg
+                async with OrderedReader(self._connection, STREAM, wanted, after=after) as reader:
+                    failures = 0
+                    while True:
+                        if (msg := await reader.next()) is not None:
+                            after = msg.metadata.sequence.stream
+                            yield msg
             except (Interrupted, errors.StateUnavailable) as error:
                 await self._pause(error, failures)
                 failures += 1
@@ -107,17 +107,16 @@ class NatsBus:
                 try:
                     if subscription is None:
                         subscription = await self._bind(wanted, durable)
+                    msg = await _fetch(subscription, durable)
+                    if msg is None:
+                        continue
+                    failures = 0
+                    try:
+                        yield msg
+                    except GeneratorExit:
+                        await _give_back(msg)
+                        raise
                     with translated(f"follow events as {durable}"):
-                        try:
-                            msg = (await subscription.fetch(1, timeout=_FETCH_SECONDS))[0]
-                        except nats.errors.TimeoutError:
-                            continue
-                        failures = 0
-                        try:
-                            yield msg
-                        except GeneratorExit:
-                            await msg.nak()  # another subscriber need not wait for ACK_WAIT
-                            raise
                         await msg.ack()
                 except errors.StateUnavailable as error:
                     await _leave(subscription)
@@ -160,6 +159,27 @@ class NatsBus:
         self._ready = False
         logger.info("a subscription starts anew", why=str(error))
         await asyncio.sleep(Backoff().delay(failures))
+
+
+async def _fetch(subscription: JetStreamContext.PullSubscription, durable: str) -> Msg | None:
+    msg: Msg | None = None
+    try:
+        with translated(f"follow events as {durable}"):
+            try:
+                [msg] = await subscription.fetch(1, timeout=_FETCH_SECONDS)
+            except nats.errors.TimeoutError:
+                return None
+    except asyncio.CancelledError:
+        if msg is not None:
+            await _give_back(msg)
+        raise
+    return msg
+
+
+async def _give_back(msg: Msg) -> None:
+    """Another subscriber of the name gets it now and not only after :data:`ACK_WAIT`."""
+    with contextlib.suppress(nats.errors.Error, OSError):
+        await msg.nak()
 
 
 async def _leave(subscription: JetStreamContext.PullSubscription | None) -> None:

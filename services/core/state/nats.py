@@ -96,8 +96,9 @@ class NatsState:
         for attempt in range(3):
             try:
                 with self._using(f"list {prefix or self._bucket}"):
+                    await self._kv()
                     found = await self._newest(prefix)
-                    return sorted((one for one in found.values() if one.value is not None), key=lambda one: one.key)
+                return sorted((one for one in found.values() if one.value is not None), key=lambda one: one.key)
             except Interrupted as interruption:
                 logger.info("a listing was interrupted", bucket=self._bucket, prefix=prefix, why=str(interruption))
                 await asyncio.sleep(waits.delay(attempt))
@@ -109,28 +110,29 @@ class NatsState:
         waits = Backoff()
         while True:
             try:
+                # One block for each request: a cancellation that the client swallows is raised at the block's end.
                 with self._using(f"watch {prefix or self._bucket}"):
                     await self._kv()
                     if seen is not None and await self._last_revision() < seen:
                         seen = None  # the bucket was restored from an older copy, or lost
-                    filters = self._filters(prefix)
-                    async with OrderedReader(self._connection, self._stream, filters, after=seen) as reader:
-                        failures = 0
-                        until = time.monotonic() + RECONCILE_SECONDS * random.uniform(0.75, 1.25)
-                        while time.monotonic() < until:
-                            msg = await reader.next()
-                            if msg is not None and (entry := self._entry(msg)).revision > (seen or 0):
-                                seen = entry.revision
-                                yield entry
+                filters = self._filters(prefix)
+                async with OrderedReader(self._connection, self._stream, filters, after=seen) as reader:
+                    failures = 0
+                    until = time.monotonic() + RECONCILE_SECONDS * random.uniform(0.75, 1.25)
+                    while time.monotonic() < until:
+                        msg = await reader.next()
+                        if msg is not None and (entry := self._entry(msg)).revision > (seen or 0):
+                            seen = entry.revision
+                            yield entry
             except (Interrupted, errors.StateUnavailable) as error:
                 if self._connection.client.is_closed:
                     raise errors.StateUnavailable("the connection to NATS is closed") from error
+                self._opened = None
                 logger.info("a watch starts anew", bucket=self._bucket, prefix=prefix, why=str(error))
                 await asyncio.sleep(waits.delay(failures))
                 failures += 1
 
     async def _newest(self, prefix: str) -> dict[str, Entry]:
-        await self._kv()
         found: dict[str, Entry] = {}
         async with OrderedReader(self._connection, self._stream, self._filters(prefix)) as reader:
             waiting = reader.backlog

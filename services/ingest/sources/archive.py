@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import io
 import lzma
 import stat
 import tarfile
@@ -61,6 +60,19 @@ def read(path: Path, subpath: str, limits: Limits) -> Iterator[FoundFile | Skipp
             ) from None
 
 
+def is_archive(path: Path) -> bool:
+    """Whether the file begins as an archive does."""
+    with path.open("rb") as file:
+        head = file.read(512)
+        file.seek(0)
+        if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+            return True
+        try:
+            return bool(_inflated(file, head))
+        except BrokenArchive:
+            return False
+
+
 def _inflated(file: BinaryIO, head: bytes) -> IO[bytes]:
     if head.startswith(b"\x1f\x8b"):
         return cast(IO[bytes], gzip.GzipFile(fileobj=file))
@@ -87,15 +99,12 @@ def _is_old_tar(head: bytes) -> bool:
         return False
 
 
-class _LimitedXz(io.RawIOBase):
+class _LimitedXz:
     """An .xz stream whose decoder may use 256 MiB at most."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._decoder = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=256 << 20)
-
-    def readable(self) -> bool:
-        return True
 
     def read(self, size: int = -1) -> bytes:
         wanted = _CHUNK if size < 0 else size
@@ -115,15 +124,12 @@ class _LimitedXz(io.RawIOBase):
         return bytes(parts)
 
 
-class _Metered(io.RawIOBase):
+class _Metered:
     """A stream whose bytes are counted against the limits, also those that tarfile only skips."""
 
     def __init__(self, inner: IO[bytes], meter: Meter) -> None:
         self._inner = inner
         self._meter = meter
-
-    def readable(self) -> bool:
-        return True
 
     def read(self, size: int = -1) -> bytes:
         data = self._inner.read(min(size, _CHUNK) if size >= 0 else _CHUNK)
@@ -133,7 +139,7 @@ class _Metered(io.RawIOBase):
 
 def _read_tar(stream: IO[bytes], subpath: str, meter: Meter) -> Iterator[FoundFile | Skipped]:
     # "r|" reads strictly forwards: no seeking, no random access that overlapping members could use.
-    with tarfile.open(fileobj=cast(IO[bytes], io.BufferedReader(_Metered(stream, meter), _CHUNK)), mode="r|") as tar:
+    with tarfile.open(fileobj=cast(IO[bytes], _Metered(stream, meter)), mode="r|") as tar:
         for member in tar:
             meter.count_file()
             if member.isdir():
@@ -150,7 +156,8 @@ def _read_tar(stream: IO[bytes], subpath: str, meter: Meter) -> Iterator[FoundFi
             content = tar.extractfile(member)
             # tar tells the size in the header, and a stream of that many bytes follows or the archive is broken.
             yield _member(member.name, member.mode, member.size, content, subpath, meter.limits)
-            tar.members.clear()  # tarfile keeps every header otherwise: a million members are a gigabyte
+            # tarfile keeps every header otherwise, and a million of them are a gigabyte.
+            tar.members.clear()  # type: ignore[attr-defined]
 
 
 def _read_zip(file: BinaryIO, subpath: str, meter: Meter) -> Iterator[FoundFile | Skipped]:
@@ -172,7 +179,7 @@ def _read_zip(file: BinaryIO, subpath: str, meter: Meter) -> Iterator[FoundFile 
             if claimed > meter.compressed_bytes:
                 raise zipfile.BadZipFile("its members overlap")
             with archive.open(member) as content:
-                metered = cast(IO[bytes], _Metered(cast(IO[bytes], content), meter))
+                metered = cast(IO[bytes], _Metered(content, meter))
                 yield _member(
                     member.filename, member.external_attr >> 16, member.file_size, metered, subpath, meter.limits
                 )

@@ -1,7 +1,7 @@
 """Git repositories and bundles: fetched bare and shallow, read object by object, never checked out.
 
-The repository is hostile until proven otherwise: no hooks, no submodules, no filters, no configuration but ours, only the
-transports that are allowed, and nothing of it is ever written to a path it chooses.
+The repository is hostile until proven otherwise: no hooks, no submodules, no filters, no configuration but ours, only
+the transports that are allowed, and nothing of it is ever written to a path it chooses.
 """
 
 from __future__ import annotations
@@ -246,14 +246,18 @@ def _finish(
         )
     except subprocess.TimeoutExpired:
         raise SourceUnreachable(
-            f"git did not finish within {limits.max_seconds:.0f} s", hint="Try again, or raise CODEGRAFT_INGEST_MAX_SECONDS."
+            f"git did not finish within {limits.max_seconds:.0f} s",
+            hint="Try again, or raise CODEGRAFT_INGEST_MAX_SECONDS.",
         ) from None
     except FileNotFoundError:
         raise SourceUnreachable("git is not installed where the service runs", hint="Install git there.") from None
 
 
 def _run(
-    arguments: Sequence[str], folder: Path | None = None, limits: Limits | None = None, extra: dict[str, str] | None = None
+    arguments: Sequence[str],
+    folder: Path | None = None,
+    limits: Limits | None = None,
+    extra: dict[str, str] | None = None,
 ) -> str | None:
     """None when git succeeded, else the last lines of what it said."""
     done = _finish(arguments, folder, limits or Limits(), extra)
@@ -262,9 +266,7 @@ def _run(
     return " ".join(done.stderr.strip().splitlines()[-3:])[:500] or f"git ended with {done.returncode}"
 
 
-def _output(
-    arguments: Sequence[str], folder: Path, limits: Limits, extra: dict[str, str] | None = None
-) -> str | None:
+def _output(arguments: Sequence[str], folder: Path, limits: Limits, extra: dict[str, str] | None = None) -> str | None:
     """What git printed; None when it failed."""
     done = _finish(arguments, folder, limits, extra)
     return done.stdout if done.returncode == 0 else None

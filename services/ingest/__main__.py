@@ -1,0 +1,22 @@
+"""The ingest service: ``python -m services.ingest``."""
+
+from __future__ import annotations
+
+import sys
+
+from services.core import runtime
+from services.core.rpc.server import serve
+from services.core.runtime import Runtime
+from services.ingest.assembly import Ingest
+from services.ingest.config import IngestSettings
+
+
+async def main(settings: IngestSettings) -> None:
+    """Serves, and fetches sources, until the process is told to stop."""
+    async with Runtime.open("ingest", settings) as opened:
+        ingest = Ingest(opened, settings)
+        await serve(settings, ingest.services, background=[ingest.fetcher.run])
+
+
+if __name__ == "__main__":
+    sys.exit(runtime.run("ingest", IngestSettings, main))

@@ -1,0 +1,55 @@
+"""The parts of one ingest process, wired together over its connections."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from codegraft.ingest.v1 import project_pb2_grpc, snapshot_pb2_grpc, source_pb2_grpc, upload_pb2_grpc
+from services.core.rpc.server import Registration
+from services.core.runtime import Runtime
+from services.ingest.config import IngestSettings
+from services.ingest.fetcher import Fetcher
+from services.ingest.records import BUCKET, Tables
+from services.ingest.servicers.projects import ProjectServicer
+from services.ingest.servicers.snapshots import SnapshotServicer
+from services.ingest.servicers.sources import SourceServicer
+from services.ingest.servicers.uploads import UploadServicer
+from services.ingest.uploads import Uploads
+
+
+class Ingest:
+    """What a process serves, and what it does beside that.
+
+    Attributes:
+        services: for services/core/rpc/server.
+        fetcher: run it in the background.
+        tables: its records.
+    """
+
+    def __init__(self, runtime: Runtime, settings: IngestSettings) -> None:
+        self.tables = tables = Tables.of(runtime.state(BUCKET))
+        spool = settings.cache_dir / "ingest" / "uploads"
+        uploads = Uploads(tables.uploads, runtime.blobs, spool, settings.ingest_max_upload_bytes)
+        self.fetcher = Fetcher(runtime, settings, tables.sources, uploads)
+        self.services: Sequence[Registration] = [
+            (
+                project_pb2_grpc.add_ProjectServiceServicer_to_server,
+                ProjectServicer(tables),
+                "codegraft.ingest.v1.ProjectService",
+            ),
+            (
+                source_pb2_grpc.add_SourceServiceServicer_to_server,
+                SourceServicer(tables, settings),
+                "codegraft.ingest.v1.SourceService",
+            ),
+            (
+                upload_pb2_grpc.add_UploadServiceServicer_to_server,
+                UploadServicer(tables, uploads),
+                "codegraft.ingest.v1.UploadService",
+            ),
+            (
+                snapshot_pb2_grpc.add_SnapshotServiceServicer_to_server,
+                SnapshotServicer(tables, runtime),
+                "codegraft.ingest.v1.SnapshotService",
+            ),
+        ]

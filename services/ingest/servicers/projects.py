@@ -1,0 +1,81 @@
+"""ProjectService."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+
+from codegraft.ingest.v1 import project_pb2 as pb
+from codegraft.ingest.v1.project_pb2_grpc import ProjectServiceServicer
+from services.core import names
+from services.core.errors import NotFound, ProjectNotEmpty, ResourceExists
+from services.core.masks import Masks
+from services.ingest.records import Tables, same_request
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class ProjectServicer(ProjectServiceServicer):
+    """See the proto for what every call does and which errors it has."""
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+
+    async def CreateProject(self, request: pb.CreateProjectRequest, context: Context) -> pb.CreateProjectResponse:
+        names.check_id(request.project_id, "project_id")
+        Masks(request.project.exclude, field="project.exclude")
+        wanted = pb.Project(
+            name=names.build(names.PROJECT, project=request.project_id),
+            title=request.project.title,
+            exclude=request.project.exclude,
+            request_id=request.request_id,
+        )
+        wanted.create_time.GetCurrentTime()
+        wanted.update_time.CopyFrom(wanted.create_time)
+        try:
+            return pb.CreateProjectResponse(project=await self._tables.projects.create(wanted))
+        except ResourceExists:
+            there = await self._tables.projects.get(wanted.name)
+            same = (there.title, there.exclude) == (wanted.title, wanted.exclude)
+            same_request(there, same, request.request_id)
+            return pb.CreateProjectResponse(project=there)
+
+    async def GetProject(self, request: pb.GetProjectRequest, context: Context) -> pb.GetProjectResponse:
+        return pb.GetProjectResponse(project=await self._tables.known(request.name, "name"))
+
+    async def ListProjects(self, request: pb.ListProjectsRequest, context: Context) -> pb.ListProjectsResponse:
+        found, token = await self._tables.projects.page("", request.page_size, request.page_token)
+        return pb.ListProjectsResponse(projects=found, next_page_token=token)
+
+    async def UpdateProject(self, request: pb.UpdateProjectRequest, context: Context) -> pb.UpdateProjectResponse:
+        names.parse(names.PROJECT, request.project.name, field="project.name")
+        Masks(request.project.exclude, field="project.exclude")
+
+        def change(record: pb.Project) -> None:
+            record.title = request.project.title
+            record.exclude[:] = request.project.exclude
+            record.update_time.GetCurrentTime()
+
+        await self._tables.known(request.project.name, "project.name")
+        stored = await self._tables.projects.mutate(request.project.name, change, etag=request.project.etag)
+        return pb.UpdateProjectResponse(project=stored)
+
+    async def DeleteProject(self, request: pb.DeleteProjectRequest, context: Context) -> pb.DeleteProjectResponse:
+        await self._tables.known(request.name, "name")
+        sources = await self._tables.sources.all(request.name + "/")
+        if sources and not request.force:
+            raise ProjectNotEmpty(
+                f"{request.name} has {len(sources)} sources",
+                field="force",
+                hint="Remove them first, or delete the project with force.",
+            )
+        # The project goes first: what refers to it is refused from then on, and what is left is out of reach.
+        await self._tables.projects.delete(request.name, etag=request.etag)
+        for table in (self._tables.sources, self._tables.snapshots, self._tables.uploads):
+            for record in await table.all(request.name + "/"):
+                try:
+                    await table.delete(record.name)
+                except NotFound:
+                    continue
+        return pb.DeleteProjectResponse()

@@ -1,0 +1,160 @@
+"""Uploads: bytes that arrive in chunks, may break off, and become one blob once they are all there and right."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from codegraft.ingest.v1.upload_pb2 import Upload
+from services.core import names
+from services.core.errors import InvalidArgument, LimitExceeded, ResourceExists, UploadMismatch
+from services.core.state import Table
+from services.core.store import Blobs
+from services.core.store.blobs import digest_of
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+MAX_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Announced:
+    """What an upload's header says of the content."""
+
+    project: str
+    sha256: str
+    size: int
+    """In bytes."""
+    filename: str
+
+    @property
+    def name(self) -> str:
+        """Resource name of the upload."""
+        return f"{self.project}/uploads/{self.sha256}"
+
+
+class Uploads:
+    """Arriving content waits in a spool file of this process; what is complete is a blob and a record.
+
+    The blob comes before the record: what the record names is there. A broken upload leaves its spool file, from whose
+    end it goes on; a process that dies loses no more than that.
+    """
+
+    def __init__(self, table: Table[Upload], blobs: Blobs, spool: Path, max_bytes: int) -> None:
+        self._table = table
+        self._blobs = blobs
+        self._spool = spool
+        self._max_bytes = max_bytes
+        self._locks: dict[str, asyncio.Lock] = {}
+
+    async def find(self, project: str, sha256: str) -> Upload:
+        """The upload with its offset; one of which nothing arrived has offset 0."""
+        check_sha256(sha256)
+        name = f"{project}/uploads/{sha256}"
+        if (there := await self._table.find(name)) is not None:
+            return there
+        spooled = self._file(name)
+        return Upload(name=name, sha256=sha256, offset=spooled.stat().st_size if spooled.exists() else 0)
+
+    async def get(self, name: str) -> Upload:
+        """A complete upload. Raises UploadNotFound."""
+        return await self._table.get(name)
+
+    async def receive(self, announced: Announced, chunks: AsyncIterator[tuple[int, bytes]]) -> Upload:
+        """Takes chunks of (position, bytes), continuing what arrived before, and stores the whole when it is complete.
+
+        Raises:
+            InvalidArgument: the digest or the size is none, or a chunk is too large.
+            LimitExceeded: the content is larger than uploads may be.
+            UploadMismatch: a chunk does not continue what arrived, or the whole is not what was announced; in the
+                second case what arrived is thrown away.
+            StoreUnavailable: the store failed; what arrived is kept, so that the call can be repeated without chunks.
+        """
+        self._check(announced)
+        if (there := await self._table.find(announced.name)) is not None:
+            return there
+        async with self._locks.setdefault(announced.name, asyncio.Lock()):
+            spooled = self._file(announced.name)
+            await self._append(spooled, announced, chunks)
+            digest = await asyncio.to_thread(digest_of, spooled)
+            if digest != announced.sha256:
+                spooled.unlink()
+                raise UploadMismatch(
+                    f"the content has the SHA-256 {digest}, not {announced.sha256}",
+                    field="header.sha256",
+                    hint="Send it again from the start.",
+                )
+            await self._blobs.put_file(spooled)
+            upload = await self._record(announced)
+            spooled.unlink(missing_ok=True)
+        self._locks.pop(announced.name, None)
+        return upload
+
+    async def _append(self, spooled: Path, announced: Announced, chunks: AsyncIterator[tuple[int, bytes]]) -> None:
+        spooled.parent.mkdir(parents=True, exist_ok=True)
+        with spooled.open("ab") as file:
+            async for offset, data in chunks:
+                arrived = file.tell()
+                if offset != arrived:
+                    raise UploadMismatch(
+                        f"a chunk begins at {offset}, but {arrived} bytes have arrived",
+                        field="chunk.offset",
+                        hint="Ask GetUpload for the offset and go on from there.",
+                    )
+                if len(data) > MAX_CHUNK:
+                    raise InvalidArgument(
+                        "a chunk is larger than 1 MiB", field="chunk.data", hint="Send smaller chunks."
+                    )
+                if arrived + len(data) > announced.size:
+                    raise UploadMismatch(
+                        f"more bytes arrive than the {announced.size} announced",
+                        field="header.size",
+                        hint="Correct it.",
+                    )
+                await asyncio.to_thread(file.write, data)
+            if file.tell() < announced.size:
+                raise UploadMismatch(
+                    f"{file.tell()} of {announced.size} bytes have arrived",
+                    field="header.size",
+                    hint="Send the rest: call again, from the offset that GetUpload tells.",
+                )
+
+    async def _record(self, announced: Announced) -> Upload:
+        upload = Upload(
+            name=announced.name,
+            sha256=announced.sha256,
+            size=announced.size,
+            filename=announced.filename,
+            offset=announced.size,
+            complete=True,
+        )
+        upload.complete_time.GetCurrentTime()
+        try:
+            return await self._table.create(upload)
+        except ResourceExists:  # another replica received the same
+            return await self._table.get(announced.name)
+
+    def _check(self, announced: Announced) -> None:
+        check_sha256(announced.sha256)
+        if announced.size < 0:
+            raise InvalidArgument("a size cannot be negative", field="header.size", hint="Give the size in bytes.")
+        if announced.size > self._max_bytes:
+            raise LimitExceeded(
+                f"the content has {announced.size:,} bytes, and uploads may have {self._max_bytes:,}",
+                field="header.size",
+                hint="Upload parts of it as sources of their own, or raise CODEGRAFT_INGEST_MAX_UPLOAD_BYTES.",
+            )
+
+    def _file(self, name: str) -> Path:
+        project = names.parse(names.UPLOAD, name)["project"]
+        return self._spool / f"{project}-{name.rsplit('/', 1)[1]}"
+
+
+def check_sha256(sha256: str, field: str = "sha256") -> None:
+    """Raises InvalidArgument unless it is a SHA-256 in lower-case hexadecimal."""
+    if not _SHA256.fullmatch(sha256):
+        raise InvalidArgument(
+            f"{sha256[:80]!r} is no SHA-256", field=field, hint="Give 64 lower-case hexadecimal digits."
+        )
