@@ -80,15 +80,12 @@ def _show(folder: DataFolder, info: StackInfo, as_json: bool) -> bool:
     if as_json:
         print_json(describe(folder, info, states))
         return healthy
-    err.print(f"{info.state.value}, data in {folder.root}")
+    err.print(f"{info.state.value}; data in {folder.root}, logs in {folder.logs}")
     if info.error:
         err.print(info.error)
     if info.processes:
-        rows = [
-            [process.name, states[process.name], process.address, str(process.pid), process.log]
-            for process in info.processes.values()
-        ]
-        print_table(["NAME", "STATE", "ADDRESS", "PID", "LOG"], rows, empty="")
+        rows = [[p.name, states[p.name], p.address, str(p.pid)] for p in info.processes.values()]
+        print_table(["NAME", "STATE", "ADDRESS", "PID"], rows, empty="")
     return healthy
 
 

@@ -26,10 +26,12 @@ async def test_nobody_enters_without_the_password(nats_server: NatsServer) -> No
     assert stat.S_IMODE(config.stat().st_mode) == 0o600
 
 
-def test_awkward_passwords_work(tmp_path: Path) -> None:
+def test_awkward_passwords_and_folders_work(tmp_path: Path) -> None:
+    folder = tmp_path / 'Ü "x" y'
+    folder.mkdir()
     port = ports.choose(["nats"], {})["nats"]
     password = 'a"b\\c $HOME # {x} é'
-    nats.start(tmp_path / "data", log=tmp_path / "log", port=port, user="u", password=password).stop(nats.GRACE)
+    nats.start(folder / "data", log=folder / "log", port=port, user="u", password=password).stop(nats.GRACE)
     assert ports.is_free(port)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import signal
@@ -43,6 +44,13 @@ def tree(pid: int) -> list[psutil.Process]:
     return [root, *root.children(recursive=True)]
 
 
+def is_loopback(address: str) -> bool:
+    """Also of gRPC's IPv4 addresses in IPv6 clothes."""
+    ip = ipaddress.ip_address(address)
+    mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
+    return (mapped or ip).is_loopback
+
+
 def until(condition: Callable[[], bool], seconds: float = 20) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -77,7 +85,7 @@ def test_up_status_restart_down(data: Path) -> None:
     for process in everything:
         for connection in process.net_connections("inet"):
             if connection.status == psutil.CONN_LISTEN:
-                assert connection.laddr.ip in {"127.0.0.1", "::1"}, f"{process} listens on {connection.laddr}"
+                assert is_loopback(connection.laddr.ip), f"{process} listens on {connection.laddr}"
         secret = json.loads((data / "credentials.json").read_text())
         for value in (secret["nats_password"], secret["s3_secret_key"]):
             assert value not in " ".join(process.cmdline()), "a secret on a command line is a secret in `ps`"

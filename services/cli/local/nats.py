@@ -62,11 +62,11 @@ def _write_config(path: Path, store: Path, server_name: str, port: int, user: st
     """The password goes by a file that only we can read: a command line can be read by everybody on the machine."""
 
     def quoted(value: str) -> str:
-        return json.dumps(value)
+        return json.dumps(value, ensure_ascii=False)  # nats-server does not know \u escapes
 
     path.unlink(missing_ok=True)  # its mode counts only when it is made
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(
             f"server_name: {quoted(server_name)}\n"
             f"listen: {quoted(f'{ports.HOST}:{port}')}\n"

@@ -1,0 +1,64 @@
+"""What a run leaves on disk: the adapter for those who serve it, and the state for a process that goes on with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from services.trainer.loop import State
+from services.trainer.lora import CONFIG, WEIGHTS, Trainee
+
+STATE_TENSORS = "state.safetensors"
+STATE_NUMBERS = "state.json"
+_NUMBERS = ("step", "seconds", "base_loss", "best_loss", "best_step", "evaluations_without_gain", "ended")
+
+
+def save_adapter(trainee: Trainee, folder: Path, base_model: str) -> tuple[dict[str, Path], str]:
+    """Writes the adapter as a PEFT directory; returns its files by name, and its version.
+
+    The version is the SHA-256 of the weights.
+    """
+    trainee.save(folder, base_model)
+    files = {name: folder / name for name in (WEIGHTS, CONFIG)}
+    with files[WEIGHTS].open("rb") as file:
+        return files, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_state(trainee: Trainee, optimizer: torch.optim.AdamW, state: State, folder: Path) -> dict[str, Path]:
+    """Writes masters, optimizer moments and counters; returns the files by name.
+
+    There is no random state to keep: order, cuts and dropout are functions of the seed and the step.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name, master in trainee.masters.items():
+        tensors[f"master/{name}"] = master.detach().contiguous()
+        for key, value in optimizer.state.get(master, {}).items():
+            tensors[f"{key}/{name}"] = torch.as_tensor(value).contiguous()
+    save_file(tensors, folder / STATE_TENSORS)
+    numbers = {name: getattr(state, name) for name in _NUMBERS}
+    (folder / STATE_NUMBERS).write_text(json.dumps(numbers, sort_keys=True))
+    return {name: folder / name for name in (STATE_TENSORS, STATE_NUMBERS)}
+
+
+def load_state(trainee: Trainee, optimizer: torch.optim.AdamW, folder: Path) -> State:
+    """Puts the trainee and its optimizer where :func:`save_state` found them."""
+    tensors = load_file(folder / STATE_TENSORS)
+    with torch.no_grad():
+        for name, master in trainee.masters.items():
+            master.copy_(tensors.pop(f"master/{name}"))
+    by_master: dict[str, dict[str, torch.Tensor]] = {}
+    for label, tensor in tensors.items():
+        key, _, name = label.partition("/")
+        by_master.setdefault(name, {})[key] = tensor
+    for name, values in by_master.items():
+        master = trainee.masters[name]
+        optimizer.state[master] = {
+            key: value if key == "step" else value.to(master.device) for key, value in values.items()
+        }
+    trainee.publish()
+    return State(**json.loads((folder / STATE_NUMBERS).read_text()))

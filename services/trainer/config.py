@@ -1,0 +1,23 @@
+"""Settings of the trainer."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from services.core.config import CoreSettings
+from services.core.models.catalogue import DEFAULT_MODEL
+
+
+class TrainerSettings(CoreSettings):
+    """What the trainer needs besides the core's settings. Use ``services.core.config.load``."""
+
+    trainer_model: str = DEFAULT_MODEL
+    """Base model where a run names none."""
+    trainer_device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where runs train; auto takes a GPU when there is one."""
+    trainer_threads: int = Field(default=0, ge=0)
+    """Threads of training on a CPU; 0 leaves it to torch (all cores)."""
+    trainer_workers: int = Field(default=1, ge=0)
+    """Runs that this process works on at once; 0 for a replica that only answers calls."""

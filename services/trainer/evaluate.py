@@ -1,0 +1,87 @@
+"""The test loss: token-weighted, over the same held-out tokens every time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from services.core.errors import JobCancelled
+from services.core.models import prompts
+from services.core.models.prompts import PromptFormat, Tokenizer
+from services.trainer.data import Document, Row
+from services.trainer.lora import Trainee
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutLoss:
+    """What an evaluation found."""
+
+    loss: float
+    """Nats per token."""
+    tokens: int
+    by_source: dict[str, float]
+    """Nats per token of each source's files."""
+
+
+class HeldOut:
+    """The held-out tokens: of every file its windows, as many as the budget allows, evenly spread over the files."""
+
+    def __init__(
+        self, documents: Sequence[Document], tokenizer: Tokenizer, fmt: PromptFormat, *, window: int, max_tokens: int
+    ) -> None:
+        all_ids = [_ids(fmt, tokenizer, document) for document in documents]
+        share = _fair_share([len(ids) - 1 for ids in all_ids], max_tokens)
+        self._rows: list[tuple[str, Row]] = []
+        for document, ids in zip(documents, all_ids, strict=True):
+            self._rows += [(document.source, row) for row in _windows(ids, window, share)]
+        self._rows.sort(key=lambda item: len(item[1].ids))  # rows of a batch are padded to the longest
+        self.tokens = sum(len(row.ids) for _, row in self._rows)
+
+    def evaluate(self, trainee: Trainee, batch: int, is_cancelled: Callable[[], bool]) -> HeldOutLoss:
+        """The loss of the model as it is now.
+
+        Args:
+            batch: rows at once.
+
+        Raises:
+            JobCancelled: it was asked for meanwhile.
+        """
+        sums: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        for start in range(0, len(self._rows), batch):
+            if is_cancelled():
+                raise JobCancelled("cancelled during an evaluation")
+            part = self._rows[start : start + batch]
+            for (source, row), losses in zip(part, trainee.losses([row for _, row in part]), strict=True):
+                sums[source] = sums.get(source, 0.0) + float(losses.to(torch.float64).sum())
+                counts[source] = counts.get(source, 0) + len(row.ids)
+        return HeldOutLoss(
+            loss=sum(sums.values()) / sum(counts.values()),
+            tokens=sum(counts.values()),
+            by_source={source: sums[source] / counts[source] for source in sorted(sums)},
+        )
+
+
+def _ids(fmt: PromptFormat, tokenizer: Tokenizer, document: Document) -> list[int]:
+    return prompts.training_document(fmt, tokenizer, path=document.path, text=document.text)
+
+
+def _fair_share(lengths: Sequence[int], budget: int) -> int:
+    """The largest number of tokens per file with which all files together keep within the budget."""
+    left, files = budget, len(lengths)
+    for length in sorted(lengths):
+        if length * files > left:
+            return max(2, left // files)
+        left -= length
+        files -= 1
+    return max([2, *lengths])
+
+
+def _windows(ids: Sequence[int], window: int, most: int) -> Iterator[Row]:
+    """Rows from the start of a file on, ``most`` tokens at most."""
+    end = min(len(ids) - 1, most)
+    for start in range(0, end, window):
+        stop = min(start + window, end)
+        yield Row(list(ids[start:stop]), list(ids[start + 1 : stop + 1]), list(range(stop - start)))

@@ -1,0 +1,151 @@
+"""A base model with a LoRA adapter on it, ready to train: what the loop calls, and nothing of how runs are managed.
+
+The base stays frozen in bf16. The adapter computes in bf16 as well, and is what is evaluated, saved and served; the
+optimizer works on fp32 master copies of it, because steps of 1e-3 are lost in 8 bits of mantissa.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from services.core.errors import InvalidHyperparameter
+from services.core.models import weights
+from services.trainer.data import Row, padded
+from services.trainer.loss import summed_loss, token_losses
+from services.trainer.settings import Settings
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+
+
+class Trainee:
+    """The model that a run trains.
+
+    Attributes:
+        masters: fp32 copies of the adapter's weights, by name; what the optimizer changes.
+    """
+
+    def __init__(
+        self, folder: Path, settings: Settings, *, device: torch.device, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        """Loads the base and puts a fresh adapter on it.
+
+        Args:
+            folder: of the base model, see services/core/models/weights.
+            dtype: fp32 where exactness matters more than speed (tests).
+
+        Raises:
+            InvalidHyperparameter: the model has no layer of a name in target_modules.
+        """
+        torch.manual_seed(settings.seed)
+        base: Any = weights.load_model(folder, dtype)
+        base.to(device)
+        self._check_targets(base, settings)
+        config = LoraConfig(
+            r=settings.lora_r,
+            lora_alpha=cast(int, settings.lora_alpha),
+            lora_dropout=settings.lora_dropout,
+            target_modules=list(settings.target_modules),
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+        self._model: Any = get_peft_model(base, config)
+        self._base: Any = cast(Any, self._model).get_base_model()
+        self._device = device
+        self._pad_id = int(getattr(base.config, "eos_token_id", None) or 0)
+        if settings.lora_init_scale is not None:
+            self._scale_rows(settings.lora_init_scale)
+        trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+        self.masters = {name: nn.Parameter(p.detach().float().clone()) for name, p in trained.items()}
+        for parameter in trained.values():
+            parameter.data = parameter.data.to(dtype)
+        self._trained: dict[str, nn.Parameter] = trained
+        if settings.low_gpu_memory_mode:
+            self._base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self._base.enable_input_require_grads()
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Number of the adapter's weights."""
+        return sum(master.numel() for master in self.masters.values())
+
+    def accumulate(self, rows: Sequence[Row], total_tokens: int) -> float:
+        """Adds the gradient of sum(losses) / total_tokens over the rows; returns the sum of the losses in nats."""
+        self._model.train()
+        hidden, labels = self._forward(rows)
+        loss = summed_loss(hidden, self._head, labels)
+        (loss / total_tokens).backward()  # type: ignore[no-untyped-call]
+        return loss.item()
+
+    def losses(self, rows: Sequence[Row]) -> list[torch.Tensor]:
+        """For each row the losses [positions] of its labels, in nats, without gradients."""
+        self._model.eval()
+        with torch.inference_mode():
+            hidden, labels = self._forward(rows)
+            flat = token_losses(hidden, self._head, labels).view(len(rows), -1)
+        return [flat[number, : len(row.ids)] for number, row in enumerate(rows)]
+
+    def take_gradients(self) -> None:
+        """Moves the gradients from the adapter to its masters."""
+        for name, parameter in self._trained.items():
+            self.masters[name].grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+
+    def drop_gradients(self) -> None:
+        """Forgets what was accumulated."""
+        for parameter in self._trained.values():
+            parameter.grad = None
+
+    def publish(self) -> None:
+        """Copies the masters back into the adapter, after a step of the optimizer."""
+        with torch.no_grad():
+            for name, parameter in self._trained.items():
+                parameter.copy_(self.masters[name])
+
+    def save(self, folder: Path, base_model: str) -> None:
+        """Writes the adapter as a PEFT directory.
+
+        Args:
+            base_model: id of the base, written into the configuration instead of a path of this machine.
+        """
+        self._model.peft_config["default"].base_model_name_or_path = base_model
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft looks for the base's own files at the hub
+            self._model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+
+    @property
+    def _head(self) -> torch.Tensor:
+        return cast(torch.Tensor, self._base.get_output_embeddings().weight)
+
+    def _forward(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Last hidden states [tokens, hidden size] and labels [tokens]."""
+        ids, labels, positions = (torch.tensor(part, device=self._device) for part in padded(rows, self._pad_id))
+        # No mask and no cache: only then does transformers keep packed documents apart by their positions.
+        output = self._base.base_model(input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False)
+        return output.last_hidden_state.flatten(0, 1), labels.flatten()
+
+    def _scale_rows(self, norm: float) -> None:
+        """Gives every row of every A this L2 norm, as Refact's lora_init_scale does."""
+        with torch.no_grad():
+            for name, parameter in self._model.named_parameters():
+                if ".lora_A." in name:
+                    nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+                    parameter.mul_(norm / parameter.norm(dim=1, keepdim=True))
+
+    @staticmethod
+    def _check_targets(base: nn.Module, settings: Settings) -> None:
+        names = {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if isinstance(module, nn.Linear)}
+        if strange := sorted(set(settings.target_modules) - names):
+            raise InvalidHyperparameter(
+                f"the model has no linear layer named {strange[0]!r}",
+                field="hyperparameters.target_modules",
+                hint=f"It has {', '.join(sorted(names))}.",
+            )

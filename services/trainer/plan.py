@@ -1,0 +1,174 @@
+"""From a dataset to the settings of a run: pure arithmetic, every choice with its reason."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from codegraft.trainer.v1.hyperparameters_pb2 import Hyperparameters, Plan, PlannedSetting
+from services.trainer.settings import Settings, check
+
+EVALUATION_SPEEDUP = 2.5
+"""Tokens evaluated in the time of one token trained: no backward pass, and no adapter gradients."""
+_LEAST_STEPS = 48
+"""A time limit shrinks the batch before it takes more steps than this away: few large steps learn little."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a plan is made from."""
+
+    train_tokens: int
+    test_tokens: int
+    base_loss: float
+    """Loss of the base model on the dataset in nats per token; 0 when unknown."""
+    parameters: int
+    """Of the base model."""
+    context_length: int
+    """Longest sequence of the base model, in tokens."""
+    lora_targets: tuple[str, ...]
+    has_fim: bool
+    """Whether the tokenizer has fill-in-the-middle tokens."""
+    tokens_per_second: float
+    """Training speed of the machine with this model, measured or estimated."""
+    on_gpu: bool
+
+
+@dataclass(slots=True)
+class _Choices:
+    """Settings as they are chosen: the caller's own value where there is one, else the given default."""
+
+    requested: Hyperparameters
+    told: list[PlannedSetting] = field(default_factory=list)
+
+    def choose(self, name: str, value: float, why: str) -> float:
+        given = self.requested.HasField(name)
+        chosen: float = getattr(self.requested, name) if given else value
+        text = "none" if math.isinf(chosen) else f"{chosen:g}" if isinstance(chosen, float) else str(chosen)
+        self.told.append(PlannedSetting(name=name, value=text, given=given, why="as asked for" if given else why))
+        return chosen
+
+
+def plan(requested: Hyperparameters, facts: Facts) -> tuple[Settings, Plan]:
+    """Resolves every setting. More data never plans fewer tokens (without a time limit).
+
+    The amount of training grows with the square root of the data: 20 passes over 50,000 tokens, 1 pass over 20 million,
+    more for code that the base model predicts badly.
+
+    Raises:
+        InvalidHyperparameter: see services/trainer/settings.check.
+    """
+    check(requested, facts.context_length)
+    pick = _Choices(requested)
+    limit = pick.choose("time_limit_seconds", math.inf, "no limit")
+    window = int(
+        pick.choose(
+            "context_length",
+            min(facts.context_length, 2048 if facts.on_gpu else 512),
+            "long enough for a function with its surroundings" + ("" if facts.on_gpu else ", short enough for a CPU"),
+        )
+    )
+    tokens = max(1, facts.train_tokens)
+    budget = limit * facts.tokens_per_second * 0.75  # tokens; a quarter is for evaluations and checkpoints
+    batch, why = _batch_size(tokens, window, budget)
+    batch = int(pick.choose("batch_size", batch, why))
+    complexity = min(1.5, max(0.7, facts.base_loss / 1.2)) if facts.base_loss else 1.0
+    epochs = min(20.0, max(1.0, 20 * math.sqrt(5e4 / tokens))) * complexity
+    steps = min(2000, max(50, math.ceil(epochs * tokens / (batch * window))))
+    why = f"{epochs:.1f} passes over {tokens:,} tokens of loss {facts.base_loss:.2f}, within 50 and 2,000 steps"
+    fitting = max(1, math.floor(budget / (batch * window))) if math.isfinite(budget) else steps
+    if fitting < steps:
+        steps, why = fitting, f"as many as {limit:.0f} s hold at {facts.tokens_per_second:.0f} tokens/s"
+    steps = int(pick.choose("train_steps", steps, why))
+    warmup = int(pick.choose("warmup_steps", min(100, steps // 10), "a tenth of the steps, at most 100"))
+    decay = int(pick.choose("decay_steps", max(1, steps - warmup), "to the end of the run"))
+    evaluations = min(20, max(3, steps // 25))
+    eval_steps = int(pick.choose("eval_steps", max(1, math.ceil(steps / evaluations)), f"{evaluations} evaluations"))
+    # A fifth of the run at most goes into evaluations, the one of the base model included.
+    share = 0.2 * steps * batch * window * EVALUATION_SPEEDUP / (evaluations + 1)
+    eval_tokens = int(min(max(share, 2048), max(64, facts.test_tokens), 500_000))
+    width = math.sqrt(1.3e9 / facts.parameters)  # relative to a model of hidden size 2,000
+    settings = Settings(
+        lora_r=int(pick.choose("lora_r", 16, "enough for the idioms of one code base")),
+        lora_alpha=pick.choose("lora_alpha", 2.0 * _rank(requested), "twice the rank"),
+        lora_init_scale=pick.choose("lora_init_scale", 0.0, "PEFT's own initialisation") or None,
+        lora_dropout=pick.choose("lora_dropout", 0.0, "the best checkpoint is chosen on held-out files anyway"),
+        target_modules=tuple(requested.target_modules) or facts.lora_targets,
+        learning_rate=pick.choose(
+            "learning_rate", min(1.5e-3, max(1e-4, round(5e-4 * width**0.85, 5))), "falls with the width of the model"
+        ),
+        batch_size=batch,
+        micro_batch_size=int(
+            pick.choose("micro_batch_size", _micro_batch(batch, window, facts.on_gpu), "what fits, and is fastest")
+        ),
+        warmup_steps=warmup,
+        weight_decay=pick.choose("weight_decay", 0.01, "mild, the adapter is small"),
+        train_steps=steps,
+        decay_steps=decay,
+        low_gpu_memory_mode=requested.low_gpu_memory_mode,
+        context_length=window,
+        fim_rate=pick.choose(
+            "fim_rate", 0.5 if facts.has_fim else 0.0, "half, as the base was trained" if facts.has_fim else "no tokens"
+        ),
+        seed=int(pick.choose("seed", 0, "any will do")),
+        time_limit_seconds=limit if math.isfinite(limit) else None,
+        early_stopping_patience=int(pick.choose("early_stopping_patience", 5, "five evaluations without gain")),
+        eval_steps=eval_steps,
+        checkpoint_steps=int(pick.choose("checkpoint_steps", max(eval_steps, 50), "little is lost with a worker")),
+        max_eval_tokens=int(pick.choose("max_eval_tokens", eval_tokens, "a fifth of the run's time at most")),
+        max_grad_norm=pick.choose("max_grad_norm", 1.0, "usual for language models"),
+    )
+    pick.told.append(
+        PlannedSetting(
+            name="target_modules",
+            value=", ".join(settings.target_modules),
+            given=bool(requested.target_modules),
+            why="as asked for" if requested.target_modules else "every linear layer of the blocks",
+        )
+    )
+    given = requested.HasField("low_gpu_memory_mode")
+    why = "as asked for" if given else "off: it costs a third more time"
+    value = str(settings.low_gpu_memory_mode).lower()
+    pick.told.append(PlannedSetting(name="low_gpu_memory_mode", value=value, given=given, why=why))
+    return settings, _describe(settings, facts, sorted(pick.told, key=_name))
+
+
+def _describe(settings: Settings, facts: Facts, told: list[PlannedSetting]) -> Plan:
+    trained = settings.train_steps * settings.batch_size * settings.context_length
+    evaluations = 1 + math.ceil(settings.train_steps / settings.eval_steps)
+    evaluated = evaluations * min(settings.max_eval_tokens, max(1, facts.test_tokens))
+    seconds = (trained + evaluated / EVALUATION_SPEEDUP) / facts.tokens_per_second
+    return Plan(
+        hyperparameters=settings.to_proto(),
+        settings=told,
+        train_tokens=facts.train_tokens,
+        test_tokens=facts.test_tokens,
+        epochs=trained / max(1, facts.train_tokens),
+        base_loss=facts.base_loss,
+        estimated_seconds=min(seconds, settings.time_limit_seconds or math.inf),
+    )
+
+
+def _name(setting: PlannedSetting) -> str:
+    return setting.name
+
+
+def _rank(requested: Hyperparameters) -> int:
+    return requested.lora_r if requested.HasField("lora_r") else 16
+
+
+def _batch_size(tokens: int, window: int, budget: float) -> tuple[int, str]:
+    """Sequences per step: 4 to 32 as the data grows, fewer where a time limit would leave too few steps."""
+    ideal = min(32, max(4, 2 ** math.floor(math.log2(max(1, tokens / (16 * window))))))
+    batch = ideal
+    while batch > 1 and budget / (batch * window) < _LEAST_STEPS:
+        batch //= 2
+    if batch < ideal:
+        return batch, f"small enough for {_LEAST_STEPS} steps within the time limit"
+    return batch, f"grows with the data: {tokens:,} tokens"
+
+
+def _micro_batch(batch: int, window: int, on_gpu: bool) -> int:
+    """The largest divisor of the batch whose tokens fit comfortably."""
+    most = max(1, (16_384 if on_gpu else 1_024) // window)
+    return max(size for size in range(1, batch + 1) if batch % size == 0 and size <= most)
