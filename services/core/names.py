@@ -52,7 +52,9 @@ def parse(pattern: str, name: str, *, field: str = "name") -> dict[str, str]:
     if len(parts) != len(wanted) or any(
         not want.startswith("{") and part != want for part, want in zip(parts, wanted, strict=True)
     ):
-        raise InvalidName(f"{field} {name[:200]!r} does not have the form {pattern}", field=field, hint=f"Give {pattern}.")
+        raise InvalidName(
+            f"{field} {name[:200]!r} does not have the form {pattern}", field=field, hint=f"Give {pattern}."
+        )
     return {
         want[1:-1]: check_id(part, f"{field} ({want[1:-1]})")
         for part, want in zip(parts, wanted, strict=True)

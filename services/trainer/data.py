@@ -89,6 +89,10 @@ class Corpus:
         self.tokens = sum(len(ids) for ids in self._plain)
         """Tokens of one pass over the files."""
 
+    def has_rows(self) -> bool:
+        """Whether there is anything to learn from: a document of one token has nothing to predict."""
+        return any(len(ids) > 1 for ids in self._plain)
+
     def batch(self, step: int, size: int) -> list[Row]:
         """The rows of an optimizer step (from 0). The same seed, step and size give the same rows in any process."""
         return [self._row(step * size + offset) for offset in range(size)]

@@ -76,4 +76,3 @@ def facts(
         tokens_per_second=speed,
         on_gpu=on_gpu,
     )
-

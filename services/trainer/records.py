@@ -35,9 +35,9 @@ class Tables:
 class Story:
     """The events of runs, in order and without gaps.
 
-    An event is written before the run's ``last_sequence`` counts it, and under the epoch of the attempt that wrote it. A
-    worker that lost its lease can thus leave an event that no run counts, or one that the next attempt outranks, but
-    never change the story.
+    An event is written before the run's ``last_sequence`` counts it, and under the epoch of the attempt that wrote it.
+    A worker that lost its lease can thus leave an event that no run counts, or one that the next attempt outranks,
+    but never change the story.
     """
 
     def __init__(self, state: StateStore) -> None:

@@ -395,15 +395,17 @@ async def test_streams_over_swaps_equal_their_replay(world: World) -> None:
         while not done.is_set():
             seen.append(await world.complete(max_tokens=60).end())
 
+    async def answered_by(sha256: str) -> None:
+        await until(lambda: any(stream.started.adapter_sha256 == sha256 for stream in seen), 20)
+
     editors = [asyncio.create_task(editor()) for _ in range(3)]
+    await answered_by("")
     for best in bests:
-        await asyncio.sleep(0.15)
         await world.publish(best)
         await world.until_active(best.sha256)
-    await asyncio.sleep(0.15)
+        await answered_by(best.sha256)
     done.set()
     await asyncio.gather(*editors)
-    assert {stream.started.adapter_sha256 for stream in seen} == set(replay)
     assert all(stream.text == replay[stream.started.adapter_sha256] for stream in seen)
     assert len(world.replica.registry.holdings()) <= 2, "one active, one idle"
 

@@ -11,10 +11,10 @@ import grpc
 from codegraft.event.v1.events_pb2 import SnapshotCreated
 from codegraft.ingest.v1 import snapshot_pb2 as pb
 from codegraft.ingest.v1.snapshot_pb2_grpc import SnapshotServiceServicer
-from services.core import names
+from services.core import names, pages
 from services.core.errors import NoSources, ResourceExists, SnapshotNotFound, Unavailable
 from services.core.runtime import Runtime
-from services.ingest import listing, pages, snapshot
+from services.ingest import listing, snapshot
 from services.ingest.fetcher import listing_key
 from services.ingest.records import Tables
 

@@ -1,0 +1,23 @@
+"""The trainer service: ``python -m services.trainer``."""
+
+from __future__ import annotations
+
+import sys
+
+from services.core import runtime
+from services.core.rpc.server import serve
+from services.core.runtime import Runtime
+from services.trainer.assembly import Trainer
+from services.trainer.config import TrainerSettings
+from services.trainer.datasets import ScannerDatasets
+
+
+async def main(settings: TrainerSettings) -> None:
+    """Serves, and works on runs, until the process is told to stop."""
+    async with Runtime.open("trainer", settings) as opened:
+        trainer = Trainer(opened, settings, ScannerDatasets(settings.scanner_address))
+        await serve(settings, trainer.services, background=trainer.background)
+
+
+if __name__ == "__main__":
+    sys.exit(runtime.run("trainer", TrainerSettings, main))

@@ -1,0 +1,62 @@
+"""The parts of one trainer process, wired together over its connections."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from collections.abc import Sequence
+
+from codegraft.common.v1.job_pb2 import JobState
+from codegraft.event.v1.events_pb2 import RunChanged
+from codegraft.trainer.v1 import run_pb2_grpc
+from services.core.jobs import JobRunner
+from services.core.jobs.announcer import announce
+from services.core.rpc.server import Background, Registration
+from services.core.runtime import Runtime
+from services.trainer.config import TrainerSettings
+from services.trainer.datasets import Newest
+from services.trainer.records import BUCKET, Tables
+from services.trainer.servicer import KIND, ModelServicer, RunServicer
+from services.trainer.worker import RunWorker
+
+CHANGED = "codegraft.trainer.run.changed.v1"
+
+
+class Trainer:
+    """What a process serves, and what it does beside that.
+
+    Attributes:
+        services: for services/core/rpc/server.
+        background: likewise: the workers, and the announcer of runs' states.
+        tables: its records.
+    """
+
+    def __init__(self, runtime: Runtime, settings: TrainerSettings, newest: Newest) -> None:
+        self.tables = tables = Tables.of(runtime.state(BUCKET))
+        worker = RunWorker(runtime, settings, tables, newest)
+        me = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
+        runners = [
+            JobRunner(KIND, tables.runs, runtime.jobs, worker.handle, worker_id=f"{me}-{number}")
+            for number in range(settings.trainer_workers)
+        ]
+        self.background: Sequence[Background] = [
+            *(runner.run for runner in runners),
+            lambda: announce(tables.runs, runtime.events, CHANGED, _changed),
+        ]
+        self.services: Sequence[Registration] = [
+            (
+                run_pb2_grpc.add_RunServiceServicer_to_server,
+                RunServicer(runtime, settings, tables, newest),
+                "codegraft.trainer.v1.RunService",
+            ),
+            (
+                run_pb2_grpc.add_ModelServiceServicer_to_server,
+                ModelServicer(settings),
+                "codegraft.trainer.v1.ModelService",
+            ),
+        ]
+
+
+def _changed(name: str, state: JobState) -> RunChanged:
+    return RunChanged(run=name, state=state)

@@ -1,0 +1,208 @@
+"""RunService and ModelService: requests in, tables and plans, responses out."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from codegraft.common.v1.model_pb2 import Model
+from codegraft.scanner.v1.dataset_pb2 import DatasetManifest
+from codegraft.trainer.v1 import run_pb2 as pb
+from codegraft.trainer.v1.hyperparameters_pb2 import Hyperparameters
+from codegraft.trainer.v1.run_pb2_grpc import ModelServiceServicer, RunServiceServicer
+from services.core import names
+from services.core.errors import CheckpointNotFound, InvalidArgument, RequestIdReused, ResourceExists, RunNotFound
+from services.core.jobs import is_final, new_status, request_cancel
+from services.core.models import catalogue, weights
+from services.core.models.catalogue import ModelSpec
+from services.core.pages import bounds, token
+from services.core.runtime import Runtime
+from services.trainer import data, datasets, machine
+from services.trainer.config import TrainerSettings
+from services.trainer.datasets import Newest
+from services.trainer.plan import Facts, plan
+from services.trainer.records import Tables
+from services.trainer.settings import check
+
+KIND = "run"
+"""Of its jobs."""
+LATEST, BEST = "latest", "best"
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class RunServicer(RunServiceServicer):
+    """See the proto for what every call does and which errors it has."""
+
+    def __init__(self, runtime: Runtime, settings: TrainerSettings, tables: Tables, newest: Newest) -> None:
+        self._runtime = runtime
+        self._settings = settings
+        self._tables = tables
+        self._newest = newest
+
+    async def PlanRun(self, request: pb.PlanRunRequest, context: Context) -> pb.PlanRunResponse:
+        spec = self._model(request.base_model, request.hyperparameters)
+        manifest = await datasets.find(self._runtime.artifacts, self._newest, request.parent, request.dataset)
+        train, _ = await datasets.fetch(self._runtime.artifacts, manifest)
+        _, told = plan(request.hyperparameters, self._facts(spec, manifest, data.read_part(train).base_loss))
+        return pb.PlanRunResponse(plan=told)
+
+    async def CreateRun(self, request: pb.CreateRunRequest, context: Context) -> pb.CreateRunResponse:
+        names.parse(names.PROJECT, request.parent, field="parent")
+        spec = self._model(request.base_model, request.hyperparameters)
+        run_id = names.new_id("r", request_id=request.request_id, scope=request.parent)
+        if (there := await self._tables.runs.find(f"{request.parent}/runs/{run_id}")) is not None:
+            return pb.CreateRunResponse(run=await self._again(there, request))
+        manifest = await datasets.find(self._runtime.artifacts, self._newest, request.parent, request.dataset)
+        run = pb.Run(
+            name=f"{request.parent}/runs/{run_id}",
+            dataset=manifest.name,
+            base_model=spec.id,
+            requested=request.hyperparameters,
+            status=new_status(),
+            title=request.title,
+            request_id=request.request_id,
+        )
+        try:
+            run = await self._tables.runs.create(run)
+        except ResourceExists:
+            return pb.CreateRunResponse(run=await self._again(await self._tables.runs.get(run.name), request))
+        await self._runtime.jobs.submit(KIND, run.name)
+        return pb.CreateRunResponse(run=run)
+
+    async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.GetRunResponse:
+        ids = names.parse(names.RUN, request.name)
+        if ids["run"] != LATEST:
+            return pb.GetRunResponse(run=await self._tables.runs.get(request.name))
+        newest, _ = await self._tables.runs.page(names.project_of(request.name), 1, "", newest_first=True)
+        if not newest:
+            raise RunNotFound(f"{names.project_of(request.name)} has no run yet", field="name", hint="Create one.")
+        return pb.GetRunResponse(run=newest[0])
+
+    async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
+        names.parse(names.PROJECT, request.parent, field="parent")
+        found, next_token = await self._tables.runs.page(
+            request.parent, request.page_size, request.page_token, newest_first=True
+        )
+        return pb.ListRunsResponse(runs=found, next_page_token=next_token)
+
+    async def WatchRun(self, request: pb.WatchRunRequest, context: Context) -> AsyncIterator[pb.WatchRunResponse]:
+        names.parse(names.RUN, request.name)
+        if request.after_sequence < 0:
+            raise InvalidArgument(
+                "after_sequence is negative", field="after_sequence", hint="Use 0 for the whole story."
+            )
+        told = request.after_sequence
+        async for run in self._tables.runs.watch(request.name):
+            events = await self._tables.story.read(run.name, told, run.last_sequence)
+            for event in events:
+                yield pb.WatchRunResponse(run=run, event=event)
+            told = max(told, run.last_sequence)
+            if not events or is_final(run.status):
+                yield pb.WatchRunResponse(run=run)
+            if is_final(run.status):
+                return
+
+    async def CancelRun(self, request: pb.CancelRunRequest, context: Context) -> pb.CancelRunResponse:
+        names.parse(names.RUN, request.name)
+        run = await self._tables.runs.mutate(request.name, lambda run: request_cancel(run.status))
+        return pb.CancelRunResponse(run=run)
+
+    async def ListCheckpoints(self, request: pb.ListCheckpointsRequest, context: Context) -> pb.ListCheckpointsResponse:
+        names.parse(names.RUN, request.parent, field="parent")
+        await self._tables.runs.get(request.parent)
+        begin, end = bounds(request.page_size, request.page_token, request.parent)
+        found = sorted(await self._tables.checkpoints.all(request.parent + "/"), key=lambda checkpoint: checkpoint.step)
+        next_token = token(end, request.parent) if end < len(found) else ""
+        return pb.ListCheckpointsResponse(checkpoints=found[begin:end], next_page_token=next_token)
+
+    async def GetCheckpoint(self, request: pb.GetCheckpointRequest, context: Context) -> pb.GetCheckpointResponse:
+        ids = names.parse(names.CHECKPOINT, request.name)
+        name = request.name
+        if ids["step"] == BEST:
+            run = await self._tables.runs.get(name.removesuffix(f"/checkpoints/{BEST}"))
+            if not run.best_checkpoint:
+                raise CheckpointNotFound(
+                    f"{run.name} has no checkpoint that beats the base model", field="name", hint="Name a step."
+                )
+            name = run.best_checkpoint
+        return pb.GetCheckpointResponse(checkpoint=await self._tables.checkpoints.get(name))
+
+    async def GetBestCheckpoint(
+        self, request: pb.GetBestCheckpointRequest, context: Context
+    ) -> pb.GetBestCheckpointResponse:
+        names.parse(names.PROJECT, request.parent, field="parent")
+        model = request.base_model or self._settings.trainer_model
+        runs = [
+            run
+            for run in await self._tables.runs.all(request.parent + "/")
+            if run.best_checkpoint and run.base_model == model
+        ]
+        if not runs:
+            raise CheckpointNotFound(
+                f"{request.parent} has no checkpoint on {model} that beats it", field="parent", hint="Train a run."
+            )
+        latest = max(runs, key=lambda run: (run.status.create_time.ToNanoseconds(), run.name))
+        return pb.GetBestCheckpointResponse(checkpoint=await self._tables.checkpoints.get(latest.best_checkpoint))
+
+    async def _again(self, there: pb.Run, request: pb.CreateRunRequest) -> pb.Run:
+        """The run that the same request made before."""
+        same = (
+            there.requested == request.hyperparameters
+            and there.title == request.title
+            and request.dataset in ("", there.dataset)
+            and request.base_model in ("", there.base_model)
+        )
+        if not same:
+            raise RequestIdReused(
+                f"request_id {request.request_id!r} came before with another request",
+                field="request_id",
+                hint="Use a new request_id for a new request.",
+            )
+        if not is_final(there.status):
+            await self._runtime.jobs.submit(KIND, there.name)
+        return there
+
+    def _model(self, base_model: str, requested: Hyperparameters) -> ModelSpec:
+        spec = catalogue.find(base_model or self._settings.trainer_model)
+        check(requested, spec.context_length)
+        return spec
+
+    def _facts(self, spec: ModelSpec, manifest: DatasetManifest, base_loss: float) -> Facts:
+        on_gpu = self._settings.trainer_device == "cuda"
+        return machine.facts(
+            spec,
+            train_tokens=manifest.train.tokens,
+            train_bytes=manifest.train.bytes,
+            test_tokens=manifest.test.tokens,
+            base_loss=base_loss,
+            has_fim=False,
+            speed=machine.guess_speed(spec, on_gpu=on_gpu),
+            on_gpu=on_gpu,
+        )
+
+
+class ModelServicer(ModelServiceServicer):
+    """The catalogue, as the proto describes it."""
+
+    def __init__(self, settings: TrainerSettings) -> None:
+        self._settings = settings
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
+        begin, end = bounds(request.page_size, request.page_token, "models")
+        specs = catalogue.all_models()
+        models = [
+            Model(
+                id=spec.id,
+                title=spec.title,
+                functions=[f"MODEL_FUNCTION_{function.name}" for function in sorted(spec.functions)],
+                parameters=spec.parameters,
+                context_length=spec.context_length,
+                lora_targets=spec.lora_targets,
+                cached=weights.is_cached(spec, self._settings.cache_dir),
+            )
+            for spec in specs[begin:end]
+        ]
+        return pb.ListModelsResponse(models=models, next_page_token=token(end, "models") if end < len(specs) else "")
