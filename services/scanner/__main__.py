@@ -27,6 +27,7 @@ SERVICE = "codegraft.scanner.v1.ScanService"
 
 async def main(settings: ScannerSettings) -> None:
     """Serves, and works on scans, until the process is told to stop."""
+    os.nice(settings.scanner_nice)
     async with Runtime.open("scanner", settings) as opened:
         state = opened.state("scanner")
         scans = Table(state, Scan, missing=ScanNotFound)

@@ -24,5 +24,7 @@ class ScannerSettings(CoreSettings):
     32,768 on a GPU."""
     scanner_reads: int = Field(default=8, ge=1, le=64)
     """Files that are read from the object store at once."""
+    scanner_nice: int = Field(default=10, ge=0, le=19)
+    """By how much the process lowers its priority, so that completions on the same cores stay fast."""
     scanner_workers: int = Field(default=1, ge=0)
     """Scans that this process works on at once; 0 for a replica that only answers calls."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from services.core import runtime
@@ -14,6 +15,7 @@ from services.trainer.datasets import ScannerDatasets
 
 async def main(settings: TrainerSettings) -> None:
     """Serves, and works on runs, until the process is told to stop."""
+    os.nice(settings.trainer_nice)
     async with Runtime.open("trainer", settings) as opened:
         trainer = Trainer(opened, settings, ScannerDatasets(settings.scanner_address))
         await serve(settings, trainer.services, background=trainer.background)

@@ -19,5 +19,7 @@ class TrainerSettings(CoreSettings):
     """Where runs train; auto takes a GPU when there is one."""
     trainer_threads: int = Field(default=0, ge=0)
     """Threads of training on a CPU; 0 leaves it to torch (all cores)."""
+    trainer_nice: int = Field(default=10, ge=0, le=19)
+    """By how much the process lowers its priority, so that completions on the same cores stay fast."""
     trainer_workers: int = Field(default=1, ge=0)
     """Runs that this process works on at once; 0 for a replica that only answers calls."""

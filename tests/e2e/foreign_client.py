@@ -255,7 +255,7 @@ class WholePath:
     def long_stream(self) -> dict[str, Any]:
         pb = self.pb["completion"]
         return self.complete(
-            stop=pb.StopRule(max_tokens=120), sampling=pb.Sampling(temperature=1.0, seed=7, repetition_penalty=1.1)
+            stop=pb.StopRule(max_tokens=60), sampling=pb.Sampling(temperature=1.0, seed=7, repetition_penalty=1.1)
         )
 
     def serving_status(self) -> Any:
@@ -276,7 +276,10 @@ class WholePath:
 
         def keep_streaming() -> None:  # an editor that always has one completion open
             while not stop.is_set():
-                streams.append(self.long_stream())
+                try:
+                    streams.append(self.long_stream())
+                except grpc.RpcError as error:
+                    streams.append({"finished": False, "sha256": "", "error": str(error)})
 
         editor = threading.Thread(target=keep_streaming)
         editor.start()

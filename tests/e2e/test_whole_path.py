@@ -165,7 +165,7 @@ def test_run_beats_the_base_model_and_tells_its_story(seen: dict[str, Any]) -> N
 
 def test_streams_survive_the_swap_on_the_version_they_named(seen: dict[str, Any]) -> None:
     streams = seen["streams"]
-    assert streams and all(stream["finished"] for stream in streams)
+    assert streams and all(stream["finished"] for stream in streams), streams
     assert streams[0]["sha256"] == ""
     versions = [stream["sha256"] for stream in streams]
     assert set(versions) <= {"", *seen["run"]["bests"]}

@@ -149,6 +149,8 @@ def service_environment(
 ) -> dict[str, str]:
     """What the services find in their environment: the caller's own settings, with the stack's over them."""
     return {
+        # Three services compute on the same cores: threads that spin while they wait would stall the other two.
+        "OMP_WAIT_POLICY": "PASSIVE",
         **base,
         "CODEGRAFT_NATS_URL": f"nats://{addresses['nats']}",
         "CODEGRAFT_NATS_USER": credentials.nats_user,

@@ -24,6 +24,8 @@ OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", 16 << 20),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
+    # The services are neighbours: http_proxy in the environment is for the way out, and would take loopback too.
+    ("grpc.enable_http_proxy", 0),
 ]
 
 
@@ -43,16 +45,13 @@ def pass_through() -> Sequence[grpc.aio.ClientInterceptor]:
 
 
 def _details(given: grpc.aio.ClientCallDetails, *, unary: bool) -> grpc.aio.ClientCallDetails:
-    left = call_context.remaining()
-    limits = [limit for limit in (given.timeout, left) if limit is not None]
-    timeout = min(limits) if limits else (DEFAULT_DEADLINE if unary else None)
+    timeout = call_context.shortened(given.timeout)
+    if timeout is None and unary:
+        timeout = DEFAULT_DEADLINE
     metadata = grpc.aio.Metadata(*(given.metadata or ()))
     present = set(metadata.keys())
-    for key, value in (
-        (call_context.REQUEST_ID, call_context.request_id.get()),
-        (call_context.TRACEPARENT, call_context.traceparent.get()),
-    ):
-        if value and key not in present:
+    for key, value in call_context.outgoing():
+        if key not in present:
             metadata.add(key, value)
     return grpc.aio.ClientCallDetails(given.method, timeout, metadata, given.credentials, given.wait_for_ready)
 

@@ -1,4 +1,8 @@
-"""What belongs to the call that is being served, and travels on to the calls made for it."""
+"""What belongs to the call that is being served, and travels on to the calls made for it.
+
+A task started while a call is served inherits all of it, the deadline too: work that outlives its call belongs into
+the server's background, not into such a task.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ REQUEST_ID = "x-request-id"
 TRACEPARENT = "traceparent"
 """W3C trace context, https://www.w3.org/TR/trace-context/."""
 
-_TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
+_TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
@@ -33,15 +37,32 @@ def remaining() -> float | None:
     return None if deadline is None else max(0.0, deadline - time.monotonic() - MARGIN)
 
 
+def shortened(timeout: float | None) -> float | None:
+    """The timeout, or what is left of the deadline of the call being served when that is less; None means never."""
+    left = remaining()
+    if timeout is None or left is None:
+        return left if timeout is None else timeout
+    return min(timeout, left)
+
+
+def outgoing() -> list[tuple[str, str]]:
+    """Metadata for calls made now: request id and trace of the call being served; empty outside of one."""
+    values = ((REQUEST_ID, request_id.get()), (TRACEPARENT, traceparent.get()))
+    return [(key, value) for key, value in values if value]
+
+
 def accept_request_id(given: str) -> str:
     """The caller's request id when it is short and printable, else a new one (log lines must stay harmless)."""
     return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
 
 
 def accept_traceparent(given: str) -> str:
-    """The caller's trace, continued by a span of ours; a new trace when there is none."""
+    """The caller's trace and its flags, continued by a span of ours; a new sampled trace when there is none."""
     match = _TRACEPARENT.fullmatch(given)
-    return f"00-{match[1] if match else secrets.token_hex(16)}-{secrets.token_hex(8)}-01"
+    # The specification calls a trace or a parent of zeros invalid.
+    if match is None or not int(match[1], 16) or not int(match[2], 16):
+        return f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01"
+    return f"00-{match[1]}-{secrets.token_hex(8)}-{match[3]}"
 
 
 def trace_id() -> str:

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
+import structlog
 from grpc_status import rpc_status
 
 from services.core import log
-from services.core.errors import CodegraftError, InternalError
+from services.core.errors import CodegraftError, InternalError, ShuttingDown
 from services.core.rpc import context as call_context
 from services.core.rpc.status import grpc_code, to_status
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 logger = log.get(__name__)
 
 _QUIET = ("/grpc.health.v1.", "/grpc.reflection.")
 """Services whose calls are logged at debug level only: probes come every second."""
+_CODES = {int(code.value[0]): code for code in grpc.StatusCode}
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps every handler; see the module's docstring."""
+
+    def __init__(self) -> None:
+        self._watches: set[asyncio.Task[Any]] = set()
+        self._draining = False
 
     async def intercept_service(
         self,
@@ -37,13 +44,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         method = str(handler_call_details.method)
         metadata = {key: value for key, value in handler_call_details.invocation_metadata or ()}
         if handler.response_streaming:
-            kind = (
+            kind: Any = (
                 grpc.stream_stream_rpc_method_handler
                 if handler.request_streaming
                 else grpc.unary_stream_rpc_method_handler
             )
             inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
-            behaviour: Any = _streaming(method, metadata, inner)
+            behaviour = self._streaming(method, metadata, inner)
         else:
             kind = (
                 grpc.stream_unary_rpc_method_handler
@@ -52,17 +59,81 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             )
             inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
             behaviour = _unary(method, metadata, inner)
-        return kind(
+        wrapped: Handler = kind(
             behaviour,
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
+        return wrapped
+
+    def end_watches(self) -> None:
+        """Ends the streams of methods named Watch… with SHUTTING_DOWN, now and from now on.
+
+        They have no end of their own, so a drain that waited for them would always take its whole time; their callers
+        take them up again at another replica.
+        """
+        self._draining = True
+        for task in self._watches:
+            task.cancel()
+
+    def _streaming(self, method: str, metadata: dict[str, Any], inner: Any) -> Any:
+        is_watch = method.rpartition("/")[2].startswith("Watch")
+
+        # Writing to the context, where grpc would also take an async generator: a call that is cancelled while grpc
+        # writes would leave a generator, and the handler in it, to the garbage collector.
+        async def behaviour(request: Any, context: Context) -> None:
+            call = _Call(method, metadata, context)
+            task = asyncio.current_task()
+            if is_watch and task is not None:
+                self._watches.add(task)
+                task.add_done_callback(self._watches.discard)
+            responses: Any = None
+            try:
+                if is_watch and self._draining:
+                    raise ShuttingDown("this replica is shutting down", hint="Watch again.")
+                await call.greet()
+                responses = inner(request, context)
+                if hasattr(responses, "__aiter__"):
+                    async for response in responses:
+                        await context.write(response)
+                else:
+                    await responses  # a handler that writes to the context itself (health)
+            except asyncio.CancelledError:
+                if is_watch and self._draining:
+                    await call.failed(ShuttingDown("this replica is shutting down", hint="Watch again."))
+                call.cancelled()
+                raise
+            except Exception as error:
+                await call.failed(error)
+            finally:
+                if hasattr(responses, "aclose"):
+                    await responses.aclose()  # runs the handler's own clean-up now, not at garbage collection
+            call.ended()
+
+        return behaviour
+
+
+def _unary(method: str, metadata: dict[str, Any], inner: Any) -> Any:
+    async def behaviour(request: Any, context: Context) -> Any:
+        call = _Call(method, metadata, context)
+        try:
+            await call.greet()
+            response = await inner(request, context)
+        except asyncio.CancelledError:
+            call.cancelled()
+            raise
+        except Exception as error:
+            await call.failed(error)
+        call.ended()
+        return response
+
+    return behaviour
 
 
 class _Call:
-    """One call on its way: bound ids, its clock, its end."""
+    """One call on its way: bound ids, its clock, its end. Nothing is unbound: grpc gives every call a task."""
 
-    def __init__(self, method: str, metadata: dict[str, Any], context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    def __init__(self, method: str, metadata: dict[str, Any], context: Context) -> None:
         self.method = method
         self.context = context
         self.began = time.monotonic()
@@ -70,16 +141,39 @@ class _Call:
         call_context.request_id.set(self.request_id)
         call_context.traceparent.set(call_context.accept_traceparent(str(metadata.get(call_context.TRACEPARENT, ""))))
         call_context.set_deadline(context.time_remaining())
-        context.set_trailing_metadata(((call_context.REQUEST_ID, self.request_id),))
+        structlog.contextvars.bind_contextvars(request_id=self.request_id, trace_id=call_context.trace_id())
+        self._identity = ((call_context.REQUEST_ID, self.request_id),)
+        context.set_trailing_metadata(self._identity)
 
-    def ended(self, code: grpc.StatusCode, reason: str = "", message: str = "") -> None:
-        """The call's one log line."""
+    async def greet(self) -> None:
+        """Tells the caller its request id before the handler starts, so that it is known while a stream runs."""
+        await self.context.send_initial_metadata(self._identity)
+
+    def bound(self) -> AbstractContextManager[None]:
+        """Puts the call's ids into every log line and event that comes of it."""
+        return log.bound(
+            request_id=self.request_id, trace_id=call_context.trace_id(), traceparent=call_context.traceparent.get()
+        )
+
+    def ended(self, code: grpc.StatusCode | None = None, reason: str = "", message: str = "") -> None:
+        """The call's one log line; without a code, the one that the handler set, else OK."""
+        given: Any = code or self.context.code()  # a number after set_code, whatever its type says
+        code = given if isinstance(given, grpc.StatusCode) else _CODES.get(given or 0, grpc.StatusCode.UNKNOWN)
         tell = logger.info if not self.method.startswith(_QUIET) else logger.debug
         details = {"reason": reason, "error": message} if reason else {}
         tell("call", method=self.method, code=code.name, seconds=round(time.monotonic() - self.began, 4), **details)
 
+    def cancelled(self) -> None:
+        """The log line of a call whose caller went away or whose deadline passed."""
+        left = self.context.time_remaining()
+        overdue = left is not None and left <= 0
+        self.ended(grpc.StatusCode.DEADLINE_EXCEEDED if overdue else grpc.StatusCode.CANCELLED)
+
     async def failed(self, error: Exception) -> NoReturn:
         """Ends the call with the error's status."""
+        if isinstance(error, grpc.aio.AbortError):  # the handler has ended it already (health, for unknown services)
+            self.ended()
+            raise error
         if not isinstance(error, CodegraftError):
             logger.error("unexpected error", method=self.method, exc_info=error)
             error = InternalError(
@@ -87,50 +181,4 @@ class _Call:
             )
         self.ended(grpc_code(error.code), error.reason, error.message)
         status = rpc_status.to_status(to_status(error))
-        trailers = (*(status.trailing_metadata or ()), (call_context.REQUEST_ID, self.request_id))
-        await self.context.abort(status.code, status.details, trailers)
-
-
-def _unary(method: str, metadata: dict[str, Any], inner: Any) -> Any:
-    async def behaviour(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        call = _Call(method, metadata, context)
-        with log.bound(request_id=call.request_id, trace_id=call_context.trace_id()):
-            try:
-                response = await inner(request, context)
-            except grpc.aio.AbortError:
-                raise
-            except asyncio.CancelledError:
-                call.ended(grpc.StatusCode.CANCELLED)
-                raise
-            except Exception as error:
-                await call.failed(error)
-            call.ended(grpc.StatusCode.OK)
-            return response
-
-    return behaviour
-
-
-def _streaming(method: str, metadata: dict[str, Any], inner: Any) -> Any:
-    async def behaviour(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-        call = _Call(method, metadata, context)
-        with log.bound(request_id=call.request_id, trace_id=call_context.trace_id()):
-            responses = inner(request, context)
-            try:
-                if hasattr(responses, "__aiter__"):
-                    async for response in responses:
-                        yield response
-                else:
-                    await responses  # a handler that writes to the context itself (health, reflection)
-            except grpc.aio.AbortError:
-                raise
-            except (asyncio.CancelledError, GeneratorExit):
-                call.ended(grpc.StatusCode.CANCELLED)
-                raise
-            except Exception as error:
-                await call.failed(error)
-            finally:
-                if hasattr(responses, "aclose"):
-                    await responses.aclose()  # runs the handler's own clean-up now, not at garbage collection
-            call.ended(grpc.StatusCode.OK)
-
-    return behaviour
+        await self.context.abort(status.code, status.details, (*(status.trailing_metadata or ()), *self._identity))

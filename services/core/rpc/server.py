@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
-import sys
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -37,6 +37,9 @@ _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.so_reuseport", 0),
 ]
 
+_LAST_WORD = 0.1
+"""Seconds between health's NOT_SERVING and the end of watches and of the listening socket, for the word to arrive."""
+
 logger = log.get(__name__)
 
 
@@ -47,19 +50,21 @@ async def serve(
     background: Sequence[Background] = (),
     ready: Callable[[str], None] | None = None,
 ) -> None:
-    """Serves until SIGTERM or SIGINT, then drains: health says NOT_SERVING, running calls end, background work stops.
+    """Serves until SIGTERM or SIGINT, then drains: health says NOT_SERVING, background work is cancelled, streams of
+    Watch… methods end with SHUTTING_DOWN, and the other running calls may end by themselves.
 
     Args:
         settings: where to listen, and how long running calls may go on after the signal.
         services: what to serve; each has its own health entry, and "" stands for all.
-        background: work beside the server (workers, followers). When one fails, the process ends with its error:
-            a service that only looks alive is worse than one that is restarted.
+        background: work beside the server (workers, followers), on which no running call may depend. When one
+            fails, the process ends with its error: a service that only looks alive is worse than one that is restarted.
         ready: called with the bound address once calls are answered.
 
     Raises:
         Unavailable: the address cannot be bound.
     """
-    server = grpc.aio.server(interceptors=[CallInterceptor()], options=_OPTIONS)
+    calls = CallInterceptor()
+    server = grpc.aio.server(interceptors=[calls], options=_OPTIONS)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     for add, servicer, _ in services:
@@ -87,10 +92,15 @@ async def serve(
         waiting.cancel()
         logger.info("draining", seconds=settings.drain_seconds)
         await checks.enter_graceful_shutdown()
-        for task in tasks:
+        running = [task for task in tasks if not task.done()]
+        for task in running:
             task.cancel()
+        await asyncio.sleep(_LAST_WORD)
+        calls.end_watches()
         await server.stop(settings.drain_seconds)
-        await asyncio.gather(*tasks, return_exceptions=True)
+        for outcome in await asyncio.gather(*running, return_exceptions=True):
+            if isinstance(outcome, Exception):
+                logger.warning("background work ended with an error", exc_info=outcome)
         logger.info("stopped")
 
 
@@ -108,15 +118,17 @@ def _bind(server: grpc.aio.Server, listen: str) -> str:
 
 
 def _stop_signal() -> asyncio.Event:
-    """An event that SIGTERM and SIGINT set; a second signal ends the process at once."""
+    """An event that SIGTERM and SIGINT set; a second SIGINT, from a person who does not want to wait, ends the process.
+
+    A second SIGTERM does not: Ctrl-C reaches a whole process group, and its supervisor sends SIGTERM besides.
+    """
     stopped = asyncio.Event()
 
     def on_signal(number: int) -> None:
-        if stopped.is_set():
-            sys.exit(128 + number)
+        if stopped.is_set() and number == signal.SIGINT:
+            os._exit(128 + number)  # SystemExit would wait for threads, and a stuck one is why somebody insists
         stopped.set()
 
-    loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal, number)
+        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
     return stopped
