@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import typer
 
 from services.cli import complete, doctor, models, project, scan, serve, source, stack, train
+from services.cli.demo.command import demo
 from services.cli.local.supervisor import StopRequested
 from services.cli.output import EXIT_CODES, ExitCode, err, fail
 from services.core.errors import CodegraftError
@@ -36,6 +37,9 @@ app.command(rich_help_panel="From code to completions", epilog=EXIT_CODES)(compl
 app.command(rich_help_panel="From code to completions", epilog=EXIT_CODES)(models.models)
 
 
+app.command(rich_help_panel="From code to completions", epilog=EXIT_CODES)(demo)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
@@ -44,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else ExitCode.OK
     except CodegraftError as error:
-        return fail(error, as_json="--json" in arguments)
+        return fail(error, as_json="--json" in arguments and arguments[0] != "demo")  # there it names a file
     except (KeyboardInterrupt, StopRequested):
         return ExitCode.INTERRUPTED
     except Exception as error:

@@ -20,6 +20,8 @@ DRAIN = timedelta(seconds=5)
 GRACE = DRAIN + timedelta(seconds=5)
 """After that long a process that was asked to stop is killed."""
 BUCKET = "codegraft"
+PORT_TRIES = 3
+_PORT_TAKEN = ("ddress already in use", "cannot listen on", "address in use")
 
 Report = Callable[[str], None]
 
@@ -40,8 +42,26 @@ class Stack:
             CodegraftError: a process could not be started, ended by itself, or is not healthy in time.
         """
         began = time.monotonic()
+        remembered = self._folder.ports()
+        for attempt in range(PORT_TRIES):
+            try:
+                self._start_all(remembered)
+                break
+            except Unavailable as error:
+                # Between choosing a port and listening on it another process may take it.
+                if attempt == PORT_TRIES - 1 or not any(sign in error.message for sign in _PORT_TAKEN):
+                    raise
+            self._report("another process took a port meanwhile, starting again on others")
+            self.stop()
+            self._children, self.info = {}, StackInfo(StackState.STARTING, os.getpid())
+            remembered = {}
+        self.info.state = StackState.READY
         self._folder.describe(self.info)
-        chosen = ports.choose(["nats", "s3", *SERVICES], self._folder.ports())
+        self._report(f"everything is up after {time.monotonic() - began:.1f} s")
+
+    def _start_all(self, remembered: Mapping[str, int]) -> None:
+        self._folder.describe(self.info)
+        chosen = ports.choose(["nats", "s3", *SERVICES], dict(remembered))
         self._folder.remember(chosen)
         credentials = self._folder.credentials()
         addresses = {name: f"{ports.HOST}:{port}" for name, port in chosen.items()}
@@ -79,9 +99,6 @@ class Stack:
                 addresses[name],
             )
         self._await_health(addresses)
-        self.info.state = StackState.READY
-        self._folder.describe(self.info)
-        self._report(f"everything is up after {time.monotonic() - began:.1f} s")
 
     def check(self) -> list[ProcessInfo]:
         """The processes that ended by themselves since the last look."""

@@ -141,19 +141,16 @@ class _Call:
         call_context.request_id.set(self.request_id)
         call_context.traceparent.set(call_context.accept_traceparent(str(metadata.get(call_context.TRACEPARENT, ""))))
         call_context.set_deadline(context.time_remaining())
-        structlog.contextvars.bind_contextvars(request_id=self.request_id, trace_id=call_context.trace_id())
+        # For every log line and every event that comes of the call.
+        structlog.contextvars.bind_contextvars(
+            request_id=self.request_id, trace_id=call_context.trace_id(), traceparent=call_context.traceparent.get()
+        )
         self._identity = ((call_context.REQUEST_ID, self.request_id),)
         context.set_trailing_metadata(self._identity)
 
     async def greet(self) -> None:
         """Tells the caller its request id before the handler starts, so that it is known while a stream runs."""
         await self.context.send_initial_metadata(self._identity)
-
-    def bound(self) -> AbstractContextManager[None]:
-        """Puts the call's ids into every log line and event that comes of it."""
-        return log.bound(
-            request_id=self.request_id, trace_id=call_context.trace_id(), traceparent=call_context.traceparent.get()
-        )
 
     def ended(self, code: grpc.StatusCode | None = None, reason: str = "", message: str = "") -> None:
         """The call's one log line; without a code, the one that the handler set, else OK."""

@@ -1,0 +1,1 @@
+"""``codegraft demo``: the main job from a repository to a swapped adapter, with its figures."""
