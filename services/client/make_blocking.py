@@ -1,12 +1,13 @@
 """Makes the blocking client from the asynchronous one: ``python -m services.client.make_blocking``.
 
 Both have the same methods; they differ in ``async`` and ``await`` only, so writing them twice would let them
-drift apart. A test makes them again and compares.
+drift apart. A test makes them again and compares. Needs ruff.
 """
 
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -15,13 +16,13 @@ RULES = [
     (r"\bAsyncCodegraft\b", "Codegraft"),
     (r"\bAsyncIterator\b", "Iterator"),
     (r"__a(enter|exit)__", r"__\1__"),
+    (r"\bAsyncStream\b", "Stream"),
     (r"\basync (def|for|with)\b", r"\1"),
+    (r"\bawait asyncio\.to_thread\(([\w.]+), ", r"\1("),
     (r"\bawait ", ""),
     (r"\bgrpc\.aio\.", "grpc."),
     (r"\basyncio\.sleep\b", "time.sleep"),
     (r"^import asyncio$", "import time"),
-    (r"^import secrets\nimport time$", "import secrets\nimport time"),
-    (r"import Iterator, Iterator, ", "import Iterator, "),
     (r"The asynchronous client\. .*$", 'The blocking client."""'),
 ]
 NOTICE = "# Made by make_blocking.py from services/client/aio; change it there.\n"
@@ -35,8 +36,18 @@ def blocking(source: str) -> str:
 
 
 def make() -> dict[Path, str]:
-    """The blocking modules by path, before formatting."""
-    return {HERE / "blocking" / path.name: blocking(path.read_text()) for path in sorted((HERE / "aio").glob("*.py"))}
+    """The blocking modules by path, put in order by ruff as all code is."""
+    return {
+        HERE / "blocking" / path.name: _tidy(blocking(path.read_text())) for path in sorted((HERE / "aio").glob("*.py"))
+    }
+
+
+def _tidy(source: str) -> str:
+    # The rules leave imports that are doubled, unused or out of order.
+    for arguments in (["check", "--fix", "--quiet", "--select=F401,F811,I"], ["format", "--quiet"]):
+        command = ["ruff", *arguments, f"--stdin-filename={HERE / 'blocking' / 'module.py'}", "-"]
+        source = subprocess.run(command, input=source, capture_output=True, text=True, check=True).stdout
+    return source
 
 
 if __name__ == "__main__":

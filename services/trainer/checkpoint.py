@@ -14,7 +14,16 @@ from services.trainer.lora import CONFIG, WEIGHTS, Trainee
 
 STATE_TENSORS = "state.safetensors"
 STATE_NUMBERS = "state.json"
-_NUMBERS = ("step", "seconds", "base_loss", "best_loss", "best_step", "evaluations_without_gain", "ended")
+_NUMBERS = (
+    "step",
+    "seconds",
+    "base_loss",
+    "best_loss",
+    "best_step",
+    "evaluations_without_gain",
+    "evaluated_step",
+    "ended",
+)
 
 
 def save_adapter(trainee: Trainee, folder: Path, base_model: str) -> tuple[dict[str, Path], str]:

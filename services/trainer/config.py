@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from codegraft.trainer.v1.hyperparameters_pb2 import Hyperparameters
 from services.core.config import CoreSettings
 from services.core.models.catalogue import DEFAULT_MODEL
 
@@ -19,7 +20,17 @@ class TrainerSettings(CoreSettings):
     """Where runs train; auto takes a GPU when there is one."""
     trainer_threads: int = Field(default=0, ge=0)
     """Threads of training on a CPU; 0 leaves it to torch (all cores)."""
+    trainer_time_limit_seconds: float | None = Field(default=None, ge=1)
+    """Time limit of runs that ask for none; unset means that those have no limit."""
     trainer_nice: int = Field(default=10, ge=0, le=19)
     """By how much the process lowers its priority, so that completions on the same cores stay fast."""
     trainer_workers: int = Field(default=1, ge=0)
     """Runs that this process works on at once; 0 for a replica that only answers calls."""
+
+    def with_defaults(self, requested: Hyperparameters) -> Hyperparameters:
+        """What a run asks for, with what the deployment sets where it asks for nothing."""
+        settled = Hyperparameters()
+        settled.CopyFrom(requested)
+        if self.trainer_time_limit_seconds is not None and not settled.HasField("time_limit_seconds"):
+            settled.time_limit_seconds = self.trainer_time_limit_seconds
+        return settled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -80,8 +81,18 @@ def _fair_share(lengths: Sequence[int], budget: int) -> int:
 
 
 def _windows(ids: Sequence[int], window: int, most: int) -> Iterator[Row]:
-    """Rows from the start of a file on, ``most`` tokens at most."""
-    end = min(len(ids) - 1, most)
-    for start in range(0, end, window):
-        stop = min(start + window, end)
-        yield Row(list(ids[start:stop]), list(ids[start + 1 : stop + 1]), list(range(stop - start)))
+    """Rows of a file, ``most`` tokens at most; of a longer file evenly spread samples: its head alone says little."""
+    tokens = len(ids) - 1
+    if tokens <= most:
+        for start in range(0, tokens, window):
+            yield _row(ids, start, min(start + window, tokens))
+        return
+    count = math.ceil(most / window)
+    size = most // count
+    for number in range(count):
+        start = (tokens - size) * (number + 1) // (count + 1) if count < 2 else (tokens - size) * number // (count - 1)
+        yield _row(ids, start, start + size)
+
+
+def _row(ids: Sequence[int], start: int, end: int) -> Row:
+    return Row(list(ids[start:end]), list(ids[start + 1 : end + 1]), list(range(end - start)))

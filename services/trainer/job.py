@@ -86,7 +86,7 @@ def load(
             speed=speed,
             on_gpu=on_gpu,
         )
-        return plan(requested, facts)
+        return plan(config.with_defaults(requested), facts)
 
     if planned is not None:
         settings, told = Settings.from_proto(planned.hyperparameters), planned

@@ -67,6 +67,8 @@ class State:
     """Lowest test loss, the base model's included."""
     best_step: int = 0
     evaluations_without_gain: int = 0
+    evaluated_step: int = -1
+    """Step of the newest evaluation."""
     ended: str = ""
     """Why the run is over."""
     _since: float = field(default_factory=time.monotonic)
@@ -102,6 +104,9 @@ def train(
     state.tick()
     if state.step == 0 and state.base_loss is None:
         yield _evaluate(trainee, settings, test, state, is_cancelled)
+    if state.step and not state.ended and state.evaluated_step != state.step:
+        # An earlier process may have been stopped in the middle of this evaluation.
+        yield from _after_step(trainee, settings, test, state, is_cancelled, is_new=False)
     while not state.ended:
         rows = corpus.batch(state.step, settings.batch_size)
         tokens = sum(label != IGNORED for row in rows for label in row.labels)
@@ -122,18 +127,7 @@ def train(
         state.step += 1
         before = state.seconds
         yield StepDone(state.step, loss / tokens, rate, float(norm), tokens, state.tick() - before)
-        out_of_time = settings.time_limit_seconds is not None and state.seconds >= settings.time_limit_seconds
-        last = state.step >= settings.train_steps or out_of_time
-        evaluated = None
-        if last or state.step % settings.eval_steps == 0:
-            evaluated = _evaluate(trainee, settings, test, state, is_cancelled)
-            yield evaluated
-        impatient = 0 < settings.early_stopping_patience <= state.evaluations_without_gain
-        if last or impatient:
-            state.ended = "out of time" if out_of_time else "no gain" if impatient else "all steps done"
-        is_best = evaluated is not None and state.best_step == state.step
-        if is_best or state.ended or state.step % settings.checkpoint_steps == 0:
-            yield CheckpointDue(state.step, evaluated.test.loss if evaluated else None, is_best)
+        yield from _after_step(trainee, settings, test, state, is_cancelled, is_new=True)
 
 
 def learning_rate(settings: Settings, step: int) -> float:
@@ -148,11 +142,40 @@ def learning_rate(settings: Settings, step: int) -> float:
     return settings.learning_rate * (1 - 0.9 * done)
 
 
+def _after_step(
+    trainee: Trainee,
+    settings: Settings,
+    test: HeldOut,
+    state: State,
+    is_cancelled: Callable[[], bool],
+    *,
+    is_new: bool,
+) -> Iterator[Event]:
+    """The evaluation and the checkpoint that are due at this step, and whether it was the last one.
+
+    Args:
+        is_new: whether the step was taken just now; if not, its checkpoint is kept already.
+    """
+    out_of_time = settings.time_limit_seconds is not None and state.seconds >= settings.time_limit_seconds
+    last = state.step >= settings.train_steps or out_of_time
+    evaluated = None
+    if last or state.step % settings.eval_steps == 0:
+        evaluated = _evaluate(trainee, settings, test, state, is_cancelled)
+        yield evaluated
+    impatient = 0 < settings.early_stopping_patience <= state.evaluations_without_gain
+    if last or impatient:
+        state.ended = "out of time" if out_of_time else "no gain" if impatient else "all steps done"
+    is_best = evaluated is not None and state.best_step == state.step
+    if is_best or state.ended or (is_new and state.step % settings.checkpoint_steps == 0):
+        yield CheckpointDue(state.step, evaluated.test.loss if evaluated else None, is_best)
+
+
 def _evaluate(
     trainee: Trainee, settings: Settings, test: HeldOut, state: State, is_cancelled: Callable[[], bool]
 ) -> Evaluated:
     before = state.tick()
     found = test.evaluate(trainee, settings.micro_batch_size, is_cancelled)
+    state.evaluated_step = state.step
     if state.base_loss is None:
         state.base_loss = state.best_loss = found.loss
     elif state.best_loss is None or found.loss < state.best_loss:

@@ -53,7 +53,7 @@ class Trainee:
             r=settings.lora_r,
             lora_alpha=cast(int, settings.lora_alpha),
             lora_dropout=settings.lora_dropout,
-            target_modules=list(settings.target_modules),
+            target_modules=list(settings.target_modules) or "all-linear",
             bias="none",
             task_type="CAUSAL_LM",
         )
@@ -71,6 +71,11 @@ class Trainee:
         if settings.low_gpu_memory_mode:
             self._base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             self._base.enable_input_require_grads()
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """Names of the adapted layers."""
+        return tuple(sorted(self._model.peft_config["default"].target_modules))
 
     @property
     def trainable_parameters(self) -> int:

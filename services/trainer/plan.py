@@ -23,10 +23,11 @@ class Facts:
     base_loss: float
     """Loss of the base model on the dataset in nats per token; 0 when unknown."""
     parameters: int
-    """Of the base model."""
+    """Of the base model; 0 while unknown."""
     context_length: int
-    """Longest sequence of the base model, in tokens."""
+    """Longest sequence of the base model, in tokens; 0 while unknown."""
     lora_targets: tuple[str, ...]
+    """Empty means every linear layer but the head."""
     has_fim: bool
     """Whether the tokenizer has fill-in-the-middle tokens."""
     tokens_per_second: float
@@ -64,13 +65,16 @@ def plan(requested: Hyperparameters, facts: Facts) -> tuple[Settings, Plan]:
     window = int(
         pick.choose(
             "context_length",
-            min(facts.context_length, 2048 if facts.on_gpu else 512),
+            min(facts.context_length or 2048, 2048 if facts.on_gpu else 512),
             "long enough for a function with its surroundings" + ("" if facts.on_gpu else ", short enough for a CPU"),
         )
     )
     tokens = max(1, facts.train_tokens)
     budget = limit * facts.tokens_per_second * 0.75  # tokens; a quarter is for evaluations and checkpoints
     batch, why = _batch_size(tokens, window, budget)
+    if requested.HasField("micro_batch_size") and batch % requested.micro_batch_size:
+        batch += requested.micro_batch_size - batch % requested.micro_batch_size
+        why = "a multiple of the micro-batch asked for"
     batch = int(pick.choose("batch_size", batch, why))
     complexity = min(1.5, max(0.7, facts.base_loss / 1.2)) if facts.base_loss else 1.0
     epochs = min(20.0, max(1.0, 20 * math.sqrt(5e4 / tokens))) * complexity
@@ -79,15 +83,17 @@ def plan(requested: Hyperparameters, facts: Facts) -> tuple[Settings, Plan]:
     fitting = max(1, math.floor(budget / (batch * window))) if math.isfinite(budget) else steps
     if fitting < steps:
         steps, why = fitting, f"as many as {limit:.0f} s hold at {facts.tokens_per_second:.0f} tokens/s"
+    if steps < (least := max(requested.warmup_steps, requested.eval_steps)):
+        steps, why = least, "as many as the warmup, or the first evaluation, that was asked for"
     steps = int(pick.choose("train_steps", steps, why))
     warmup = int(pick.choose("warmup_steps", min(100, steps // 10), "a tenth of the steps, at most 100"))
     decay = int(pick.choose("decay_steps", max(1, steps - warmup), "to the end of the run"))
-    evaluations = min(20, max(3, steps // 25))
+    evaluations = min(20, max(2, steps // 25))
     eval_steps = int(pick.choose("eval_steps", max(1, math.ceil(steps / evaluations)), f"{evaluations} evaluations"))
-    # A fifth of the run at most goes into evaluations, the one of the base model included.
-    share = 0.2 * steps * batch * window * EVALUATION_SPEEDUP / (evaluations + 1)
-    eval_tokens = int(min(max(share, 2048), max(64, facts.test_tokens), 500_000))
-    width = math.sqrt(1.3e9 / facts.parameters)  # relative to a model of hidden size 2,000
+    # A quarter of the training's time at most goes into evaluations, the one of the base model included.
+    share = 0.25 * steps * batch * window * EVALUATION_SPEEDUP / (evaluations + 1)
+    eval_tokens = int(min(max(share, 4096), max(64, facts.test_tokens), 500_000))
+    width = math.sqrt(1.3e9 / (facts.parameters or 1.3e9))  # relative to a model of hidden size 2,000
     settings = Settings(
         lora_r=int(pick.choose("lora_r", 16, "enough for the idioms of one code base")),
         lora_alpha=pick.choose("lora_alpha", 2.0 * _rank(requested), "twice the rank"),
@@ -115,13 +121,13 @@ def plan(requested: Hyperparameters, facts: Facts) -> tuple[Settings, Plan]:
         early_stopping_patience=int(pick.choose("early_stopping_patience", 5, "five evaluations without gain")),
         eval_steps=eval_steps,
         checkpoint_steps=int(pick.choose("checkpoint_steps", max(eval_steps, 50), "little is lost with a worker")),
-        max_eval_tokens=int(pick.choose("max_eval_tokens", eval_tokens, "a fifth of the run's time at most")),
+        max_eval_tokens=int(pick.choose("max_eval_tokens", eval_tokens, "a quarter of the training's time at most")),
         max_grad_norm=pick.choose("max_grad_norm", 1.0, "usual for language models"),
     )
     pick.told.append(
         PlannedSetting(
             name="target_modules",
-            value=", ".join(settings.target_modules),
+            value=", ".join(settings.target_modules) or "all",
             given=bool(requested.target_modules),
             why="as asked for" if requested.target_modules else "every linear layer of the blocks",
         )

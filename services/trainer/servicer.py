@@ -46,7 +46,8 @@ class RunServicer(RunServiceServicer):
         spec = self._model(request.base_model, request.hyperparameters)
         manifest = await datasets.find(self._runtime.artifacts, self._newest, request.parent, request.dataset)
         train, _ = await datasets.fetch(self._runtime.artifacts, manifest)
-        _, told = plan(request.hyperparameters, self._facts(spec, manifest, data.read_part(train).base_loss))
+        requested = self._settings.with_defaults(request.hyperparameters)
+        _, told = plan(requested, self._facts(spec, manifest, data.read_part(train).base_loss))
         return pb.PlanRunResponse(plan=told)
 
     async def CreateRun(self, request: pb.CreateRunRequest, context: Context) -> pb.CreateRunResponse:

@@ -87,7 +87,7 @@ def check(requested: Hyperparameters, context_length: int) -> None:
     """Refuses values outside their ranges, and two that contradict each other.
 
     Args:
-        context_length: longest sequence of the model, in tokens.
+        context_length: longest sequence of the model, in tokens; 0 while unknown.
 
     Raises:
         InvalidHyperparameter: names the field, the range and the way out.
@@ -97,7 +97,7 @@ def check(requested: Hyperparameters, context_length: int) -> None:
             value = float(getattr(requested, name))
             if not math.isfinite(value) or not low <= value <= high:
                 raise _invalid(name, f"{name} is {value:g}", f"Use {low:g} to {high:g}, or leave it out for AUTO.")
-    if requested.HasField("context_length") and requested.context_length > context_length:
+    if requested.HasField("context_length") and 0 < context_length < requested.context_length:
         raise _invalid(
             "context_length",
             f"context_length is {requested.context_length}, but the model reads {context_length} tokens",

@@ -203,7 +203,7 @@ class _Attempt:
             base_digest=loaded.base_digest,
             lora_r=settings.lora_r,
             lora_alpha=settings.lora_alpha,
-            target_modules=settings.target_modules,
+            target_modules=loaded.trainee.target_modules,
             prompt_format=loaded.prompt_format,
             dataset=run.dataset,
             dataset_digest=dataset_digest,

@@ -65,7 +65,12 @@ def make_stubs(channels: dict[str, grpc.Channel], folder: Path) -> None:
     descriptors = folder / "contract.binpb"
     descriptors.write_bytes(descriptor_pb2.FileDescriptorSet(file=ordered).SerializeToString())
     ours = [name for name in files if name.startswith("codegraft/")]
-    arguments = ["protoc", f"--descriptor_set_in={descriptors}", f"--python_out={folder}", f"--grpc_python_out={folder}"]
+    arguments = [
+        "protoc",
+        f"--descriptor_set_in={descriptors}",
+        f"--python_out={folder}",
+        f"--grpc_python_out={folder}",
+    ]
     assert protoc.main([*arguments, *ours]) == 0
     sys.path.insert(0, str(folder))
 
@@ -134,7 +139,9 @@ class WholePath:
             "negative page size": lambda: self.projects.ListProjects(project.ListProjectsRequest(page_size=-1)),
             "unknown source": lambda: self.sources.GetSource(source.GetSourceRequest(name=f"{self.parent}/sources/x")),
             "bad git url": lambda: self.sources.CreateSource(
-                source.CreateSourceRequest(parent=self.parent, source=source.Source(git=source.GitSource(url="ext::sh")))
+                source.CreateSourceRequest(
+                    parent=self.parent, source=source.Source(git=source.GitSource(url="ext::sh"))
+                )
             ),
             "unknown snapshot": lambda: self.scans.CreateScan(
                 scan.CreateScanRequest(parent=self.parent, snapshot=f"{self.parent}/snapshots/0123")

@@ -11,6 +11,7 @@ from codegraft.inference.v1 import completion_pb2, completion_pb2_grpc, serving_
 from services.client.aio.caller import Caller
 from services.client.aio.ingest import project_name
 from services.client.pieces import Piece
+from services.client.streams import AsyncStream
 
 
 class Completions:
@@ -20,7 +21,7 @@ class Completions:
         self._stub = completion_pb2_grpc.CompletionServiceStub(channel)
         self._caller = caller
 
-    async def complete(
+    def complete(
         self,
         project: str,
         *,
@@ -35,8 +36,8 @@ class Completions:
         adapter: completion_pb2.AdapterChoice | None = None,
         session: str = "",
         timeout: float | None = None,
-    ) -> AsyncIterator[Piece]:
-        """Completes the code between prefix and suffix. Leaving the loop stops the generation.
+    ) -> AsyncStream[Piece]:
+        """Completes the code between prefix and suffix. Dropping or cancelling the stream stops the generation.
 
         Args:
             path: path of the file, for its language.
@@ -60,10 +61,9 @@ class Completions:
             adapter=adapter,
             session=session,
         )
-        async for message in self._caller.stream(self._stub.Complete, request, timeout):
-            yield Piece.of(message)
+        return self._caller.stream(self._stub.Complete, request, Piece.of, timeout)
 
-    async def chat(
+    def chat(
         self,
         project: str,
         messages: Sequence[completion_pb2.ChatMessage],
@@ -73,7 +73,7 @@ class Completions:
         sampling: completion_pb2.Sampling | None = None,
         adapter: completion_pb2.AdapterChoice | None = None,
         timeout: float | None = None,
-    ) -> AsyncIterator[Piece]:
+    ) -> AsyncStream[Piece]:
         """Answers a conversation; see :meth:`complete`. Raises ChatUnsupported besides."""
         request = completion_pb2.ChatRequest(
             parent=project_name(project),
@@ -82,8 +82,7 @@ class Completions:
             stop=completion_pb2.StopRule(max_tokens=max_tokens, strings=stop),
             adapter=adapter,
         )
-        async for message in self._caller.stream(self._stub.Chat, request, timeout):
-            yield Piece.of(message)
+        return self._caller.stream(self._stub.Chat, request, Piece.of, timeout)
 
     async def score(
         self,
@@ -124,6 +123,8 @@ class Serving:
     ) -> serving_pb2.Serving:
         """Sets the policy; replicas converge to it within seconds, see :meth:`watch`.
 
+        With an etag it is tried once: after a lost answer, a second try would meet the first one's etag.
+
         Args:
             checkpoint: for PINNED, the full name of the checkpoint.
 
@@ -133,7 +134,7 @@ class Serving:
         request = serving_pb2.SetServingRequest(
             parent=project_name(project), mode=mode, checkpoint=checkpoint, etag=etag
         )
-        return (await self._caller.unary(self._stub.SetServing, request, repeat=True)).serving
+        return (await self._caller.unary(self._stub.SetServing, request, repeat=not etag)).serving
 
     async def get(self, project: str) -> serving_pb2.GetServingResponse:
         """The policy, and what the replica that answers serves."""
@@ -161,4 +162,4 @@ class Serving:
     async def unload(self, checkpoint: str) -> None:
         """Drops a staged adapter once its last stream has ended."""
         request = serving_pb2.UnloadAdapterRequest(checkpoint=checkpoint)
-        await self._caller.unary(self._stub.UnloadAdapter, request, repeat=True)
+        await self._caller.unary(self._stub.UnloadAdapter, request, repeat=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
@@ -18,11 +19,11 @@ from codegraft.ingest.v1 import (
     upload_pb2,
     upload_pb2_grpc,
 )
-from services.client.aio.caller import ATTEMPTS, Caller, new_request_id
+from services.client import retry
+from services.client.aio.caller import Caller, new_request_id
 from services.client.content import Content
 from services.core import names
-from services.core.errors import Unavailable, by_reason
-from services.core.rpc.status import from_rpc
+from services.core.errors import CodegraftError, UploadMismatch, by_reason
 
 
 def project_name(project: str) -> str:
@@ -170,26 +171,34 @@ class Sources:
     async def upload(self, project: str, content: str | Path | bytes, *, filename: str = "") -> upload_pb2.Upload:
         """Sends a file or bytes in chunks, taken up where it stopped when the connection breaks.
 
-        Content that the project has already is not sent again.
+        Content that the project has already is not sent again. It is given up when some tries in a row bring nothing
+        forward.
 
         Raises:
             InvalidArgument: the file cannot be read.
+            UploadMismatch: the file changed, or could not be read on, while it was sent.
             ProjectNotFound, LimitExceeded, StoreUnavailable.
         """
-        measured = Content.of(content, filename)
+        measured = await asyncio.to_thread(Content.of, content, filename)
         parent = project_name(project)
         state = upload_pb2.GetUploadRequest(parent=parent, sha256=measured.sha256)
-        for attempt in range(ATTEMPTS):
+        reached, failures = 0, 0
+        while True:
             arrived = (await self._caller.unary(self._uploads.GetUpload, state, repeat=True)).upload
+            if arrived.offset > reached:
+                reached, failures = arrived.offset, 0
             try:
-                call = self._uploads.UploadContent(_parts(parent, measured, arrived), timeout=None)
-                return (await call).upload
-            except grpc.RpcError as failure:
-                error = from_rpc(failure)
-            if not isinstance(error, Unavailable) or attempt == ATTEMPTS - 1:
+                return (
+                    await self._caller.upload(self._uploads.UploadContent, _parts(parent, measured, arrived))
+                ).upload
+            except CodegraftError as failure:
+                error = failure
+            # The bytes of a broken call may still be arriving when the next one asks how many there are.
+            overtaken = isinstance(error, UploadMismatch) and error.field == "chunk.offset"
+            if failures + 1 >= retry.ATTEMPTS or not (overtaken or retry.will_pass(error)):
                 raise error
-            await self._caller.pause(attempt)
-        raise by_reason("UNAVAILABLE")("the upload did not get through")
+            await asyncio.sleep(retry.delay(error, failures))
+            failures += 1
 
     async def get(self, name: str) -> source_pb2.Source:
         """One source, by its full name. Raises SourceNotFound."""
@@ -276,6 +285,12 @@ def _parts(parent: str, content: Content, arrived: upload_pb2.Upload) -> Iterato
     """The messages of an upload: the header, then what has not arrived yet."""
     header = upload_pb2.UploadHeader(parent=parent, sha256=content.sha256, size=content.size, filename=content.filename)
     yield upload_pb2.UploadContentRequest(header=header)
-    if not arrived.complete:
+    if arrived.complete:
+        return
+    try:
         for offset, data in content.chunks(arrived.offset):
             yield upload_pb2.UploadContentRequest(chunk=upload_pb2.UploadChunk(offset=offset, data=data))
+    except OSError:
+        # The file is gone. An exception in here would end the call as if its caller had cancelled it; when no more
+        # comes, the service says how much is missing.
+        return

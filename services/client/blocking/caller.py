@@ -5,17 +5,20 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar
 
 import grpc
 
-from services.core.backoff import Backoff
-from services.core.errors import Cancelled, CodegraftError, Unavailable
+from services.client import retry
+from services.client.streams import Stream
+from services.core.errors import CodegraftError, Unavailable
+from services.core.rpc import context
 from services.core.rpc.status import from_rpc
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
+Piece = TypeVar("Piece")
 
 
 class _Paged(Protocol):
@@ -30,11 +33,6 @@ class _Page(Protocol):
 PagedRequest = TypeVar("PagedRequest", bound=_Paged)
 PagedResponse = TypeVar("PagedResponse", bound=_Page)
 
-ATTEMPTS = 5
-"""Tries of a call that may be repeated, the first included: about three seconds of an outage are bridged."""
-LONGEST_RETRY_AFTER = 10.0
-"""Seconds; a service that asks for more patience gets its error passed on instead."""
-
 
 def new_request_id() -> str:
     """An idempotency key: the same through every try of one Create."""
@@ -42,11 +40,13 @@ def new_request_id() -> str:
 
 
 class Caller:
-    """Makes calls with a default deadline and turns their failures into the classes of services/core/errors.py."""
+    """Makes calls with a default deadline and turns their failures into the classes of services/core/errors.py.
+
+    Within a service, calls made for a call that is being served carry its request id and trace, and end with it.
+    """
 
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout
-        self._backoff = Backoff()
 
     def unary(
         self, method: grpc.UnaryUnaryMultiCallable[Request, Response], request: Request, *, repeat: bool
@@ -54,28 +54,31 @@ class Caller:
         """The response.
 
         Args:
-            repeat: whether the call may be made again when the service was not reachable: reads, and changes that
-                have the same effect once or twice.
+            repeat: whether the call may be made again when the service was not reachable or too busy: reads, and
+                changes that have the same effect once or twice. All tries share one deadline.
 
         Raises:
             CodegraftError: the class that belongs to the error's reason.
         """
-        for attempt in range(ATTEMPTS):
+        timeout = context.shortened(self.timeout) or 0.0
+        end = time.monotonic() + timeout
+        attempt = 0
+        while True:
             try:
-                return method(request, timeout=self.timeout)
+                return method(request, timeout=timeout, metadata=context.outgoing())
             except grpc.RpcError as failure:
                 error = from_rpc(failure)
-            delay = max(error.retry_after or 0.0, self._backoff.delay(attempt))
-            if not repeat or not isinstance(error, Unavailable) or delay > LONGEST_RETRY_AFTER:
+            pause = retry.delay(error, attempt)
+            timeout = end - time.monotonic() - pause
+            attempt += 1
+            if not repeat or not retry.will_pass(error) or attempt == retry.ATTEMPTS or timeout <= 0:
                 raise error
-            if attempt < ATTEMPTS - 1:
-                time.sleep(delay)
-        raise error
+            time.sleep(pause)
 
     def pages(
         self, method: grpc.UnaryUnaryMultiCallable[PagedRequest, PagedResponse], request: PagedRequest
     ) -> Iterator[PagedResponse]:
-        """Every page of a list."""
+        """Every page of a list; each has a deadline of its own."""
         while True:
             page = self.unary(method, request, repeat=True)
             yield page
@@ -83,29 +86,16 @@ class Caller:
                 return
             request.page_token = page.next_page_token
 
-    def pause(self, attempt: int) -> None:
-        """Waits before the try that follows the given one (from 0)."""
-        time.sleep(self._backoff.delay(attempt))
-
     def stream(
         self,
         method: grpc.UnaryStreamMultiCallable[Request, Response],
         request: Request,
+        convert: Callable[[Response], Piece],
         timeout: float | None = None,
-    ) -> Iterator[Response]:
-        """The messages of one stream, never repeated. Leaving the loop cancels the call.
-
-        Raises:
-            CodegraftError: the class that belongs to the error's reason.
-        """
-        call: Any = method(request, timeout=timeout)
-        try:
-            for response in call:
-                yield response
-        except grpc.RpcError as failure:
-            raise from_rpc(failure) from None
-        finally:
-            call.cancel()
+    ) -> Stream[Piece]:
+        """The messages of one stream, converted; never repeated."""
+        call = method(request, timeout=context.shortened(timeout), metadata=context.outgoing())
+        return Stream(call, convert)
 
     def follow(self, method: grpc.UnaryStreamMultiCallable[Request, Response], request: Request) -> Iterator[Response]:
         """The messages of a watch, taken up again when the connection breaks; ends when the service ends it.
@@ -113,18 +103,38 @@ class Caller:
         The request object is read anew at each try, so that the caller can move its position forward.
 
         Raises:
-            CodegraftError: the class that belongs to the error's reason; an outage only after some tries in a row.
+            CodegraftError: the class that belongs to the error's reason; an outage only after some tries in a row,
+                of which there are more once the watch was under way.
         """
-        failures = 0
+        failures, patience = 0, retry.ATTEMPTS
         while True:
             try:
-                for response in self.stream(method, request):
-                    failures = 0
+                for response in self.stream(method, request, _itself):
+                    failures, patience = 0, 2 * retry.ATTEMPTS
                     yield response
                 return
-            except (Unavailable, Cancelled) as error:
+            except Unavailable as error:
                 outage: CodegraftError = error
-            failures += 1
-            if failures >= 2 * ATTEMPTS:
+            if failures + 1 >= patience or not retry.will_pass(outage):
                 raise outage
-            self.pause(failures)
+            time.sleep(retry.delay(outage, failures))
+            failures += 1
+
+    def upload(
+        self,
+        method: grpc.StreamUnaryMultiCallable[Request, Response],
+        requests: Any,
+    ) -> Response:
+        """The response to a stream of requests, tried once, without a deadline but that of the call being served.
+
+        Raises:
+            CodegraftError: the class that belongs to the error's reason.
+        """
+        try:
+            return method(requests, timeout=context.shortened(None), metadata=context.outgoing())
+        except grpc.RpcError as failure:
+            raise from_rpc(failure) from None
+
+
+def _itself(message: Response) -> Response:
+    return message

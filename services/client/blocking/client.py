@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import TracebackType
 
@@ -40,14 +41,17 @@ class Codegraft:
 
         Args:
             addresses: where the services are.
-            timeout: seconds a unary call may take; streams have none unless given.
+            timeout: seconds a unary call may take, over all its tries; streams have none unless given.
         """
         self.addresses = addresses
-        caller = Caller(timeout)
-        ingest, scanner, trainer, inference = self._channels = [
+        self._channels = [
             grpc.insecure_channel(rpc.target(address), options=rpc.OPTIONS)
             for address in (addresses.ingest, addresses.scanner, addresses.trainer, addresses.inference)
         ]
+        self._attach(Caller(timeout))
+
+    def _attach(self, caller: Caller) -> None:
+        ingest, scanner, trainer, inference = self._channels
         self.projects = Projects(ingest, caller)
         self.sources = Sources(ingest, caller)
         self.snapshots = Snapshots(ingest, caller)
@@ -69,6 +73,18 @@ class Codegraft:
             Unavailable: neither is there.
         """
         return cls(Addresses.find(data))
+
+    def with_timeout(self, timeout: float) -> Codegraft:
+        """This client with another deadline for unary calls, over the same connections; closing one closes both.
+
+        ``codegraft.with_timeout(600).snapshots.create("acme")`` waits long for one call.
+
+        Args:
+            timeout: seconds, over all tries of a call.
+        """
+        other = copy.copy(self)
+        other._attach(Caller(timeout))
+        return other
 
     def close(self) -> None:
         """Closes the connections; running calls end."""

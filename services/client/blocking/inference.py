@@ -12,6 +12,7 @@ from codegraft.inference.v1 import completion_pb2, completion_pb2_grpc, serving_
 from services.client.blocking.caller import Caller
 from services.client.blocking.ingest import project_name
 from services.client.pieces import Piece
+from services.client.streams import Stream
 
 
 class Completions:
@@ -36,8 +37,8 @@ class Completions:
         adapter: completion_pb2.AdapterChoice | None = None,
         session: str = "",
         timeout: float | None = None,
-    ) -> Iterator[Piece]:
-        """Completes the code between prefix and suffix. Leaving the loop stops the generation.
+    ) -> Stream[Piece]:
+        """Completes the code between prefix and suffix. Dropping or cancelling the stream stops the generation.
 
         Args:
             path: path of the file, for its language.
@@ -61,8 +62,7 @@ class Completions:
             adapter=adapter,
             session=session,
         )
-        for message in self._caller.stream(self._stub.Complete, request, timeout):
-            yield Piece.of(message)
+        return self._caller.stream(self._stub.Complete, request, Piece.of, timeout)
 
     def chat(
         self,
@@ -74,7 +74,7 @@ class Completions:
         sampling: completion_pb2.Sampling | None = None,
         adapter: completion_pb2.AdapterChoice | None = None,
         timeout: float | None = None,
-    ) -> Iterator[Piece]:
+    ) -> Stream[Piece]:
         """Answers a conversation; see :meth:`complete`. Raises ChatUnsupported besides."""
         request = completion_pb2.ChatRequest(
             parent=project_name(project),
@@ -83,8 +83,7 @@ class Completions:
             stop=completion_pb2.StopRule(max_tokens=max_tokens, strings=stop),
             adapter=adapter,
         )
-        for message in self._caller.stream(self._stub.Chat, request, timeout):
-            yield Piece.of(message)
+        return self._caller.stream(self._stub.Chat, request, Piece.of, timeout)
 
     def score(
         self,
@@ -125,6 +124,8 @@ class Serving:
     ) -> serving_pb2.Serving:
         """Sets the policy; replicas converge to it within seconds, see :meth:`watch`.
 
+        With an etag it is tried once: after a lost answer, a second try would meet the first one's etag.
+
         Args:
             checkpoint: for PINNED, the full name of the checkpoint.
 
@@ -134,7 +135,7 @@ class Serving:
         request = serving_pb2.SetServingRequest(
             parent=project_name(project), mode=mode, checkpoint=checkpoint, etag=etag
         )
-        return (self._caller.unary(self._stub.SetServing, request, repeat=True)).serving
+        return (self._caller.unary(self._stub.SetServing, request, repeat=not etag)).serving
 
     def get(self, project: str) -> serving_pb2.GetServingResponse:
         """The policy, and what the replica that answers serves."""
@@ -162,4 +163,4 @@ class Serving:
     def unload(self, checkpoint: str) -> None:
         """Drops a staged adapter once its last stream has ended."""
         request = serving_pb2.UnloadAdapterRequest(checkpoint=checkpoint)
-        self._caller.unary(self._stub.UnloadAdapter, request, repeat=True)
+        self._caller.unary(self._stub.UnloadAdapter, request, repeat=False)

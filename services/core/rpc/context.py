@@ -45,10 +45,10 @@ def shortened(timeout: float | None) -> float | None:
     return min(timeout, left)
 
 
-def outgoing() -> list[tuple[str, str]]:
+def outgoing() -> tuple[tuple[str, str | bytes], ...]:
     """Metadata for calls made now: request id and trace of the call being served; empty outside of one."""
     values = ((REQUEST_ID, request_id.get()), (TRACEPARENT, traceparent.get()))
-    return [(key, value) for key, value in values if value]
+    return tuple((key, value) for key, value in values if value)
 
 
 def accept_request_id(given: str) -> str:

@@ -1,0 +1,96 @@
+"""A completion as it streams: a loop over its pieces that can be ended from outside.
+
+The two classes are written by hand, unlike the rest of the blocking client: the two grpc libraries differ in what a
+cancelled call raises.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+import grpc
+
+from services.core.errors import Cancelled
+from services.core.rpc.status import from_rpc
+
+T = TypeVar("T")
+
+
+class AsyncStream(AsyncIterator[T], Generic[T]):
+    """Use it in ``async for``. Dropping it, or cancelling the task that reads it, cancels the call too."""
+
+    def __init__(self, call: Any, convert: Callable[[Any], T]) -> None:
+        self._call = call
+        self._messages = aiter(call)
+        self._convert = convert
+        self._cancelled = False
+
+    def __aiter__(self) -> AsyncStream[T]:
+        return self
+
+    async def __anext__(self) -> T:
+        """The next piece.
+
+        Raises:
+            CodegraftError: the class that belongs to the error's reason.
+        """
+        if self._cancelled:
+            raise StopAsyncIteration
+        try:
+            return self._convert(await anext(self._messages))
+        except grpc.RpcError as failure:
+            raise from_rpc(failure) from None
+        except asyncio.CancelledError:
+            # grpc raises this also when it is the call that was cancelled, not the task that reads it.
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                self.cancel()
+                raise
+            if self._cancelled:
+                raise StopAsyncIteration from None
+            raise Cancelled("the client was closed") from None
+
+    def cancel(self) -> None:
+        """Stops the generation; the loop over the stream ends."""
+        self._cancelled = True
+        self._call.cancel()
+
+    def __del__(self) -> None:
+        self._call.cancel()
+
+
+class Stream(Iterator[T], Generic[T]):
+    """Use it in ``for``. Dropping it cancels the call too."""
+
+    def __init__(self, call: Any, convert: Callable[[Any], T]) -> None:
+        self._call = call
+        self._convert = convert
+        self._cancelled = False
+
+    def __iter__(self) -> Stream[T]:
+        return self
+
+    def __next__(self) -> T:
+        """The next piece.
+
+        Raises:
+            CodegraftError: the class that belongs to the error's reason.
+        """
+        if self._cancelled:
+            raise StopIteration
+        try:
+            return self._convert(next(self._call))
+        except grpc.RpcError as failure:
+            if self._cancelled:
+                raise StopIteration from None
+            raise from_rpc(failure) from None
+
+    def cancel(self) -> None:
+        """Stops the generation; the loop over the stream ends. May be called from another thread."""
+        self._cancelled = True
+        self._call.cancel()
+
+    def __del__(self) -> None:
+        self._call.cancel()

@@ -1,0 +1,93 @@
+"""Split and duplicates: nothing of a test file stays in train, whatever the order."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.scanner import duplicates, split
+from services.scanner.duplicates import Candidate
+from services.scanner.split import Item
+
+ITEMS = st.lists(
+    st.builds(
+        Item, st.sampled_from([f"g{number}" for number in range(30)]), st.sampled_from(["TRAIN", "TEST", "AUTO"])
+    ),
+    min_size=1,
+    max_size=60,
+)
+
+
+@given(ITEMS, st.integers(0, 5), st.sampled_from([None, 0.0, 0.1, 0.3]))
+def test_no_group_is_divided(items: list[Item], seed: int, share: float | None) -> None:
+    parts = split.assign(items, seed=seed, share=share)
+    for group in {item.group for item in items}:
+        assert len({part for part, item in zip(parts, items, strict=True) if item.group == group}) == 1
+
+
+@given(ITEMS)
+def test_what_is_marked_stays_where_it_is_marked(items: list[Item]) -> None:
+    parts = dict(zip([item.group for item in items], split.assign(items, share=0.3), strict=True))
+    for item in items:
+        if item.asked == "TEST":
+            assert parts[item.group] == "TEST"
+
+
+@given(ITEMS, st.randoms(use_true_random=False))
+def test_order_does_not_matter(items: list[Item], rng: random.Random) -> None:
+    before = dict(zip([item.group for item in items], split.assign(items), strict=True))
+    shuffled = rng.sample(items, len(items))
+    assert dict(zip([item.group for item in shuffled], split.assign(shuffled), strict=True)) == before
+
+
+def test_a_marked_file_makes_the_test_set_unless_a_share_is_asked_for() -> None:
+    items = [Item(f"g{number}", "AUTO") for number in range(200)] + [Item("marked", "TEST")]
+    assert split.assign(items).count("TEST") == 1
+    assert split.assign(items, share=0.2).count("TEST") > 20
+    assert 20 <= split.assign(items[:-1]).count("TEST") <= 40
+
+
+def test_files_that_come_later_move_no_other() -> None:
+    few = [Item(f"g{number}", "AUTO") for number in range(1000)]
+    many = [*few, *(Item(f"new{number}", "AUTO") for number in range(1000))]
+    assert split.assign(many)[:1000] == split.assign(few)
+
+
+def test_another_seed_gives_another_test_set() -> None:
+    items = [Item(f"g{number}", "AUTO") for number in range(400)]
+    assert split.assign(items, seed=1) != split.assign(items, seed=2)
+
+
+CANDIDATES = st.lists(
+    st.builds(
+        Candidate,
+        source=st.sampled_from(["s1", "s2"]),
+        path=st.text("abc", min_size=1, max_size=3),
+        sha256=st.sampled_from(["x", "y", "z"]),
+        fingerprint=st.sampled_from(["f", "g"]),
+        is_test=st.booleans(),
+        is_clean=st.booleans(),
+    ),
+    max_size=12,
+    unique_by=lambda candidate: (candidate.source, candidate.path),
+)
+
+
+@given(CANDIDATES, st.randoms(use_true_random=False))
+def test_the_survivor_does_not_depend_on_the_order(files: list[Candidate], rng: random.Random) -> None:
+    def survivors(candidates: list[Candidate]) -> set[Candidate]:
+        return {candidates[survivor] for survivor, _ in duplicates.find(candidates).values()}
+
+    assert survivors(files) == survivors(rng.sample(files, len(files)))
+
+
+@given(CANDIDATES)
+def test_a_duplicate_of_a_test_file_never_stays_in_train(files: list[Candidate]) -> None:
+    found = duplicates.find(files)
+    kept = [file for index, file in enumerate(files) if index not in found and file.is_clean]
+    assert len({file.fingerprint for file in kept}) == len(kept), "one survivor for each content"
+    for file in files:
+        if file.is_test and file.is_clean:
+            assert any(other.is_test for other in kept if other.fingerprint == file.fingerprint)

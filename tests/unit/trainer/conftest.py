@@ -1,0 +1,109 @@
+"""A tiny random-weight base in a folder, and runs over a few lines of code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from services.core.models import prompts
+from services.trainer.data import Corpus, Document
+from services.trainer.evaluate import HeldOut
+from services.trainer.lora import Trainee
+from services.trainer.settings import Settings
+from tests.unit.inference.tiny import make_model, make_tokenizer
+
+SMALL: dict[str, Any] = {
+    "lora_r": 4,
+    "lora_alpha": 8.0,
+    "lora_init_scale": None,
+    "lora_dropout": 0.0,
+    "target_modules": ("q_proj", "v_proj", "down_proj"),
+    "learning_rate": 1e-2,
+    "batch_size": 4,
+    "micro_batch_size": 2,
+    "warmup_steps": 2,
+    "weight_decay": 0.01,
+    "train_steps": 12,
+    "decay_steps": 10,
+    "low_gpu_memory_mode": False,
+    "context_length": 64,
+    "fim_rate": 0.0,
+    "seed": 7,
+    "time_limit_seconds": None,
+    "early_stopping_patience": 0,
+    "eval_steps": 4,
+    "checkpoint_steps": 6,
+    "max_eval_tokens": 4096,
+    "max_grad_norm": 1.0,
+}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """Folder of the base model."""
+    folder = tmp_path_factory.mktemp("base")
+    make_model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def settings() -> Callable[..., Settings]:
+    return lambda **changed: Settings(**{**SMALL, **changed})
+
+
+@pytest.fixture
+def trainee(base: Path) -> Callable[[Settings], Trainee]:
+    """In fp32: what is compared here must not drown in rounding."""
+    return lambda settings: Trainee(base, settings, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def documents(count: int = 6, source: str = "projects/p/sources/s") -> list[Document]:
+    return [
+        Document(f"f{n}.py", source, f"def add_{n}(left, right):\n    return left + right + {n}\n" * (1 + n % 3))
+        for n in range(count)
+    ]
+
+
+@pytest.fixture
+def corpus(tokenizer: PreTrainedTokenizerFast) -> Callable[[Settings], Corpus]:
+    def make(settings: Settings) -> Corpus:
+        return Corpus(
+            documents(),
+            tokenizer,
+            prompts.detect(tokenizer),
+            window=settings.context_length,
+            fim_rate=settings.fim_rate,
+            seed=settings.seed,
+        )
+
+    return make
+
+
+@pytest.fixture
+def held_out(tokenizer: PreTrainedTokenizerFast) -> Callable[..., HeldOut]:
+    def make(settings: Settings, texts: list[Document] | None = None) -> HeldOut:
+        return HeldOut(
+            texts or documents(2),
+            tokenizer,
+            prompts.detect(tokenizer),
+            window=settings.context_length,
+            max_tokens=settings.max_eval_tokens,
+        )
+
+    return make
