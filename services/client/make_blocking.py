@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -17,6 +18,7 @@ RULES = [
     (r"\bAsyncIterator\b", "Iterator"),
     (r"__a(enter|exit)__", r"__\1__"),
     (r"\bAsyncStream\b", "Stream"),
+    (r"\banswer_async\b", "answer"),
     (r"\basync (def|for|with)\b", r"\1"),
     (r"\bawait asyncio\.to_thread\(([\w.]+), ", r"\1("),
     (r"\bawait ", ""),
@@ -45,7 +47,7 @@ def make() -> dict[Path, str]:
 def _tidy(source: str) -> str:
     # The rules leave imports that are doubled, unused or out of order.
     for arguments in (["check", "--fix", "--quiet", "--select=F401,F811,I"], ["format", "--quiet"]):
-        command = ["ruff", *arguments, f"--stdin-filename={HERE / 'blocking' / 'module.py'}", "-"]
+        command = [sys.executable, "-m", "ruff", *arguments, f"--stdin-filename={HERE / 'blocking' / 'module.py'}", "-"]
         source = subprocess.run(command, input=source, capture_output=True, text=True, check=True).stdout
     return source
 

@@ -1,12 +1,13 @@
-"""A completion as it streams: a loop over its pieces that can be ended from outside.
+"""Streams in both directions: a completion that can be ended from outside its loop, an upload that can be cancelled.
 
-The two classes are written by hand, unlike the rest of the blocking client: the two grpc libraries differ in what a
-cancelled call raises.
+Both forms are written by hand here, unlike the rest of the blocking client: this is where the two grpc libraries differ
+in more than ``await``.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Generic, TypeVar
 
@@ -94,3 +95,40 @@ class Stream(Iterator[T], Generic[T]):
 
     def __del__(self) -> None:
         self._call.cancel()
+
+
+async def answer_async(call: Any) -> Any:
+    """The response to a stream of requests that the blocking library sends in a thread of its own.
+
+    Not grpc.aio's, for two reasons. It reads files in the event loop. And when a service refuses an upload while a
+    chunk is on its way, it replaces the service's error by INTERNAL, "Internal error from Core" (1.85.1).
+
+    Raises:
+        grpc.RpcError: the call failed.
+    """
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+
+    def wake(_call: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(ended.set)
+
+    call.add_done_callback(wake)
+    try:
+        await ended.wait()
+    except asyncio.CancelledError:
+        call.cancel()
+        raise
+    return call.result()
+
+
+def answer(call: Any) -> Any:
+    """The response to a stream of requests.
+
+    Raises:
+        grpc.RpcError: the call failed.
+    """
+    try:
+        return call.result()
+    except KeyboardInterrupt:
+        call.cancel()
+        raise

@@ -37,10 +37,16 @@ def save_adapter(trainee: Trainee, folder: Path, base_model: str) -> tuple[dict[
         return files, hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_state(trainee: Trainee, optimizer: torch.optim.AdamW, state: State, folder: Path) -> dict[str, Path]:
+def save_state(
+    trainee: Trainee, optimizer: torch.optim.AdamW, state: State, folder: Path, *, owner: str = ""
+) -> dict[str, Path]:
     """Writes masters, optimizer moments and counters; returns the files by name.
 
     There is no random state to keep: order, cuts and dropout are functions of the seed and the step.
+
+    Args:
+        owner: the run, written into the files. States are deleted by content, and two runs of the same settings would
+            otherwise delete each other's.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
@@ -48,9 +54,9 @@ def save_state(trainee: Trainee, optimizer: torch.optim.AdamW, state: State, fol
         tensors[f"master/{name}"] = master.detach().contiguous()
         for key, value in optimizer.state.get(master, {}).items():
             tensors[f"{key}/{name}"] = torch.as_tensor(value).contiguous()
-    save_file(tensors, folder / STATE_TENSORS)
+    save_file(tensors, folder / STATE_TENSORS, metadata={"owner": owner})
     numbers = {name: getattr(state, name) for name in _NUMBERS}
-    (folder / STATE_NUMBERS).write_text(json.dumps(numbers, sort_keys=True))
+    (folder / STATE_NUMBERS).write_text(json.dumps({"owner": owner, "state": numbers}, sort_keys=True))
     return {name: folder / name for name in (STATE_TENSORS, STATE_NUMBERS)}
 
 
@@ -70,4 +76,4 @@ def load_state(trainee: Trainee, optimizer: torch.optim.AdamW, folder: Path) -> 
             key: value if key == "step" else value.to(master.device) for key, value in values.items()
         }
     trainee.publish()
-    return State(**json.loads((folder / STATE_NUMBERS).read_text()))
+    return State(**json.loads((folder / STATE_NUMBERS).read_text())["state"])

@@ -19,7 +19,7 @@ from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest, Checkpoint, Tra
 from codegraft.trainer.v1.run_event_pb2 import EvalMetrics, RunEvent, StepMetrics
 from codegraft.trainer.v1.run_pb2 import Run
 from services.core import log, names
-from services.core.errors import ArtifactNotFound, CodegraftError, JobCancelled, ResourceExists, Unavailable
+from services.core.errors import CodegraftError, DigestMismatch, JobCancelled, NotFound, ResourceExists, Unavailable
 from services.core.jobs import JobContext
 from services.core.models import catalogue
 from services.core.runtime import Runtime
@@ -229,14 +229,25 @@ class _Attempt:
             size=sum(file.size for file in stored.files),
         )
         record.create_time.GetCurrentTime()
-        with contextlib.suppress(ResourceExists):
-            record = await self._tables.checkpoints.create(record)
+        record = await self._record(record)
         await self._tell(RunEvent(checkpoint=record))
         created = CheckpointCreated(checkpoint=name, sha256=record.sha256, test_loss=due.test_loss)
         await self._publish(CREATED, created, f"checkpoint-{due.step}")
         if due.is_best and due.test_loss is not None:
             await self._on_best(record, loaded, due.test_loss)
         await self._keep_state(loaded, due.step)
+
+    async def _record(self, record: Checkpoint) -> Checkpoint:
+        """Stores the record of a checkpoint; where an earlier attempt did, only adds what was measured since."""
+        try:
+            return await self._tables.checkpoints.create(record)
+        except ResourceExists:
+
+            def change(there: Checkpoint) -> None:
+                if record.HasField("test_loss"):
+                    there.test_loss, there.best = record.test_loss, record.best
+
+            return await self._tables.checkpoints.mutate(record.name, change)
 
     async def _on_best(self, record: Checkpoint, loaded: Loaded, test_loss: float) -> None:
         before = self._run.best_checkpoint
@@ -266,7 +277,12 @@ class _Attempt:
         from services.trainer import checkpoint
 
         files = await asyncio.to_thread(
-            checkpoint.save_state, loaded.trainee, loaded.optimizer, loaded.state, self._folder / f"state-{step}"
+            checkpoint.save_state,
+            loaded.trainee,
+            loaded.optimizer,
+            loaded.state,
+            self._folder / f"state-{step}",
+            owner=self._run.name,
         )
         name = f"{self._run.name}/states/{step}"
         before, self._kept_state = self._kept_state, name
@@ -294,7 +310,8 @@ class _Attempt:
         try:
             manifest = await self._runtime.artifacts.manifest(name, TrainStateManifest)
             folder = await self._runtime.artifacts.fetch(name, manifest.files)
-        except ArtifactNotFound:
+        except (NotFound, DigestMismatch) as error:
+            logger.warning("the kept state cannot be read, starting over", run=self._run.name, error=error.message)
             return None
         self._kept_state = name
         return folder

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Protocol, TypeVar
 
 import grpc
 
 from services.client import retry
-from services.client.streams import AsyncStream
+from services.client.streams import AsyncStream, answer_async
 from services.core.errors import CodegraftError, Unavailable
 from services.core.rpc import context
 from services.core.rpc.status import from_rpc
@@ -123,19 +123,22 @@ class Caller:
             failures += 1
 
     async def upload(
-        self,
-        method: grpc.aio.StreamUnaryMultiCallable[Request, Response],
-        requests: Any,
+        self, method: grpc.StreamUnaryMultiCallable[Request, Response], requests: Iterator[Request]
     ) -> Response:
         """The response to a stream of requests, tried once, without a deadline but that of the call being served.
+
+        Args:
+            method: of a blocking channel, see :func:`services.client.streams.answer_async`.
 
         Raises:
             CodegraftError: the class that belongs to the error's reason.
         """
+        call = method.future(requests, timeout=context.shortened(None), metadata=context.outgoing())
         try:
-            return await method(requests, timeout=context.shortened(None), metadata=context.outgoing())
+            response: Response = await answer_async(call)
         except grpc.RpcError as failure:
             raise from_rpc(failure) from None
+        return response
 
 
 def _itself(message: Response) -> Response:

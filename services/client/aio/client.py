@@ -47,12 +47,14 @@ class AsyncCodegraft:
             grpc.aio.insecure_channel(rpc.target(address), options=rpc.OPTIONS)
             for address in (addresses.ingest, addresses.scanner, addresses.trainer, addresses.inference)
         ]
+        # Uploads go over the blocking library in both clients: services/client/streams.py says why.
+        self._uploads = grpc.insecure_channel(rpc.target(addresses.ingest), options=rpc.OPTIONS)
         self._attach(Caller(timeout))
 
     def _attach(self, caller: Caller) -> None:
         ingest, scanner, trainer, inference = self._channels
         self.projects = Projects(ingest, caller)
-        self.sources = Sources(ingest, caller)
+        self.sources = Sources(ingest, self._uploads, caller)
         self.snapshots = Snapshots(ingest, caller)
         self.scans = Scans(scanner, caller)
         self.datasets = Datasets(scanner, caller)
@@ -87,6 +89,7 @@ class AsyncCodegraft:
 
     async def close(self) -> None:
         """Closes the connections; running calls end."""
+        self._uploads.close()
         for channel in self._channels:
             await channel.close()
 

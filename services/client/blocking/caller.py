@@ -6,12 +6,12 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import grpc
 
 from services.client import retry
-from services.client.streams import Stream
+from services.client.streams import Stream, answer
 from services.core.errors import CodegraftError, Unavailable
 from services.core.rpc import context
 from services.core.rpc.status import from_rpc
@@ -120,20 +120,21 @@ class Caller:
             time.sleep(retry.delay(outage, failures))
             failures += 1
 
-    def upload(
-        self,
-        method: grpc.StreamUnaryMultiCallable[Request, Response],
-        requests: Any,
-    ) -> Response:
+    def upload(self, method: grpc.StreamUnaryMultiCallable[Request, Response], requests: Iterator[Request]) -> Response:
         """The response to a stream of requests, tried once, without a deadline but that of the call being served.
+
+        Args:
+            method: of a blocking channel, see :func:`services.client.streams.answer`.
 
         Raises:
             CodegraftError: the class that belongs to the error's reason.
         """
+        call = method.future(requests, timeout=context.shortened(None), metadata=context.outgoing())
         try:
-            return method(requests, timeout=context.shortened(None), metadata=context.outgoing())
+            response: Response = answer(call)
         except grpc.RpcError as failure:
             raise from_rpc(failure) from None
+        return response
 
 
 def _itself(message: Response) -> Response:

@@ -85,9 +85,10 @@ class Projects:
 class Sources:
     """Where a project's code comes from."""
 
-    def __init__(self, channel: grpc.Channel, caller: Caller) -> None:
+    def __init__(self, channel: grpc.Channel, uploads: grpc.Channel, caller: Caller) -> None:
         self._stub = source_pb2_grpc.SourceServiceStub(channel)
-        self._uploads = upload_pb2_grpc.UploadServiceStub(channel)
+        self._states = upload_pb2_grpc.UploadServiceStub(channel)
+        self._uploads = upload_pb2_grpc.UploadServiceStub(uploads)
         self._caller = caller
 
     def add(
@@ -185,7 +186,7 @@ class Sources:
         state = upload_pb2.GetUploadRequest(parent=parent, sha256=measured.sha256)
         reached, failures = 0, 0
         while True:
-            arrived = (self._caller.unary(self._uploads.GetUpload, state, repeat=True)).upload
+            arrived = (self._caller.unary(self._states.GetUpload, state, repeat=True)).upload
             if arrived.offset > reached:
                 reached, failures = arrived.offset, 0
             try:
