@@ -52,13 +52,16 @@ class Part:
 
 def read_part(path: Path) -> Part:
     """Reads train.parquet or test.parquet."""
-    rows = pq.read_table(path, columns=["path", "source", "text", "tokens", "loss"]).to_pylist()
+    rows = pq.read_table(path, columns=["path", "source", "text"]).to_pylist()
+    return Part([Document(row["path"], row["source"], row["text"]) for row in rows], base_loss(path))
+
+
+def base_loss(path: Path) -> float:
+    """Token-weighted mean of the files' losses under the scan's model, in nats per token; 0 when not measured."""
+    rows = pq.read_table(path, columns=["tokens", "loss"]).to_pylist()
     measured = [(row["tokens"], row["loss"]) for row in rows if row["loss"] is not None and row["tokens"]]
     weight = sum(tokens for tokens, _ in measured)
-    return Part(
-        documents=[Document(row["path"], row["source"], row["text"]) for row in rows],
-        base_loss=sum(tokens * loss for tokens, loss in measured) / weight if weight else 0.0,
-    )
+    return sum(tokens * loss for tokens, loss in measured) / weight if weight else 0.0
 
 
 class Corpus:
@@ -104,6 +107,8 @@ class Corpus:
             self._first += len(self._rows)
             self._epoch += 1
             self._rows = list(pack(self._draw(self._epoch), self._window))
+            # A run may end within its first pass: so much of it as there is comes from all files alike.
+            random.Random(f"{self._seed}/{self._epoch}/rows").shuffle(self._rows)
         return self._rows[index - self._first]
 
     def _draw(self, epoch: int) -> Iterator[list[int]]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from codegraft.trainer.v1.hyperparameters_pb2 import Hyperparameters, Plan
 from services.core.errors import EmptyDataset
-from services.core.models import prompts, weights
+from services.core.models import catalogue, prompts, weights
 from services.core.models.catalogue import ModelSpec
 from services.trainer import checkpoint, data, loop, machine
 from services.trainer.config import TrainerSettings
@@ -60,6 +60,10 @@ def load(
         torch.set_num_threads(config.trainer_threads)
     device = machine.device(config.trainer_device)
     folder = weights.ensure_weights(spec, config.cache_dir)
+    if not spec.parameters:
+        # A model of the Hub that the catalogue does not list: its folder tells what the plan needs.
+        known = catalogue.find(f"dir:{folder}")
+        spec = replace(known, id=spec.id, title=spec.title, source=spec.source)
     tokenizer = weights.load_tokenizer(folder)
     fmt = prompts.detect(tokenizer)
     train_part, test_part = data.read_part(train), data.read_part(test)

@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from services.core.errors import InvalidHyperparameter
+from services.core.errors import InvalidHyperparameter, NotSupported
 from services.core.models import weights
 from services.trainer.data import Row, padded
 from services.trainer.loss import summed_loss, token_losses
@@ -44,11 +44,13 @@ class Trainee:
 
         Raises:
             InvalidHyperparameter: the model has no layer of a name in target_modules.
+            NotSupported: the model's logits are not the product of hidden states and head.
         """
         torch.manual_seed(settings.seed)
         base: Any = weights.load_model(folder, dtype)
         base.to(device)
         self._check_targets(base, settings)
+        self._check_head(base, device)
         config = LoraConfig(
             r=settings.lora_r,
             lora_alpha=cast(int, settings.lora_alpha),
@@ -144,6 +146,21 @@ class Trainee:
                 if ".lora_A." in name:
                     nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
                     parameter.mul_(norm / parameter.norm(dim=1, keepdim=True))
+
+    @staticmethod
+    def _check_head(base: Any, device: torch.device) -> None:
+        """Some models scale or cap their logits; the chunked loss would silently train them for something else."""
+        ids = torch.arange(8, device=device)[None]
+        with torch.no_grad():
+            hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            plain = (hidden @ base.get_output_embeddings().weight.T).float()
+            logits = base(input_ids=ids, use_cache=False).logits.float()
+        if float((plain - logits).abs().max()) > 0.02 * float(logits.abs().max()):
+            raise NotSupported(
+                "this model scales, caps or shifts its logits, which cannot be trained yet",
+                field="base_model",
+                hint="Take another base model.",
+            )
 
     @staticmethod
     def _check_targets(base: nn.Module, settings: Settings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -47,7 +48,8 @@ class RunServicer(RunServiceServicer):
         manifest = await datasets.find(self._runtime.artifacts, self._newest, request.parent, request.dataset)
         train, _ = await datasets.fetch(self._runtime.artifacts, manifest)
         requested = self._settings.with_defaults(request.hyperparameters)
-        _, told = plan(requested, self._facts(spec, manifest, data.read_part(train).base_loss))
+        base_loss = await asyncio.to_thread(data.base_loss, train)
+        _, told = plan(requested, self._facts(spec, manifest, base_loss))
         return pb.PlanRunResponse(plan=told)
 
     async def CreateRun(self, request: pb.CreateRunRequest, context: Context) -> pb.CreateRunResponse:
@@ -55,7 +57,7 @@ class RunServicer(RunServiceServicer):
         spec = self._model(request.base_model, request.hyperparameters)
         run_id = names.new_id("r", request_id=request.request_id, scope=request.parent)
         if (there := await self._tables.runs.find(f"{request.parent}/runs/{run_id}")) is not None:
-            return pb.CreateRunResponse(run=await self._again(there, request))
+            return pb.CreateRunResponse(run=await self._again(there, request, spec))
         manifest = await datasets.find(self._runtime.artifacts, self._newest, request.parent, request.dataset)
         run = pb.Run(
             name=f"{request.parent}/runs/{run_id}",
@@ -69,7 +71,8 @@ class RunServicer(RunServiceServicer):
         try:
             run = await self._tables.runs.create(run)
         except ResourceExists:
-            return pb.CreateRunResponse(run=await self._again(await self._tables.runs.get(run.name), request))
+            there = await self._tables.runs.get(run.name)
+            return pb.CreateRunResponse(run=await self._again(there, request, spec))
         await self._runtime.jobs.submit(KIND, run.name)
         return pb.CreateRunResponse(run=run)
 
@@ -148,13 +151,13 @@ class RunServicer(RunServiceServicer):
         latest = max(runs, key=lambda run: (run.status.create_time.ToNanoseconds(), run.name))
         return pb.GetBestCheckpointResponse(checkpoint=await self._tables.checkpoints.get(latest.best_checkpoint))
 
-    async def _again(self, there: pb.Run, request: pb.CreateRunRequest) -> pb.Run:
+    async def _again(self, there: pb.Run, request: pb.CreateRunRequest, spec: ModelSpec) -> pb.Run:
         """The run that the same request made before."""
         same = (
             there.requested == request.hyperparameters
             and there.title == request.title
             and request.dataset in ("", there.dataset)
-            and request.base_model in ("", there.base_model)
+            and (not request.base_model or spec.id == there.base_model)
         )
         if not same:
             raise RequestIdReused(

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import grpc
 
@@ -18,7 +18,7 @@ from services.core.rpc.status import from_rpc
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
-Piece = TypeVar("Piece")
+Item = TypeVar("Item")
 
 
 class _Paged(Protocol):
@@ -90,9 +90,9 @@ class Caller:
         self,
         method: grpc.aio.UnaryStreamMultiCallable[Request, Response],
         request: Request,
-        convert: Callable[[Response], Piece],
+        convert: Callable[[Response], Item],
         timeout: float | None = None,
-    ) -> AsyncStream[Piece]:
+    ) -> AsyncStream[Item]:
         """The messages of one stream, converted; never repeated."""
         call = method(request, timeout=context.shortened(timeout), metadata=context.outgoing())
         return AsyncStream(call, convert)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from codegraft.ingest.v1 import upload_pb2
-from services.client import retry
+from services.client import Addresses, AsyncCodegraft, retry
 from services.client.content import CHUNK
 from services.core import errors
 
@@ -135,6 +136,38 @@ async def test_a_limit_is_told_at_once(codegraft: Any, fake: Any) -> None:
     with pytest.raises(errors.LimitExceeded):
         await codegraft.call(lambda c: c.sources.upload("p", CONTENT))
     assert receiver.calls == 1
+
+
+async def test_a_refusal_while_chunks_are_on_the_way_is_told_as_what_it_is(codegraft: Any, fake: Any) -> None:
+    """grpc.aio would make it an INTERNAL "Internal error from Core" now and then."""
+
+    async def refuse(requests: Any) -> Any:
+        await anext(requests)
+        raise errors.LimitExceeded("too large")
+
+    Receiver(fake)
+    fake.scripts["UploadContent"] = [refuse]
+    for _ in range(20):
+        with pytest.raises(errors.LimitExceeded):
+            await codegraft.call(lambda c: c.sources.upload("p", CONTENT))
+
+
+async def test_an_upload_does_not_hold_up_the_event_loop_and_can_be_cancelled(fake: Any, address: str) -> None:
+    started = asyncio.Event()
+
+    async def never(requests: Any) -> Any:
+        started.set()
+        await asyncio.sleep(30)
+
+    Receiver(fake)
+    fake.scripts["UploadContent"] = [never]
+    async with AsyncCodegraft(Addresses(address, address, address, address)) as client:
+        uploading = asyncio.create_task(client.sources.upload("p", CONTENT))
+        await asyncio.wait_for(started.wait(), 5)
+        uploading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await uploading
+        await asyncio.wait_for(fake.cancelled.wait(), 5)
 
 
 async def test_a_file_that_is_not_there_is_told_without_a_call(codegraft: Any, fake: Any, tmp_path: Path) -> None:
