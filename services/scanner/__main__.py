@@ -7,22 +7,25 @@ import secrets
 import socket
 import sys
 
+from codegraft.common.v1.job_pb2 import JobState
+from codegraft.event.v1.events_pb2 import ScanChanged
 from codegraft.scanner.v1 import scan_pb2_grpc
 from codegraft.scanner.v1.dataset_pb2 import Dataset
 from codegraft.scanner.v1.scan_pb2 import Scan
 from services.core import runtime
 from services.core.errors import DatasetNotFound, ScanNotFound
 from services.core.jobs import JobRunner
+from services.core.jobs.announcer import announce
 from services.core.rpc.server import serve
 from services.core.runtime import Runtime
 from services.core.state import Table
-from services.scanner.announcer import announce
 from services.scanner.config import ScannerSettings
 from services.scanner.meter import Meter
 from services.scanner.servicer import KIND, ScanServicer
 from services.scanner.worker import ScanWorker
 
 SERVICE = "codegraft.scanner.v1.ScanService"
+CHANGED = "codegraft.scanner.scan.changed.v1"
 
 
 async def main(settings: ScannerSettings) -> None:
@@ -47,8 +50,12 @@ async def main(settings: ScannerSettings) -> None:
                     SERVICE,
                 )
             ],
-            background=[*(runner.run for runner in runners), lambda: announce(scans, opened.events)],
+            background=[*(runner.run for runner in runners), lambda: announce(scans, opened.events, CHANGED, _changed)],
         )
+
+
+def _changed(name: str, state: JobState) -> ScanChanged:
+    return ScanChanged(scan=name, state=state)
 
 
 if __name__ == "__main__":
