@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
