@@ -104,7 +104,7 @@ def load(
         settings, _ = resolve(corpus.tokens, counting.tokens, machine.guess_speed(spec, on_gpu=on_gpu))
         trainee = Trainee(folder, settings, device=device)
         _refuse_empty(corpus)
-        speed = machine.measure_speed(trainee, corpus, settings)
+        speed = machine.measure_speed(trainee, corpus, settings, machine.guess_speed(spec, on_gpu=on_gpu))
         settings, told = resolve(corpus.tokens, counting.tokens, speed)
         told.trainable_parameters = trainee.trainable_parameters
     _refuse_empty(corpus)

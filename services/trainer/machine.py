@@ -26,6 +26,8 @@ _BYTES_PER_TOKEN = 3.5
 _PASSES = 4
 """The first one allocates and tunes; of the others the fastest counts, for the machine may have had other work."""
 _PATIENCE_SECONDS = 30.0
+_LEAST_SHARE = 0.6
+"""Of the guessed speed: a lower measurement is put down to other work."""
 
 
 def device(wanted: str) -> torch.device:
@@ -41,7 +43,7 @@ def guess_speed(spec: ModelSpec, *, on_gpu: bool) -> float:
     return flops / (4 * max(1, spec.parameters))
 
 
-def measure_speed(trainee: Trainee, corpus: Corpus, settings: Settings) -> float:
+def measure_speed(trainee: Trainee, corpus: Corpus, settings: Settings, guess: float) -> float:
     """Tokens a second of one micro-batch, forward and backward; leaves the adapter as it was.
 
     The first pass also shows whether a full row fits in memory at all, before a single step is taken.
@@ -56,7 +58,8 @@ def measure_speed(trainee: Trainee, corpus: Corpus, settings: Settings) -> float
         best = min(best, time.monotonic() - began)
         if best > _PATIENCE_SECONDS:
             break
-    return tokens / best
+    # A machine that is busy just now must not make a plan of a few steps: the time limit holds in any case.
+    return max(tokens / best, _LEAST_SHARE * guess)
 
 
 def facts(

@@ -10,8 +10,10 @@ from services.trainer.settings import Settings, check
 
 EVALUATION_SPEEDUP = 2.5
 """Tokens evaluated in the time of one token trained: no backward pass, and no adapter gradients."""
-_LEAST_STEPS = 48
-"""A time limit shrinks the batch before it takes more steps than this away: few large steps learn little."""
+_LEAST_STEPS = 80
+"""A time limit shrinks batch and window before it takes more steps than this away: few large steps learn little."""
+_SHORT_RUN = 200
+"""Steps below which the learning rate is half as much again: what a short run does not learn early, it never learns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +64,10 @@ def plan(requested: Hyperparameters, facts: Facts) -> tuple[Settings, Plan]:
     check(requested, facts.context_length)
     pick = _Choices(requested)
     limit = pick.choose("time_limit_seconds", math.inf, "no limit")
-    window = int(
-        pick.choose(
-            "context_length",
-            min(facts.context_length or 2048, 2048 if facts.on_gpu else 512),
-            "long enough for a function with its surroundings" + ("" if facts.on_gpu else ", short enough for a CPU"),
-        )
-    )
-    tokens = max(1, facts.train_tokens)
     budget = limit * facts.tokens_per_second * 0.75  # tokens; a quarter is for evaluations and checkpoints
+    window, why = _window(facts, budget)
+    window = int(pick.choose("context_length", window, why))
+    tokens = max(1, facts.train_tokens)
     batch, why = _batch_size(tokens, window, budget)
     if requested.HasField("micro_batch_size") and batch % requested.micro_batch_size:
         batch += requested.micro_batch_size - batch % requested.micro_batch_size
@@ -88,7 +85,7 @@ def plan(requested: Hyperparameters, facts: Facts) -> tuple[Settings, Plan]:
     steps = int(pick.choose("train_steps", steps, why))
     warmup = int(pick.choose("warmup_steps", min(100, steps // 10), "a tenth of the steps, at most 100"))
     decay = int(pick.choose("decay_steps", max(1, steps - warmup), "to the end of the run"))
-    evaluations = min(20, max(2, steps // 25))
+    evaluations = min(20, max(2, steps // 40))
     eval_steps = int(pick.choose("eval_steps", max(1, math.ceil(steps / evaluations)), f"{evaluations} evaluations"))
     # A quarter of the training's time at most goes into evaluations, the one of the base model included.
     share = 0.25 * steps * batch * window * EVALUATION_SPEEDUP / (evaluations + 1)
@@ -101,7 +98,9 @@ def plan(requested: Hyperparameters, facts: Facts) -> tuple[Settings, Plan]:
         lora_dropout=pick.choose("lora_dropout", 0.0, "the best checkpoint is chosen on held-out files anyway"),
         target_modules=tuple(requested.target_modules) or facts.lora_targets,
         learning_rate=pick.choose(
-            "learning_rate", min(1.5e-3, max(1e-4, round(5e-4 * width**0.85, 5))), "falls with the width of the model"
+            "learning_rate",
+            round(min(1.5e-3, max(1e-4, 5e-4 * width**0.85)) * (1.5 if steps < _SHORT_RUN else 1.0), 5),
+            "falls with the width of the model" + (", higher for a short run" if steps < _SHORT_RUN else ""),
         ),
         batch_size=batch,
         micro_batch_size=int(
@@ -161,6 +160,18 @@ def _name(setting: PlannedSetting) -> str:
 
 def _rank(requested: Hyperparameters) -> int:
     return requested.lora_r if requested.HasField("lora_r") else 16
+
+
+def _window(facts: Facts, budget: float) -> tuple[int, str]:
+    """Tokens per sequence: what a function needs with its surroundings, less where a time limit is tight."""
+    ideal = 2048 if facts.on_gpu else 512
+    window = ideal
+    while window > 256 and budget / window < _LEAST_STEPS:
+        window //= 2
+    why = "long enough for a function with its surroundings" + ("" if facts.on_gpu else ", short enough for a CPU")
+    if window < ideal:
+        why = f"small enough for {_LEAST_STEPS} steps within the time limit"
+    return min(facts.context_length or 2048, window), why
 
 
 def _batch_size(tokens: int, window: int, budget: float) -> tuple[int, str]:

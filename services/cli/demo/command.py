@@ -42,18 +42,18 @@ from services.client.jobs import raise_failure
 from services.core.errors import FailedPrecondition
 
 PROJECT = "demo"
-SAMPLED_TOKENS = 384
+SAMPLED_TOKENS = 256
 """Tokens per file that stage 2 of the scan reads: enough to tell code from noise, and soon done on two cores."""
 HELD_OUT_SHARE = 0.2
 """Of the archive's files: these and the marked one measure the adapter."""
-PLACES = 32
+PLACES = 30
 AT_ONCE = 4
 """Places that are completed at once."""
 
 
 def demo(
     repo: Annotated[str, typer.Option(help="Git repository: a path (travels as a bundle) or a URL.")] = ".",
-    train_seconds: Annotated[float, typer.Option(min=20, help="Time limit of the training.")] = 165,
+    train_seconds: Annotated[float, typer.Option(min=20, help="Time limit of the training.")] = 180,
     output: Annotated[Path, typer.Option("--output", "-o", help="Picture of the loss curves.")] = Path("loss.png"),
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the closing figures as JSON, too.")
