@@ -8,6 +8,7 @@ server would do.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import secrets
@@ -36,6 +37,7 @@ is safe: what it has acknowledged survives that."""
 PROBE = timedelta(seconds=2)
 
 _INNER = ("master", "master.grpc", "volume", "volume.grpc", "filer", "filer.grpc", "s3.grpc", "admin")
+_READY = ".codegraft-ready"
 _WORKER_OFFSET = 10_000
 """weed's maintenance worker looks for the admin's gRPC port here, whatever -admin.port.grpc says."""
 
@@ -165,6 +167,7 @@ def _await_ready(
             try:
                 _ensure_bucket(client, bucket)
                 if http.request("GET", f"http://{endpoint}/{bucket}").status == 403:
+                    _round_trip(client, bucket)
                     return
                 problem = "it answers without credentials: it is another server, or has not read its keys yet"
             except (MinioException, HTTPError) as error:
@@ -176,6 +179,20 @@ def _await_ready(
         close_connections(http)
     state = child.describe_exit() if child.exit_code() is not None else f"is not ready: {problem}"
     raise Unavailable(f"the local S3 server {state}\n{tail(child.log)}", hint=f"Its whole log is {child.log}.")
+
+
+def _round_trip(client: Minio, bucket: str) -> None:
+    """Writes, reads and removes an object: buckets answer before the volumes with the data have come back."""
+    content = b"ready" * 100
+    client.put_object(bucket, _READY, io.BytesIO(content), len(content))
+    response = client.get_object(bucket, _READY)
+    try:
+        if response.read() != content:
+            raise HTTPError("an object came back with other content")
+    finally:
+        response.close()
+        response.release_conn()
+    client.remove_object(bucket, _READY)
 
 
 def _ensure_bucket(client: Minio, bucket: str) -> None:
