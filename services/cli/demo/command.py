@@ -72,7 +72,8 @@ def demo(
     codegraft demo --repo https://example.com/team/app.git --json figures.json
     """
     began = time.monotonic()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    for number in (signal.SIGINT, signal.SIGTERM):  # both end it as Ctrl-C does, also where a shell had it ignore them
+        signal.signal(number, signal.default_int_handler)
     package = find_package()
     folder = data or Path(tempfile.mkdtemp(prefix="codegraft-demo-"))
     figures = Figures()
