@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -60,7 +61,8 @@ def is_cached(spec: ModelSpec, cache_dir: Path) -> bool:
     """Whether :func:`ensure_weights` would return at once."""
     if isinstance(spec.source, FolderSource):
         return True
-    return any(path.is_dir() for path in (cache_dir / "models").glob(f"{_slug(spec.id)}-*"))
+    finished = re.compile(re.escape(_slug(spec.id)) + r"-[0-9a-f]{12}")
+    return any(finished.fullmatch(path.name) and path.is_dir() for path in (cache_dir / "models").glob("*"))
 
 
 def base_digest(folder: Path) -> str:

@@ -98,6 +98,7 @@ def pretended(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     def dequantize(_gguf: Path, to: Path) -> None:
         made.append(to)
+        assert not weights.is_cached(SPEC, tmp_path), "half of a model is none"
         time.sleep(0.2)
         if len(made) == 1 and (tmp_path / "fail").exists():
             raise OSError("disk full")

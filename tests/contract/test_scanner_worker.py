@@ -1,0 +1,188 @@
+"""Scans that are disturbed: cancelled in the middle, handed over to another worker, files that cannot be read."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from codegraft.common.v1.job_pb2 import JOB_STATE_CANCELLED, JOB_STATE_QUEUED, JOB_STATE_RUNNING, JOB_STATE_SUCCEEDED
+from codegraft.event.v1.events_pb2 import ScanChanged
+from codegraft.ingest.v1.source_pb2 import Source
+from codegraft.scanner.v1.dataset_pb2 import Dataset
+from codegraft.scanner.v1.scan_pb2 import Scan, ScanSettings
+from services.core import errors
+from services.core.backoff import Backoff
+from services.core.events import Event
+from services.core.jobs import JobRunner, is_final, new_status, request_cancel
+from services.core.jobs.announcer import announce
+from services.core.models import catalogue, weights
+from services.core.runtime import Runtime
+from services.core.state import Table
+from services.core.store import blobs
+from services.ingest import snapshot
+from services.ingest.listing import ListedFile
+from services.scanner import __main__ as service
+from services.scanner import worker as worker_module
+from services.scanner.config import ScannerSettings
+from services.scanner.loss import FileLoss
+from services.scanner.meter import Meter, Step, Work
+from services.scanner.rules import Rules
+from services.scanner.worker import ScanWorker, stored_verdicts
+
+SCAN = "projects/demo/scans/one"
+
+
+class FakeMeter(Meter):
+    """Measures one file a step: as many as it is allowed to, then it waits for ever."""
+
+    def __init__(self, allowed: int) -> None:
+        super().__init__(ScannerSettings())
+        self.allowed = allowed
+        self.measured: list[str] = []
+        self.left = False
+
+    async def measure(
+        self, folder: Path, rules: Rules, work: Sequence[Work], text_of: Callable[[str], str]
+    ) -> AsyncGenerator[Step, None]:
+        try:
+            for number, item in enumerate(work):
+                while len(self.measured) >= self.allowed:
+                    await asyncio.sleep(0.05)
+                    yield Step({}, number, len(work), number)
+                assert text_of(item.sha256)
+                self.measured.append(item.sha256)
+                yield Step({item.sha256: FileLoss(1.0, 50, 50)}, number + 1, len(work), number + 1)
+        finally:
+            self.left = True
+
+
+@pytest.fixture
+async def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A runtime with a queued scan of ten files, and a model that is only a name."""
+    monkeypatch.setattr(weights, "ensure_weights", lambda _spec, _cache: tmp_path)
+    monkeypatch.setattr(weights, "base_digest", lambda _folder: "d" * 64)
+    monkeypatch.setattr(worker_module, "FLUSH_SECONDS", 0.0)
+    runtime = Runtime.memory(tmp_path)
+    files = {f"m{number}.py": f"def f{number}(x):\n    return x + {number}\n".encode() for number in range(10)}
+    listed = [ListedFile(path, len(data), await runtime.blobs.put(data), 0o644) for path, data in files.items()]
+    manifest, table = snapshot.build(
+        "projects/demo", [snapshot.Part(Source(name="projects/demo/sources/s"), [], listed)]
+    )
+    await runtime.artifacts.commit(manifest.name, manifest, {"files.parquet": table})
+    scans = Table(runtime.state("scanner"), Scan, missing=errors.ScanNotFound)
+    await scans.create(
+        Scan(
+            name=SCAN,
+            snapshot=manifest.name,
+            settings=ScanSettings(model=catalogue.DEFAULT_MODEL),
+            status=new_status(),
+        )
+    )
+    return SimpleNamespace(runtime=runtime, scans=scans, blob=listed[0].sha256)
+
+
+@contextlib.asynccontextmanager
+async def working(desk: SimpleNamespace, meter: Meter, name: str = "w") -> AsyncIterator[asyncio.Task[None]]:
+    datasets = Table(desk.runtime.state("scanner"), Dataset, missing=errors.DatasetNotFound)
+    handler = ScanWorker(desk.runtime, ScannerSettings(), datasets, meter).handle
+    runner = JobRunner("scan", desk.scans, desk.runtime.jobs, handler, worker_id=name, retry=Backoff())
+    task = asyncio.create_task(runner.run())
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110  what is waited for is a plain value
+            await asyncio.sleep(0.02)
+
+
+async def ended(desk: SimpleNamespace) -> Scan:
+    async with asyncio.timeout(10):
+        async for scan in desk.scans.watch(SCAN):
+            if is_final(scan.status):
+                found: Scan = scan
+                return found
+    raise AssertionError("unreachable")
+
+
+async def test_a_cancelled_scan_stops_within_a_second(desk: SimpleNamespace) -> None:
+    meter = FakeMeter(allowed=3)
+    async with working(desk, meter):
+        await until(lambda: len(meter.measured) == 3)
+        asked = time.monotonic()
+        await desk.scans.mutate(SCAN, lambda scan: request_cancel(scan.status))
+        scan = await ended(desk)
+        assert scan.status.state == JOB_STATE_CANCELLED and time.monotonic() - asked < 1
+    assert meter.left, "the measuring thread was told to stop"
+
+
+async def test_another_worker_goes_on_where_the_first_stopped(desk: SimpleNamespace) -> None:
+    first, second = FakeMeter(allowed=6), FakeMeter(allowed=100)
+    async with working(desk, first, "first"):
+        await until(lambda: len(first.measured) == 6)
+        await until(lambda: sum(key.startswith("losses/") for key in desk.runtime.store.objects) == 6)
+    assert (await desk.scans.get(SCAN)).status.state == JOB_STATE_QUEUED
+    async with working(desk, second, "second"):
+        scan = await ended(desk)
+    assert scan.status.state == JOB_STATE_SUCCEEDED and scan.report.accepted_count == 10
+    assert scan.report.cached_losses == 6
+    assert len(second.measured) == 4 and not set(first.measured) & set(second.measured)
+
+
+async def test_a_file_whose_blob_is_gone_is_rejected_and_the_rest_goes_on(desk: SimpleNamespace) -> None:
+    await desk.runtime.store.delete(blobs.key(desk.blob))
+    async with working(desk, FakeMeter(allowed=100)):
+        scan = await ended(desk)
+    assert (scan.report.accepted_count, scan.report.rejected_count) == (9, 1)
+    [verdict] = [row for row in await stored_verdicts(desk.runtime, SCAN) if not row.accepted]
+    assert (verdict.sha256, verdict.reason) == (desk.blob, "LINGUIST_ERROR")
+
+
+async def test_progress_counts_tokens_and_names_files(desk: SimpleNamespace) -> None:
+    meter = FakeMeter(allowed=5)
+    async with working(desk, meter):
+        async with asyncio.timeout(10):
+            async for scan in desk.scans.watch(SCAN):
+                if scan.status.progress.done == 5:
+                    break
+        progress = scan.status.progress
+        assert (progress.unit, progress.total, progress.message) == ("tokens", 10, "stage 2: 5 of 10 files")
+
+
+async def test_every_state_is_announced_once(desk: SimpleNamespace) -> None:
+    announcers = [
+        asyncio.create_task(announce(desk.scans, desk.runtime.events, service.CHANGED, service._changed))
+        for _ in range(2)
+    ]
+    try:
+        async with working(desk, FakeMeter(allowed=100)):
+            scan = await ended(desk)
+        published = desk.runtime.events.published
+        await until(lambda: any(event.unpack(ScanChanged).state == JOB_STATE_SUCCEEDED for event in changes(published)))
+        states = [event.unpack(ScanChanged).state for event in changes(published)]
+        # Quick changes may be joined; none comes twice or out of order.
+        assert states == sorted(set(states)) and set(states) <= {
+            JOB_STATE_QUEUED,
+            JOB_STATE_RUNNING,
+            JOB_STATE_SUCCEEDED,
+        }
+        made = [event for event in published if event.type == "codegraft.scanner.dataset.created.v1"]
+        assert [event.subject for event in made] == [scan.dataset]
+    finally:
+        for task in announcers:
+            task.cancel()
+        await asyncio.gather(*announcers, return_exceptions=True)
+
+
+def changes(published: Sequence[Event]) -> list[Event]:
+    return [event for event in published if event.type == "codegraft.scanner.scan.changed.v1"]
