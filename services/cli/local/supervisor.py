@@ -34,6 +34,31 @@ class StopRequested(BaseException):
         self.number = number
 
 
+class StopSignals:
+    """Raises StopRequested at the first signal and remembers it.
+
+    The interpreter drops what a signal handler raises inside a finalizer or a fork callback (logging has one, and
+    every service is started by a fork), so whoever waits also calls ``check``. Later signals are only a person's
+    impatience: everything stops already.
+    """
+
+    def __init__(self) -> None:
+        self._number: int | None = None
+
+    def install(self) -> None:
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
+
+    def check(self) -> None:
+        if self._number is not None:
+            raise StopRequested(self._number)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._number is None:
+            self._number = number
+            raise StopRequested(number)
+
+
 def run(folder: DataFolder, report: Report, ready: Callable[[StackInfo], None]) -> int:
     """Owns the stack until a signal or the end of NATS or S3, then stops it. Returns the signal's number, 0 otherwise.
 
@@ -49,13 +74,14 @@ def run(folder: DataFolder, report: Report, ready: Callable[[StackInfo], None]) 
     if not folder.acquire():
         raise FailedPrecondition(f"a stack runs in {folder.root} already", hint="Stop it with `codegraft down`.")
     stack = Stack(folder, report)
+    signals = StopSignals()
     error = ""
     try:
-        for number in SIGNALS:
-            signal.signal(number, _raise)
+        signals.install()
         stack.start()
+        signals.check()
         ready(stack.info)
-        _supervise(stack, report)
+        _supervise(stack, report, signals)
     except StopRequested as request:
         return request.number
     except CodegraftError as failure:
@@ -130,8 +156,9 @@ def stop(folder: DataFolder) -> bool:
     return True
 
 
-def _supervise(stack: Stack, report: Report) -> NoReturn:
+def _supervise(stack: Stack, report: Report, signals: StopSignals) -> NoReturn:
     while True:
+        signals.check()
         for process in stack.check():
             _tell(process, report)
             if process.name not in SERVICES:
@@ -143,10 +170,6 @@ def _supervise(stack: Stack, report: Report) -> NoReturn:
 
 def _tell(process: ProcessInfo, report: Report) -> None:
     report(f"{process.name} {process.crash}; the end of {process.log}:\n{tail(Path(process.log))}")
-
-
-def _raise(number: int, frame: FrameType | None) -> NoReturn:
-    raise StopRequested(number)
 
 
 def main() -> int:
