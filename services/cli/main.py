@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import typer
 
-from services.cli import complete, doctor, models, project, scan, serve, source, stack, train
+from services.cli import complete, credential, doctor, models, project, scan, serve, snapshot, source, stack, train
 from services.cli.demo.command import demo
 from services.cli.local.supervisor import StopRequested
 from services.cli.output import EXIT_CODES, ExitCode, err, fail
@@ -28,6 +28,8 @@ for command in (stack.up, stack.down, stack.status, doctor.doctor):
 for name, group in (
     ("project", project.app),
     ("source", source.app),
+    ("credential", credential.app),
+    ("snapshot", snapshot.app),
     ("scan", scan.app),
     ("train", train.app),
     ("serve", serve.app),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +23,7 @@ from services.core.errors import InvalidArgument, by_reason
 app = typer.Typer(help="Sources: where a project's code comes from.", no_args_is_help=True)
 
 SourceId = Annotated[str, typer.Argument(metavar="SOURCE", help="Id or full name of the source.")]
+Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on with every change, until Ctrl-C.")]
 Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until its files are fetched.")]
 
 
@@ -58,6 +60,9 @@ def add(
     include: Annotated[list[str] | None, typer.Option(help="Leave out files that match none of these masks.")] = None,
     ref: Annotated[str, typer.Option(help="Git: branch, tag or commit; HEAD if left out.")] = "",
     subpath: Annotated[str, typer.Option(help="Only files below this folder of the repository or archive.")] = "",
+    credential: Annotated[str, typer.Option(help="Git URL: credential of a private repository.")] = "",
+    submodules: Annotated[bool, typer.Option("--submodules", help="Git URL: fetch submodules too.")] = False,
+    every: Annotated[str, typer.Option(help="Sync on a schedule: 15m, 6h, 1d …")] = "",
     wait: Wait = True,
     json: Json = False,
 ) -> None:
@@ -70,6 +75,8 @@ def add(
     codegraft source add -p acme --archive lib-1.0.tar.gz --subpath lib-1.0/src
 
     codegraft source add -p acme --file held_out.py --split test
+
+    codegraft source add -p acme --git git@git.corp.example:team/app.git --credential deploy-key --every 1h
     """
     if sum(map(bool, (git, archive, file, url))) != 1:
         raise typer.BadParameter("give exactly one of --git, --archive, --file and --url")
@@ -78,13 +85,17 @@ def add(
         split_rules=[source_pb2.SplitRule(pattern=mask, split=Split.SPLIT_TEST) for mask in test or ()],
         exclude=exclude or (),
         include=include or (),
+        sync_interval_seconds=seconds_of(every),
     )
     with connect() as client:
         if git and Path(git).is_dir():
             upload = _upload_bundle(client, project, Path(git), ref)
             source.bundle.CopyFrom(source_pb2.BundleSource(upload=upload, ref=ref, subpath=subpath))
         elif git:
-            source.git.CopyFrom(source_pb2.GitSource(url=git, ref=ref, subpath=subpath))
+            opener = full_name(names.CREDENTIAL, credential, project) if credential else ""
+            source.git.CopyFrom(
+                source_pb2.GitSource(url=git, ref=ref, subpath=subpath, credential=opener, submodules=submodules)
+            )
         elif archive:
             source.archive.CopyFrom(
                 source_pb2.ArchiveSource(upload=client.sources.upload(project, archive).name, subpath=subpath)
@@ -129,8 +140,12 @@ def _tell(source: source_pb2.Source, what: str, as_json: bool) -> None:
         print_json(source)
     elif source.state == source_pb2.SOURCE_STATE_READY:
         err.print(f"{what} {source.name}: {source.file_count:,} files, {source.byte_count:,} bytes")
+        if source.commit:
+            err.print(f"  commit {source.commit[:12]}; {source.stored_bytes:,} bytes were new")
         for why, count in sorted(source.skipped.items()):
             err.print(f"  left out: {count:,} ({why})")
+        if source.snapshot:
+            err.print(f"  took {source.snapshot}")
     else:
         err.print(f"{what} {source.name}; it is fetched in the background")
 
@@ -161,7 +176,10 @@ def list_(project: Project, json: Json = False) -> None:
 
 @app.command()
 def sync(project: Project, source: SourceId, wait: Wait = True, json: Json = False) -> None:
-    """Fetch a source again."""
+    """Fetch a source again; when its files changed, a snapshot is taken.
+
+    A local folder that was added travels again with: codegraft source update SOURCE --git FOLDER
+    """
     with connect() as client:
         synced = client.sources.sync(full_name(names.SOURCE, source, project))
         if wait:
@@ -179,3 +197,151 @@ def remove(project: Project, source: SourceId, json: Json = False) -> None:
         print_json({"removed": name})
     else:
         err.print(f"removed {name}")
+
+
+@app.command()
+def show(project: Project, source: SourceId, follow: Follow = False, json: Json = False) -> None:
+    """Show where a source stands: state and why, files, bytes, commit, last sync; with --follow also every change."""
+    name = full_name(names.SOURCE, source, project)
+    with connect() as client:
+        for found in client.sources.watch(name) if follow else [client.sources.get(name)]:
+            if json:
+                print_json(found)
+            else:
+                print_table(["FIELD", "VALUE"], list(_facts(found)), empty="")
+
+
+@app.command()
+def update(
+    project: Project,
+    source: SourceId,
+    git: Annotated[str, typer.Option(help="Local git folder or new URL of a git source.")] = "",
+    archive: Annotated[Path | None, typer.Option(help="New archive.")] = None,
+    file: Annotated[Path | None, typer.Option(help="New content of a single file.")] = None,
+    ref: Annotated[str | None, typer.Option(help="Git: another branch, tag or commit.")] = None,
+    credential: Annotated[str | None, typer.Option(help="Git URL: another credential; empty for none.")] = None,
+    split: Annotated[SplitChoice | None, typer.Option(help="Part of the dataset.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="New masks of files to leave out.")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="New include masks.")] = None,
+    wait: Wait = True,
+    json: Json = False,
+) -> None:
+    """Change a source. A new content or ref is fetched at once, and only what differs is stored.
+
+    Example: codegraft source update app -p acme --git ~/src/app
+    """
+    name = full_name(names.SOURCE, source, project)
+    with connect() as client:
+        record = client.sources.get(name)
+        if git and Path(git).is_dir():
+            record.bundle.upload = _upload_bundle(client, project, Path(git), ref or record.bundle.ref)
+        elif git:
+            record.git.url = git
+        if archive:
+            record.archive.upload = client.sources.upload(project, archive).name
+        if file:
+            record.file.upload = client.sources.upload(project, file).name
+        if ref is not None:
+            (record.bundle if record.WhichOneof("origin") == "bundle" else record.git).ref = ref
+        if credential is not None:
+            record.git.credential = full_name(names.CREDENTIAL, credential, project) if credential else ""
+        if split is not None:
+            record.split = SPLITS[split]
+        if exclude is not None:
+            record.exclude[:] = exclude
+        if include is not None:
+            record.include[:] = include
+        changed = client.sources.update(record)
+        if wait:
+            changed = _fetched(client, changed.name)
+    _tell(changed, "updated", json)
+
+
+@app.command()
+def watch(
+    project: Project,
+    source: SourceId,
+    every: Annotated[str, typer.Option(help="Interval: 15m, 6h, 1d …; 0 or off ends it.")] = "1h",
+    json: Json = False,
+) -> None:
+    """Sync a source on a schedule; a snapshot is taken whenever its files changed.
+
+    Example: codegraft source watch app -p acme --every 30m
+    """
+    name = full_name(names.SOURCE, source, project)
+    with connect() as client:
+        record = client.sources.get(name)
+        record.ClearField(record.WhichOneof("origin") or "git")
+        record.sync_interval_seconds = seconds_of(every)
+        changed = client.sources.update(record)
+    if json:
+        print_json(changed)
+    elif changed.sync_interval_seconds:
+        err.print(f"{name} is synced every {changed.sync_interval_seconds:,} s")
+    else:
+        err.print(f"{name} is synced on demand only")
+
+
+@app.command()
+def forget(
+    project: Project,
+    source: SourceId,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    json: Json = False,
+) -> None:
+    """Remove a source everywhere: also every snapshot that has its files.
+
+    The bytes go with the next `codegraft snapshot gc`. Datasets that hold some of its files are listed, and stay.
+    """
+    name = full_name(names.SOURCE, source, project)
+    if not yes and not json:
+        typer.confirm(f"Remove {name} and every snapshot with its files?", abort=True, err=True)
+    with connect() as client:
+        forgotten = client.sources.forget(name)
+    if json:
+        print_json(forgotten)
+        return
+    err.print(f"forgot {name} and {len(forgotten.snapshots)} snapshots with its files")
+    for dataset in forgotten.datasets:
+        err.print(f"  {dataset} still holds some of them")
+
+
+def seconds_of(text: str) -> int:
+    """Seconds of "90", "15m", "6h" or "2d"; 0 for nothing, "0" and "off".
+
+    Raises:
+        InvalidArgument: it is none of these.
+    """
+    if text in ("", "0", "off"):
+        return 0
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    number, unit = (text[:-1], units[text[-1]]) if text[-1] in units else (text, 1)
+    if not number.isdecimal():
+        raise InvalidArgument(f"{text!r} is no interval", field="every", hint="Write 90s, 15m, 6h or 1d.")
+    return int(number) * unit
+
+
+def _facts(source: source_pb2.Source) -> Iterator[tuple[str, object]]:
+    yield "source", source.name
+    kind = source.WhichOneof("origin") or ""
+    origin = getattr(source, kind)
+    yield "origin", f"{kind} {getattr(origin, 'url', '') or getattr(origin, 'upload', '')}"
+    yield "state", source_pb2.SourceState.Name(source.state).removeprefix("SOURCE_STATE_").lower()
+    if source.progress.message:
+        of = f" of {source.progress.total:,}" if source.progress.total else ""
+        yield "progress", f"{source.progress.message}: {source.progress.done:,}{of} {source.progress.unit}"
+    if source.failure.reason:
+        yield "failure", f"{source.failure.reason}: {source.failure.message}"
+        yield "hint", source.failure.hint
+    yield "files", source.file_count
+    yield "bytes", source.byte_count
+    for why, count in sorted(source.skipped.items()):
+        yield "left out", f"{count:,} ({why})"
+    if source.commit:
+        yield "commit", source.commit
+    if source.HasField("sync_time"):
+        yield "last sync (UTC)", source.sync_time.ToDatetime().isoformat(" ", "seconds")
+    if source.sync_interval_seconds:
+        yield "synced every", f"{source.sync_interval_seconds:,} s"
+    if source.snapshot:
+        yield "snapshot", source.snapshot

@@ -156,6 +156,12 @@ class BrokenBundle(InvalidArgument):
     reason = "BROKEN_BUNDLE"
 
 
+class InvalidCredential(InvalidArgument):
+    """A secret or host key that cannot be read (no key, a wrong passphrase, a damaged known_hosts line)."""
+
+    reason = "INVALID_CREDENTIAL"
+
+
 class UploadMismatch(InvalidArgument):
     """The bytes received are not those announced (size, offset or sha256)."""
 
@@ -188,6 +194,12 @@ class SourceNotFound(NotFound):
     """No source of that name in the project."""
 
     reason = "SOURCE_NOT_FOUND"
+
+
+class CredentialNotFound(NotFound):
+    """No credential of that name in the project."""
+
+    reason = "CREDENTIAL_NOT_FOUND"
 
 
 class UploadNotFound(NotFound):
@@ -283,6 +295,24 @@ class ProjectNotEmpty(FailedPrecondition):
     """A project is deleted with its contents only when that is asked for (force)."""
 
     reason = "PROJECT_NOT_EMPTY"
+
+
+class CredentialsDisabled(FailedPrecondition):
+    """The service has no key to encrypt credentials with, or not the one with which this was encrypted."""
+
+    reason = "CREDENTIALS_DISABLED"
+
+
+class CredentialInUse(FailedPrecondition):
+    """A source still uses the credential."""
+
+    reason = "CREDENTIAL_IN_USE"
+
+
+class SnapshotInUse(FailedPrecondition):
+    """A dataset was made of the snapshot."""
+
+    reason = "SNAPSHOT_IN_USE"
 
 
 class NoSources(FailedPrecondition):

@@ -15,6 +15,7 @@ from services.core.errors import InvalidName
 
 PROJECT = "projects/{project}"
 SOURCE = PROJECT + "/sources/{source}"
+CREDENTIAL = PROJECT + "/credentials/{credential}"
 UPLOAD = PROJECT + "/uploads/{upload}"
 SNAPSHOT = PROJECT + "/snapshots/{snapshot}"
 SCAN = PROJECT + "/scans/{scan}"

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from codegraft.ingest.v1 import project_pb2_grpc, snapshot_pb2_grpc, source_pb2_grpc, upload_pb2_grpc
+from codegraft.ingest.v1 import (
+    credential_pb2_grpc,
+    project_pb2_grpc,
+    snapshot_pb2_grpc,
+    source_pb2_grpc,
+    upload_pb2_grpc,
+)
 from services.core.rpc.server import Registration
 from services.core.runtime import Runtime
 from services.ingest.config import IngestSettings
 from services.ingest.fetcher import Fetcher
 from services.ingest.records import BUCKET, Tables
+from services.ingest.servicers.credentials import CredentialServicer
 from services.ingest.servicers.projects import ProjectServicer
 from services.ingest.servicers.snapshots import SnapshotServicer
 from services.ingest.servicers.sources import SourceServicer
 from services.ingest.servicers.uploads import UploadServicer
+from services.ingest.snapshots import Snapshots
 from services.ingest.uploads import Uploads
 
 
@@ -30,7 +38,8 @@ class Ingest:
         self.tables = tables = Tables.of(runtime.state(BUCKET))
         spool = settings.cache_dir / "ingest" / "uploads"
         uploads = Uploads(tables.uploads, runtime.blobs, spool, settings.ingest_max_upload_bytes)
-        self.fetcher = Fetcher(runtime, settings, tables.sources, uploads)
+        snapshots = Snapshots(runtime, tables)
+        self.fetcher = Fetcher(runtime, settings, tables, uploads, snapshots)
         self.services: Sequence[Registration] = [
             (
                 project_pb2_grpc.add_ProjectServiceServicer_to_server,
@@ -39,7 +48,7 @@ class Ingest:
             ),
             (
                 source_pb2_grpc.add_SourceServiceServicer_to_server,
-                SourceServicer(tables, settings),
+                SourceServicer(tables, settings, snapshots),
                 "codegraft.ingest.v1.SourceService",
             ),
             (
@@ -49,7 +58,12 @@ class Ingest:
             ),
             (
                 snapshot_pb2_grpc.add_SnapshotServiceServicer_to_server,
-                SnapshotServicer(tables, runtime),
+                SnapshotServicer(tables, runtime, snapshots),
                 "codegraft.ingest.v1.SnapshotService",
+            ),
+            (
+                credential_pb2_grpc.add_CredentialServiceServicer_to_server,
+                CredentialServicer(tables, settings.vault),
+                "codegraft.ingest.v1.CredentialService",
             ),
         ]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+import ipaddress
+from pathlib import Path
+
+from pydantic import Field, SecretStr, field_validator
 
 from services.core.config import CoreSettings
+from services.ingest.credentials import Vault
 from services.ingest.limits import Limits
+from services.ingest.sources.guard import Guard
 
 _DEFAULT = Limits()
 
@@ -15,8 +20,8 @@ class IngestSettings(CoreSettings):
 
     ingest_fetches: int = Field(default=4, ge=1, le=64)
     """Sources that are fetched at once."""
-    ingest_puts: int = Field(default=16, ge=1, le=128)
-    """Files of one source that are stored at once."""
+    ingest_puts: int = Field(default=3, ge=1, le=32)
+    """Packs of one source (8 MiB each) that are on their way to the store at once."""
     ingest_max_upload_bytes: int = Field(default=8 << 30, ge=1)
     """Largest upload."""
     ingest_max_files: int = Field(default=_DEFAULT.max_files, ge=1)
@@ -29,8 +34,32 @@ class IngestSettings(CoreSettings):
     """Inflated bytes per compressed byte of an archive."""
     ingest_max_seconds: float = Field(default=_DEFAULT.max_seconds, gt=0)
     """Time for reading one source."""
+    ingest_max_depth: int = Field(default=_DEFAULT.max_depth, ge=1)
+    """Folders above a file."""
     ingest_allowed_urls: tuple[str, ...] = ()
-    """URL prefixes that are fetched although they are not https or ssh, or lead to a private address; a JSON list."""
+    """URL prefixes that are fetched although they are not https or ssh, or lead to a private address; a JSON list, for
+    example ["https://git.corp.example/", "ssh://git@git.corp.example/"]."""
+    ingest_allowed_networks: tuple[str, ...] = ()
+    """Networks that may be connected to although they are not public; a JSON list such as ["10.1.0.0/16"]."""
+    ingest_ca_file: Path | None = None
+    """Certificates (PEM) to trust for https instead of the system's."""
+    ingest_credential_keys: tuple[SecretStr, ...] = ()
+    """Fernet keys that encrypt credentials, a JSON list: the first seals, every one opens."""
+    ingest_lease_seconds: float = Field(default=20, gt=1)
+    """How long a process that fetches a source may be silent before another one takes over."""
+
+    @field_validator("ingest_allowed_networks")
+    @classmethod
+    def _networks(cls, networks: tuple[str, ...]) -> tuple[str, ...]:
+        for network in networks:
+            ipaddress.ip_network(network)  # its ValueError says what is wrong
+        return networks
+
+    @field_validator("ingest_credential_keys")
+    @classmethod
+    def _keys(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        Vault([key.get_secret_value() for key in keys])
+        return keys
 
     @property
     def limits(self) -> Limits:
@@ -41,4 +70,15 @@ class IngestSettings(CoreSettings):
             max_file_bytes=self.ingest_max_file_bytes,
             max_ratio=self.ingest_max_ratio,
             max_seconds=self.ingest_max_seconds,
+            max_depth=self.ingest_max_depth,
         )
+
+    @property
+    def guard(self) -> Guard:
+        """Which hosts may be fetched from."""
+        return Guard(self.ingest_allowed_urls, self.ingest_allowed_networks)
+
+    @property
+    def vault(self) -> Vault:
+        """What seals credentials."""
+        return Vault([key.get_secret_value() for key in self.ingest_credential_keys])

@@ -1,19 +1,29 @@
-"""Fetches sources in the background: from where they come, through a reader, into blobs and a listing."""
+"""Fetches sources in the background: when one is added or synced, and on its schedule.
+
+Every process of the service does this; a source belongs to the one that holds its lease. The lease is in the source's
+record, as is everything else: one compare-and-set decides, and a process that lost it writes nothing more.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import itertools
+import secrets
 import shutil
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TypeVar
 
 from codegraft.common.v1.job_pb2 import Failure, Progress
 from codegraft.event.v1.events_pb2 import SourceChanged
+from codegraft.ingest.v1.credential_pb2 import StoredCredential
 from codegraft.ingest.v1.source_pb2 import (
     SOURCE_STATE_FAILED,
     SOURCE_STATE_FETCHING,
@@ -23,188 +33,329 @@ from codegraft.ingest.v1.source_pb2 import (
     SourceState,
 )
 from services.core import log
-from services.core.errors import CodegraftError, EmptySource, InternalError, NotFound, Unavailable
+from services.core.errors import (
+    CodegraftError,
+    EmptySource,
+    InternalError,
+    LeaseLost,
+    NotFound,
+    Unavailable,
+)
 from services.core.runtime import Runtime
-from services.core.state import Table
+from services.core.store.packs import PACK_BYTES
 from services.ingest import listing
 from services.ingest.config import IngestSettings
-from services.ingest.files import FoundFile, Skipped, plain_path
+from services.ingest.contents import Contents
+from services.ingest.files import Entry, FoundFile
+from services.ingest.limits import Meter
 from services.ingest.listing import ListedFile
-from services.ingest.sources import archive, git, url
+from services.ingest.reading import Reader, Reading, pinned
+from services.ingest.records import Tables
+from services.ingest.snapshots import Snapshots
+from services.ingest.sources.git import Secret, SshKey
 from services.ingest.uploads import Uploads
 
 CHANGED = "codegraft.ingest.source.changed.v1"
-BATCH_FILES = 64
-BATCH_BYTES = 8 << 20
-"""Files are read in batches of about this size, so that memory stays bounded whatever the source."""
-PROGRESS_SECONDS = 0.5
+BATCH_ENTRIES = 5000
+BATCH_SECONDS = 1.0
+TICK = 1.0
+"""Seconds between two looks at who is due, and between two reports of progress."""
 RETRIES = 5
 """Tries of a fetch that fails for the store's or NATS's sake."""
 
 logger = log.get(__name__)
+Result = TypeVar("Result")
+News = list[tuple[str, int, int]]
+"""What a reader told and nobody has written down yet; the last one counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """What a fetch found."""
+
+    files: list[ListedFile]
+    skipped: dict[str, int]
+    commit: str
+    stored_bytes: int
 
 
 class Fetcher:
     """Takes every source whose wanted generation is not fetched yet, a few at a time."""
 
-    def __init__(self, runtime: Runtime, settings: IngestSettings, sources: Table[Source], uploads: Uploads) -> None:
+    def __init__(
+        self, runtime: Runtime, settings: IngestSettings, tables: Tables, uploads: Uploads, snapshots: Snapshots
+    ) -> None:
         self._runtime = runtime
         self._settings = settings
-        self._sources = sources
+        self._tables = tables
+        self._sources = tables.sources
         self._uploads = uploads
+        self._snapshots = snapshots
+        self._vault = settings.vault
+        self._id = f"ingest-{secrets.token_hex(6)}"
         self._slots = asyncio.Semaphore(settings.ingest_fetches)
         self._running: dict[str, asyncio.Task[None]] = {}
+        self._seen: dict[str, Source] = {}
 
     async def run(self) -> None:
-        """Follows the sources until cancelled. What a dead process left in FETCHING is fetched again."""
+        """Follows the sources until cancelled. What a dead process left is fetched again once its lease has ended."""
+        clock = asyncio.create_task(self._tick())
         try:
             async for source in self._sources.watch_all():
-                due = source.fetched_generation < source.generation
-                if due and source.name not in self._running:
-                    task = asyncio.create_task(self._fetch(source.name))
-                    self._running[source.name] = task
-                    task.add_done_callback(lambda _, name=source.name: self._running.pop(name))  # type: ignore[misc]
+                self._seen[source.name] = source
+                self._begin_if_due(source)
         finally:
-            for task in list(self._running.values()):
+            clock.cancel()
+            running = list(self._running.values())
+            for task in running:
                 task.cancel()
+            await asyncio.gather(clock, *running, return_exceptions=True)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK)
+            for source in list(self._seen.values()):
+                try:
+                    if _is_scheduled(source):
+                        self._seen[source.name] = source = await self._sources.mutate(source.name, _schedule)
+                    self._begin_if_due(source)
+                except NotFound:
+                    self._seen.pop(source.name, None)
+                except CodegraftError as error:
+                    logger.warning("the schedule could not be kept", source=source.name, error=error.message)
+
+    def _begin_if_due(self, source: Source) -> None:
+        if source.name in self._running or not _is_due(source, self._id):
+            return
+        task = asyncio.create_task(self._fetch(source.name))
+        self._running[source.name] = task
+        task.add_done_callback(lambda _: self._running.pop(source.name))
 
     async def _fetch(self, name: str) -> None:
-        """Fetches until nothing newer is wanted."""
+        """Fetches until nothing newer is wanted, or another process has it."""
         async with self._slots:
             try:
-                while (source := await self._sources.find(name)) and source.fetched_generation < source.generation:
-                    await self._fetch_once(source)
-            except NotFound:
-                logger.info("the source was removed while it was fetched", source=name)
+                while (source := await self._sources.find(name)) and _is_due(source, self._id):
+                    await self._fetch_once(await self._take(name))
+            except (NotFound, LeaseLost) as error:
+                logger.info("a fetch was given up", source=name, why=error.message)
+            except Unavailable as error:  # the record stays due: the next tick tries again
+                logger.warning("a fetch could not be recorded", source=name, error=error.message)
+
+    async def _take(self, name: str) -> Source:
+        def take(record: Source) -> None:
+            if not _is_due(record, self._id):
+                raise LeaseLost(f"{name} is fetched by {record.fetcher}")
+            record.state = SOURCE_STATE_FETCHING
+            record.fetcher = self._id
+            record.attempt_time.GetCurrentTime()
+            record.ClearField("progress")
+            self._extend(record)
+
+        return await self._announced(await self._sources.mutate(name, take))
 
     async def _fetch_once(self, source: Source) -> None:
         began = time.monotonic()
-        generation = source.generation
-        await self._change(source.name, SOURCE_STATE_FETCHING)
+        news: News = []
+        meter = Meter(self._settings.limits, tell=lambda *told: news.append(told))
+        keeper = asyncio.create_task(self._keep(source.name, news))
         failure: CodegraftError | None = None
-        files: list[ListedFile] = []
-        skipped: Counter[str] = Counter()
-        commit = ""
+        fetched: Fetched | None = None
         try:
-            for attempt in itertools.count(1):
-                try:
-                    files, skipped, commit = await self._read(source)
-                    break
-                except Unavailable:
-                    if attempt == RETRIES:
-                        raise
-                    await asyncio.sleep(attempt)
+            work = asyncio.create_task(self._attempts(source, meter))
+            await asyncio.wait({work, keeper}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():  # the lease is lost, or the source was removed
+                await _ended(work, meter)
+                await keeper
+            fetched = await work
+            await self._finish(source, fetched)
+        except (LeaseLost, NotFound) as error:
+            if await self._sources.find(source.name) is None or isinstance(error, LeaseLost):
+                raise
+            failure = error
         except CodegraftError as error:
             failure = error
+        except asyncio.CancelledError:
+            await _ended(work, meter)
+            raise
         except Exception as error:
             logger.error("a fetch failed unexpectedly", source=source.name, exc_info=error)
             failure = InternalError(f"reading the source failed: {type(error).__name__}")
-        if failure is None:
-            table = listing.to_parquet(files)
-            digest = listing.digest(files)
-            await self._runtime.store.put(listing_key(source.name, digest), table)
-
-            def ready(record: Source) -> None:
-                record.commit = commit
-                record.file_count = len(files)
-                record.byte_count = sum(file.size for file in files)
-                record.content_digest = digest
-                record.skipped.clear()
-                record.skipped.update(skipped)
-                record.sync_time.GetCurrentTime()
-                record.ClearField("failure")
-
-            await self._change(source.name, SOURCE_STATE_READY, ready, generation)
-            logger.info(
-                "source fetched", source=source.name, files=len(files), seconds=round(time.monotonic() - began, 2)
-            )
-        else:
+        finally:
+            keeper.cancel()
+            await asyncio.gather(keeper, return_exceptions=True)
+        if failure is not None:
             told = Failure(reason=failure.reason, message=failure.message, hint=failure.hint)
-            await self._change(
-                source.name, SOURCE_STATE_FAILED, lambda record: record.failure.CopyFrom(told), generation
-            )
+            await self._end(source, SOURCE_STATE_FAILED, lambda record: record.failure.CopyFrom(told))
             logger.warning("source failed", source=source.name, reason=failure.reason, error=failure.message)
+        elif fetched is not None:
+            logger.info(
+                "source fetched",
+                source=source.name,
+                files=len(fetched.files),
+                commit=fetched.commit,
+                stored_bytes=fetched.stored_bytes,
+                seconds=round(time.monotonic() - began, 2),
+            )
 
-    async def _change(self, name: str, state: SourceState, more: object = None, generation: int = 0) -> None:
-        def change(record: Source) -> None:
-            record.state = state
-            record.ClearField("progress")
-            if callable(more):
-                more(record)
-            if generation:
-                record.fetched_generation = generation
-                if record.generation > generation:
-                    record.state = SOURCE_STATE_PENDING
+    async def _attempts(self, source: Source, meter: Meter) -> Fetched:
+        for attempt in itertools.count(1):
+            try:
+                return await self._read(source, Meter(meter.limits, meter.stop, meter.tell))
+            except Unavailable:
+                if attempt == RETRIES:
+                    raise
+                await asyncio.sleep(attempt)
+        raise AssertionError
 
-        stored = await self._sources.mutate(name, change)
-        word = SourceState.Name(stored.state).removeprefix("SOURCE_STATE_")
-        event = SourceChanged(source=name, state=word, content_digest=stored.content_digest)
+    async def _finish(self, source: Source, fetched: Fetched) -> None:
+        """Makes what was fetched the source's content, and takes a snapshot when a sync brought something new."""
+        digest = listing.digest(fetched.files)
+        if digest != source.content_digest:
+            table = await asyncio.to_thread(listing.to_parquet, fetched.files)
+            await self._runtime.store.put(listing.key(source.name, digest), table)
+
+        def store(record: Source) -> None:
+            record.commit = fetched.commit
+            record.file_count = len(fetched.files)
+            record.byte_count = sum(file.content.size for file in fetched.files)
+            record.stored_bytes = fetched.stored_bytes
+            record.content_digest = digest
+            record.skipped.clear()
+            record.skipped.update(fetched.skipped)
+            record.sync_time.GetCurrentTime()
+            record.ClearField("failure")
+            record.ClearField("snapshot")
+
+        await self._mine(source.name, store)
+        snapshot = ""
+        if source.content_digest and source.content_digest != digest:
+            try:
+                snapshot = (await self._snapshots.make("/".join(source.name.split("/")[:2]))).name
+            except CodegraftError as error:
+                logger.warning("no snapshot could be taken", source=source.name, error=error.message)
+        await self._end(source, SOURCE_STATE_READY, lambda record: setattr(record, "snapshot", snapshot))
+
+    async def _end(self, source: Source, state: SourceState, change: Callable[[Source], None]) -> None:
+        def end(record: Source) -> None:
+            change(record)
+            record.fetched_generation = source.generation
+            # Something newer may have been asked for meanwhile.
+            record.state = state if record.generation == source.generation else SOURCE_STATE_PENDING
+            for field in ("progress", "fetcher", "lease_expire_time"):
+                record.ClearField(field)
+
+        await self._announced(await self._mine(source.name, end))
+
+    async def _mine(self, name: str, change: Callable[[Source], None]) -> Source:
+        """Changes the record as long as the lease is held."""
+
+        def guarded(record: Source) -> None:
+            if record.fetcher != self._id:
+                raise LeaseLost(f"{name} is fetched by {record.fetcher or 'nobody'} now")
+            change(record)
+
+        return await self._sources.mutate(name, guarded)
+
+    async def _keep(self, name: str, told: News) -> None:
+        """Extends the lease, and writes down how far the fetch is."""
+        renewed = time.monotonic()
+        while True:
+            await asyncio.sleep(TICK / 2)
+            news, told[:] = told[-1:], []
+            if not news and time.monotonic() - renewed < self._settings.ingest_lease_seconds / 3:
+                continue
+
+            def extend(record: Source, news: News = news) -> None:
+                self._extend(record)
+                for message, done, total in news:
+                    unit = "bytes" if message == "downloading" else "files" if message == "reading" else "objects"
+                    record.progress.CopyFrom(Progress(done=done, total=total, unit=unit, message=message))
+
+            with contextlib.suppress(Unavailable):  # the lease outlives a short outage
+                await self._mine(name, extend)
+                renewed = time.monotonic()
+
+    def _extend(self, record: Source) -> None:
+        ends = datetime.now(UTC) + timedelta(seconds=self._settings.ingest_lease_seconds)
+        record.lease_expire_time.FromDatetime(ends)
+
+    async def _announced(self, source: Source) -> Source:
+        word = SourceState.Name(source.state).removeprefix("SOURCE_STATE_")
+        event = SourceChanged(source=source.name, state=word, content_digest=source.content_digest)
         with contextlib.suppress(Unavailable):  # the record is the truth; who follows it misses nothing
-            await self._runtime.events.publish(CHANGED, name, event, id=f"{name}@{stored.etag}")
+            await self._runtime.events.publish(CHANGED, source.name, event, id=f"{source.name}@{source.etag}")
+        return source
 
-    async def _read(self, source: Source) -> tuple[list[ListedFile], Counter[str], str]:
+    async def _read(self, source: Source, meter: Meter) -> Fetched:
         """The stored files, the counts of what was left out, and the commit.
 
         Raises:
             EmptySource: there is no file.
             CodegraftError: what the reader or the store says.
         """
-        folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="fetch-", dir=self._scratch()))
-        try:
-            entries, commit = await self._open(source, folder)
-            files: list[ListedFile] = []
-            skipped: Counter[str] = Counter()
-            told = 0.0
-            while batch := await asyncio.to_thread(_take, entries):
-                found = [entry for entry in batch if isinstance(entry, FoundFile)]
-                skipped.update(entry.why for entry in batch if isinstance(entry, Skipped))
-                files += await self._store(found)
-                if time.monotonic() - told > PROGRESS_SECONDS:
-                    told = time.monotonic()
-                    progress = Progress(done=len(files), unit="files", message="reading")
-                    await self._sources.mutate(
-                        source.name,
-                        lambda record, progress=progress: record.progress.CopyFrom(progress),  # type: ignore[misc]
-                    )
-        finally:
-            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+        earlier = await self._earlier(source)
+        contents = Contents(self._runtime.blobs, earlier, self._settings.ingest_puts)
+        credential = await self._credential(source)
+        secret = self._vault.open(credential.credential, credential.sealed) if credential is not None else None
+        async with self._folder() as folder, _Thread() as thread:
+            reader = Reader(folder, meter, self._settings.guard, contents.object_ids, self._settings.ingest_ca_file)
+            opening = await self._opening(source, reader, secret, folder)
+            try:
+                reading = await thread.run(lambda: thread.stack.enter_context(opening))
+                if reading.entries is not None:
+                    while batch := await thread.run(_take, reading.entries):
+                        await contents.add(batch)
+                        meter.tell("reading", len(contents.files), 0)
+                    await contents.finish()
+                if credential is not None:
+                    await self._used(credential, reading, secret)
+            except asyncio.CancelledError:
+                meter.stop.set()
+                raise
+            finally:
+                await contents.abandon()
+        if reading.entries is None:
+            return Fetched(list(earlier), dict(source.skipped), reading.commit, 0)
+        files = listing.unique(contents.files)
+        if replaced := len(contents.files) - len(files):
+            contents.skipped["replaced"] += replaced
         if not files:
-            left_out = ", ".join(f"{count} {why}" for why, count in sorted(skipped.items()))
+            left_out = ", ".join(f"{count} {why}" for why, count in sorted(contents.skipped.items()))
             raise EmptySource(
                 "the source holds no file" + (f" (left out: {left_out})" if left_out else ""),
                 hint="Check its sub-folder, or add another source.",
             )
-        return listing.unique(files), skipped, commit
+        return Fetched(files, dict(contents.skipped), reading.commit, contents.stored_bytes)
 
-    async def _open(self, source: Source, folder: Path) -> tuple[Iterator[FoundFile | Skipped], str]:
-        """The entries of the source, and its commit when it is git."""
-        limits, allowed = self._settings.limits, self._settings.ingest_allowed_urls
+    async def _earlier(self, source: Source) -> list[ListedFile]:
+        """The files of the last fetch; none when their listing is lost."""
+        if not source.content_digest:
+            return []
+        try:
+            table = await self._runtime.store.get(listing.key(source.name, source.content_digest))
+            return await asyncio.to_thread(listing.from_parquet, table)
+        except NotFound:
+            logger.warning("the last listing is lost, fetching everything", source=source.name)
+            return []
+
+    async def _opening(
+        self, source: Source, reader: Reader, secret: Secret | None, folder: Path
+    ) -> AbstractContextManager[Reading]:
+        """How the source is opened."""
+        last_commit = source.commit if reader.known else ""
         match source.WhichOneof("origin"):
             case "git":
-                origin = source.git
-                repository = await asyncio.to_thread(
-                    git.fetch, origin.url, origin.ref, folder / "repository", limits, allowed
-                )
-                return git.read(repository, origin.subpath, limits), repository.commit
+                return reader.open_git(source.git, secret, last_commit)
             case "bundle":
-                bundle = await self._uploaded(source.bundle.upload, folder)
-                repository = await asyncio.to_thread(
-                    git.unbundle, bundle, source.bundle.ref, folder / "repository", limits
-                )
-                return git.read(repository, source.bundle.subpath, limits), repository.commit
+                content = await self._uploaded(source.bundle.upload, folder)
+                return reader.open_bundle(source.bundle, content, last_commit)
             case "archive":
-                uploaded = await self._uploaded(source.archive.upload, folder)
-                return archive.read(uploaded, source.archive.subpath, limits), ""
+                return reader.open_archive(await self._uploaded(source.archive.upload, folder), source.archive.subpath)
             case "file":
-                uploaded = await self._uploaded(source.file.upload, folder)
-                return _single(uploaded, source.file.path, limits.max_path_bytes), ""
+                return reader.open_file(await self._uploaded(source.file.upload, folder), source.file.path)
             case _:
-                target = folder / "download"
-                await asyncio.to_thread(url.download, source.url.url, source.url.sha256, target, limits, allowed)
-                if await asyncio.to_thread(archive.is_archive, target):
-                    return archive.read(target, "", limits), ""
-                name = source.url.url.partition("?")[0].rstrip("/").rsplit("/", 1)[-1]
-                return _single(target, name, limits.max_path_bytes), ""
+                return reader.open_url(source.url)
 
     async def _uploaded(self, name: str, folder: Path) -> Path:
         upload = await self._uploads.get(name)
@@ -212,38 +363,91 @@ class Fetcher:
         await self._runtime.blobs.get_file(upload.sha256, target)
         return target
 
-    async def _store(self, found: Sequence[FoundFile]) -> list[ListedFile]:
-        limit = asyncio.Semaphore(self._settings.ingest_puts)
+    async def _credential(self, source: Source) -> StoredCredential | None:
+        return await self._tables.credentials.get(source.git.credential) if source.git.credential else None
 
-        async def put(file: FoundFile) -> ListedFile:
-            async with limit:
-                return ListedFile(file.path, len(file.data), await self._runtime.blobs.put(file.data), file.mode)
+    async def _used(self, credential: StoredCredential, reading: Reading, secret: Secret | None) -> None:
+        """Notes that the credential opened the source, and the host keys that were pinned meanwhile."""
+        known = secret.known_hosts if isinstance(secret, SshKey) else ()
+        new = await asyncio.to_thread(pinned, reading, known)
 
-        return await asyncio.gather(*(put(file) for file in found))
+        def note(record: StoredCredential) -> None:
+            record.credential.use_time.GetCurrentTime()
+            record.credential.known_hosts.extend(line for line in new if line not in record.credential.known_hosts)
 
-    def _scratch(self) -> Path:
+        with contextlib.suppress(NotFound):
+            await self._tables.credentials.mutate(credential.name, note)
+
+    @contextlib.asynccontextmanager
+    async def _folder(self) -> AsyncIterator[Path]:
         scratch = self._settings.cache_dir / "ingest"
-        scratch.mkdir(parents=True, exist_ok=True)
-        return scratch
+
+        def make() -> Path:
+            scratch.mkdir(parents=True, exist_ok=True)
+            return Path(tempfile.mkdtemp(prefix="fetch-", dir=scratch))
+
+        folder = await asyncio.to_thread(make)
+        try:
+            yield folder
+        finally:
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
 
-def listing_key(source: str, digest: str) -> str:
-    """Object key of a source's listing."""
-    return f"{source}/listings/{digest}.parquet"
+class _Thread:
+    """One thread in which a source is opened, read and closed, so that the three cannot overlap."""
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="fetch")
+        self.stack = contextlib.ExitStack()
+
+    async def run(self, call: Callable[..., Result], *arguments: object) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, call, *arguments)
+
+    async def __aenter__(self) -> _Thread:
+        return self
+
+    async def __aexit__(self, *about: object) -> None:
+        # Behind whatever still runs; a reader notices that it is to stop within a moment.
+        await asyncio.shield(self.run(self.stack.close))
+        self._executor.shutdown(wait=False)
 
 
-def _take(entries: Iterator[FoundFile | Skipped]) -> list[FoundFile | Skipped]:
+async def _ended(work: asyncio.Task[Fetched], meter: Meter) -> None:
+    meter.stop.set()
+    work.cancel()
+    await asyncio.gather(work, return_exceptions=True)
+
+
+def _take(entries: Iterator[Entry]) -> list[Entry]:
     """The next batch; empty at the end. Blocks; for a thread."""
-    batch: list[FoundFile | Skipped] = []
-    size = 0
+    batch: list[Entry] = []
+    size, began = 0, time.monotonic()
     for entry in entries:
         batch.append(entry)
         size += len(entry.data) if isinstance(entry, FoundFile) else 0
-        if len(batch) >= BATCH_FILES or size >= BATCH_BYTES:
+        if size >= PACK_BYTES or len(batch) >= BATCH_ENTRIES:
+            break
+        if len(batch) % 64 == 0 and time.monotonic() - began > BATCH_SECONDS:
             break
     return batch
 
 
-def _single(content: Path, path: str, max_path_bytes: int) -> Iterator[FoundFile | Skipped]:
-    plain = plain_path(path, max_path_bytes)
-    yield FoundFile(plain, content.read_bytes()) if plain is not None else Skipped("unsafe-path")
+def _is_due(source: Source, me: str) -> bool:
+    if source.fetched_generation >= source.generation:
+        return False
+    held = source.HasField("lease_expire_time") and source.lease_expire_time.ToDatetime(UTC) > datetime.now(UTC)
+    return not held or source.fetcher == me
+
+
+def _is_scheduled(source: Source) -> bool:
+    """Whether its interval has passed and nothing is under way."""
+    if not source.sync_interval_seconds or source.fetched_generation < source.generation:
+        return False
+    last = source.attempt_time.ToDatetime(UTC)
+    return datetime.now(UTC) >= last + timedelta(seconds=source.sync_interval_seconds)
+
+
+def _schedule(record: Source) -> None:
+    if _is_scheduled(record):  # another process may have been faster
+        record.generation += 1
+        record.state = SOURCE_STATE_PENDING

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from codegraft.ingest.v1.credential_pb2 import StoredCredential
 from codegraft.ingest.v1.project_pb2 import Project
 from codegraft.ingest.v1.snapshot_pb2 import Snapshot
 from codegraft.ingest.v1.source_pb2 import Source
 from codegraft.ingest.v1.upload_pb2 import Upload
 from services.core import names
 from services.core.errors import (
+    CredentialNotFound,
     ProjectNotFound,
     RequestIdReused,
     ResourceExists,
@@ -30,6 +33,7 @@ class Tables:
     sources: Table[Source]
     uploads: Table[Upload]
     snapshots: Table[Snapshot]
+    credentials: Table[StoredCredential]
 
     @classmethod
     def of(cls, state: StateStore) -> Tables:
@@ -39,7 +43,13 @@ class Tables:
             Table(state, Source, missing=SourceNotFound),
             Table(state, Upload, missing=UploadNotFound),
             Table(state, Snapshot, missing=SnapshotNotFound),
+            Table(state, StoredCredential, missing=CredentialNotFound),
         )
+
+    @property
+    def of_project(self) -> tuple[Table[Any], ...]:
+        """The tables of what belongs to a project, in the order in which it can go."""
+        return self.sources, self.snapshots, self.uploads, self.credentials
 
     async def known(self, project: str, field: str = "parent") -> Project:
         """The project of that name.

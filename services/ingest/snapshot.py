@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from codegraft.common.v1.split_pb2 import Split
-from codegraft.ingest.v1.snapshot_pb2 import SnapshotFile, SnapshotManifest, SnapshotSource
+from codegraft.ingest.v1.project_pb2 import Project
+from codegraft.ingest.v1.snapshot_pb2 import (
+    FILE_CHANGE_ADDED,
+    FILE_CHANGE_MODIFIED,
+    FILE_CHANGE_REMOVED,
+    FILE_CHANGE_SPLIT,
+    FileChange,
+    SnapshotFile,
+    SnapshotManifest,
+    SnapshotSource,
+)
 from codegraft.ingest.v1.source_pb2 import Source, SplitRule
 from services.core.masks import Masks
 from services.ingest.listing import ListedFile
@@ -24,6 +35,8 @@ _SCHEMA = pa.schema(
         ("sha256", pa.string()),
         ("mode", pa.int32()),
         ("split", pa.string()),
+        ("pack", pa.string()),
+        ("offset", pa.int64()),
     ]
 )
 DIGITS = 16
@@ -35,8 +48,8 @@ class Part:
     """One source's share of a snapshot."""
 
     source: Source
-    exclude: Sequence[str]
-    """Masks of the project; the source's own follow them."""
+    project: Project
+    """Its masks come before the source's own."""
     files: Sequence[ListedFile]
     """Sorted by path."""
 
@@ -65,9 +78,9 @@ def describe(part: Part) -> SnapshotSource:
         commit=source.commit,
         content_digest=source.content_digest,
         file_count=len(part.files),
-        byte_count=sum(file.size for file in part.files),
-        exclude=[*part.exclude, *source.exclude],
-        include=source.include,
+        byte_count=sum(file.content.size for file in part.files),
+        exclude=[*part.project.exclude, *source.exclude],
+        include=source.include or part.project.include,
         honour_gitattributes=source.honour_gitattributes,
     )
 
@@ -90,29 +103,53 @@ def origin_of(source: Source) -> str:
 def build(project: str, parts: Sequence[Part]) -> tuple[SnapshotManifest, bytes]:
     """The manifest (its name made of its digest) and files.parquet.
 
-    The digest covers sources, masks, splits and files, and nothing of when or in which order they came.
+    The digest covers sources, masks, splits and files, and nothing of when or in which order they came, or where their
+    contents are stored.
     """
     ordered = sorted(parts, key=lambda part: part.source.name)
     sources = [describe(part) for part in ordered]
-    rows = list(_rows(ordered))
+    columns: dict[str, list[object]] = {name: [] for name in _SCHEMA.names}
     sha256 = hashlib.sha256()
     for source in sources:
         sha256.update(source.SerializeToString(deterministic=True) + b"\0")
-    for row in rows:
-        sha256.update(f"{row.sha256} {row.mode:o} {row.split} {row.source} ".encode() + row.path.encode() + b"\0")
+    for part in ordered:
+        splits = Splits(part.source.split, part.source.split_rules)
+        for file in part.files:
+            split, content = splits.of(file.path), file.content
+            told = f"{content.sha256} {file.mode:o} {split} {part.source.name} "
+            sha256.update(told.encode() + file.path.encode() + b"\0")
+            row = (
+                file.path,
+                part.source.name,
+                content.size,
+                content.sha256,
+                file.mode,
+                Split.Name(split).removeprefix("SPLIT_"),
+                content.place.pack,
+                content.place.offset,
+            )
+            for column, value in zip(columns.values(), row, strict=True):
+                column.append(value)
     digest = sha256.hexdigest()
     manifest = SnapshotManifest(
         name=f"{project}/snapshots/{digest[:DIGITS]}",
         digest=digest,
         sources=sources,
-        file_count=len(rows),
-        byte_count=sum(row.size for row in rows),
+        file_count=sum(len(part.files) for part in ordered),
+        byte_count=sum(source.byte_count for source in sources),
     )
-    return manifest, _parquet(rows)
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pydict(columns, schema=_SCHEMA), buffer, compression="zstd")
+    return manifest, buffer.getvalue()
 
 
-def read_files(data: bytes) -> list[SnapshotFile]:
-    """The rows of files.parquet."""
+def read_table(path: Path) -> pa.Table:
+    """files.parquet, by source and path."""
+    return pq.read_table(path, schema=_SCHEMA)
+
+
+def files(table: pa.Table, begin: int = 0, end: int | None = None) -> list[SnapshotFile]:
+    """Some of its rows."""
     return [
         SnapshotFile(
             path=row["path"],
@@ -122,36 +159,44 @@ def read_files(data: bytes) -> list[SnapshotFile]:
             mode=row["mode"],
             split=f"SPLIT_{row['split']}",
         )
-        for row in pq.read_table(io.BytesIO(data), schema=_SCHEMA).to_pylist()
+        for row in table.slice(begin, None if end is None else end - begin).to_pylist()
     ]
 
 
-def _rows(parts: Sequence[Part]) -> Iterator[SnapshotFile]:
-    for part in parts:
-        splits = Splits(part.source.split, part.source.split_rules)
-        for file in part.files:
-            yield SnapshotFile(
-                path=file.path,
-                source=part.source.name,
-                size=file.size,
-                sha256=file.sha256,
-                mode=file.mode,
-                split=splits.of(file.path),
-            )
+def packs(table: pa.Table) -> set[str]:
+    """The packs that hold the contents."""
+    return set(table.column("pack").unique().to_pylist())
 
 
-def _parquet(rows: Sequence[SnapshotFile]) -> bytes:
-    table = pa.Table.from_pydict(
-        {
-            "path": [row.path for row in rows],
-            "source": [row.source for row in rows],
-            "size": [row.size for row in rows],
-            "sha256": [row.sha256 for row in rows],
-            "mode": [row.mode for row in rows],
-            "split": [Split.Name(row.split).removeprefix("SPLIT_") for row in rows],
-        },
-        schema=_SCHEMA,
-    )
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    return buffer.getvalue()
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What differs between two snapshots, as row numbers."""
+
+    change: FileChange
+    before: int | None
+    after: int | None
+
+
+def diff(base: pa.Table, target: pa.Table) -> list[Difference]:
+    """The files that differ, by source and path."""
+    old, new = _keys(base), _keys(target)
+    found: list[tuple[tuple[str, str], Difference]] = []
+    for key in old.keys() | new.keys():
+        before, after = old.get(key), new.get(key)
+        if before is None and after is not None:
+            found.append((key, Difference(FILE_CHANGE_ADDED, None, after[0])))
+        elif after is None and before is not None:
+            found.append((key, Difference(FILE_CHANGE_REMOVED, before[0], None)))
+        elif before is not None and after is not None and before[1:] != after[1:]:
+            change = FILE_CHANGE_MODIFIED if before[1:3] != after[1:3] else FILE_CHANGE_SPLIT
+            found.append((key, Difference(change, before[0], after[0])))
+    return [difference for _, difference in sorted(found, key=lambda pair: pair[0])]
+
+
+def _keys(table: pa.Table) -> dict[tuple[str, str], tuple[int, str, int, str]]:
+    """(source, path) -> (row, sha256, mode, split)."""
+    columns = [table.column(name).to_pylist() for name in ("source", "path", "sha256", "mode", "split")]
+    return {
+        (source, path): (row, sha256, mode, split)
+        for row, (source, path, sha256, mode, split) in enumerate(zip(*columns, strict=True))
+    }

@@ -13,10 +13,14 @@ from services.core import names
 from services.core.errors import InvalidArgument, LimitExceeded, ResourceExists, UploadMismatch
 from services.core.state import Table
 from services.core.store import Blobs
-from services.core.store.blobs import digest_of
+from services.ingest.arriving import Arriving
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 MAX_CHUNK = 1 << 20
+PIPED_BYTES = 32 << 20
+"""Size from which content goes on to the store while it still arrives."""
+PIPED_AT_ONCE = 4
+"""Uploads for which that is done: a slow sender holds a connection to the store for as long as it takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,7 @@ class Uploads:
         self._spool = spool
         self._max_bytes = max_bytes
         self._locks: dict[str, asyncio.Lock] = {}
+        self._piping = 0
 
     async def find(self, project: str, sha256: str) -> Upload:
         """The upload with its offset; one of which nothing arrived has offset 0."""
@@ -76,50 +81,64 @@ class Uploads:
         if (there := await self._table.find(announced.name)) is not None:
             return there
         async with self._locks.setdefault(announced.name, asyncio.Lock()):
-            spooled = self._file(announced.name)
-            await self._append(spooled, announced, chunks)
-            digest = await asyncio.to_thread(digest_of, spooled)
-            if digest != announced.sha256:
-                spooled.unlink()
-                raise UploadMismatch(
-                    f"the content has the SHA-256 {digest}, not {announced.sha256}",
-                    field="header.sha256",
-                    hint="Send it again from the start.",
-                )
-            await self._blobs.put_file(spooled)
+            path = self._file(announced.name)
+            arriving = await asyncio.to_thread(Arriving, path, announced.size, announced.sha256)
+            sending = self._begin_sending(announced, arriving)
+            try:
+                await self._append(arriving, announced, chunks)
+                arriving.verify()
+                if sending is not None:
+                    await sending
+                else:
+                    await self._blobs.put_stream(announced.sha256, arriving.reader(), announced.size)
+            except BaseException:
+                arriving.give_up()
+                if sending is not None:
+                    await asyncio.gather(sending, return_exceptions=True)
+                raise
+            arriving.give_up()
             upload = await self._record(announced)
-            spooled.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
         self._locks.pop(announced.name, None)
         return upload
 
-    async def _append(self, spooled: Path, announced: Announced, chunks: AsyncIterator[tuple[int, bytes]]) -> None:
-        spooled.parent.mkdir(parents=True, exist_ok=True)
-        with spooled.open("ab") as file:
-            async for offset, data in chunks:
-                arrived = file.tell()
-                if offset != arrived:
-                    raise UploadMismatch(
-                        f"a chunk begins at {offset}, but {arrived} bytes have arrived",
-                        field="chunk.offset",
-                        hint="Ask GetUpload for the offset and go on from there.",
-                    )
-                if len(data) > MAX_CHUNK:
-                    raise InvalidArgument(
-                        "a chunk is larger than 1 MiB", field="chunk.data", hint="Send smaller chunks."
-                    )
-                if arrived + len(data) > announced.size:
-                    raise UploadMismatch(
-                        f"more bytes arrive than the {announced.size} announced",
-                        field="header.size",
-                        hint="Correct it.",
-                    )
-                await asyncio.to_thread(file.write, data)
-            if file.tell() < announced.size:
+    def _begin_sending(self, announced: Announced, arriving: Arriving) -> asyncio.Task[None] | None:
+        """Sends large content on to the store while it arrives; small content waits until it is complete."""
+        if announced.size < PIPED_BYTES or self._piping >= PIPED_AT_ONCE:
+            return None
+
+        async def send() -> None:
+            self._piping += 1
+            try:
+                await self._blobs.put_stream(announced.sha256, arriving.reader(), announced.size)
+            finally:
+                self._piping -= 1
+
+        return asyncio.create_task(send())
+
+    async def _append(self, arriving: Arriving, announced: Announced, chunks: AsyncIterator[tuple[int, bytes]]) -> None:
+        async for offset, data in chunks:
+            if offset != arriving.arrived:
                 raise UploadMismatch(
-                    f"{file.tell()} of {announced.size} bytes have arrived",
-                    field="header.size",
-                    hint="Send the rest: call again, from the offset that GetUpload tells.",
+                    f"a chunk begins at {offset}, but {arriving.arrived} bytes have arrived",
+                    field="chunk.offset",
+                    hint="Ask GetUpload for the offset and go on from there.",
                 )
+            if len(data) > MAX_CHUNK:
+                raise InvalidArgument("a chunk is larger than 1 MiB", field="chunk.data", hint="Send smaller chunks.")
+            if offset + len(data) > announced.size:
+                raise UploadMismatch(
+                    f"more bytes arrive than the {announced.size} announced",
+                    field="header.size",
+                    hint="Correct it.",
+                )
+            await asyncio.to_thread(arriving.append, data)
+        if arriving.arrived < announced.size:
+            raise UploadMismatch(
+                f"{arriving.arrived} of {announced.size} bytes have arrived",
+                field="header.size",
+                hint="Send the rest: call again, from the offset that GetUpload tells.",
+            )
 
     async def _record(self, announced: Announced) -> Upload:
         upload = Upload(

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from codegraft.ingest.v1.snapshot_pb2 import SnapshotManifest, SnapshotSource
 from services.core.errors import ArtifactNotFound, SnapshotNotFound
 from services.core.masks import Masks
-from services.core.store import Artifacts
+from services.core.store import Artifacts, Place
 from services.scanner.rules import Rules
 from services.scanner.stage1 import SourceMasks
 from services.scanner.verdict import Split
@@ -28,6 +28,7 @@ class File:
     sha256: str
     split: Split
     """TRAIN, TEST or AUTO."""
+    place: Place
 
 
 async def manifest(artifacts: Artifacts, name: str) -> SnapshotManifest:
@@ -47,9 +48,17 @@ async def manifest(artifacts: Artifacts, name: str) -> SnapshotManifest:
 async def files(artifacts: Artifacts, found: SnapshotManifest) -> list[File]:
     """The files, by source and path."""
     folder = await artifacts.fetch(found.name, found.files, only=[FILES])
-    table = pq.read_table(folder / FILES, columns=["source", "path", "size", "sha256", "split"])
+    table = pq.read_table(folder / FILES, columns=["source", "path", "size", "sha256", "split", "pack", "offset"])
     rows = [
-        File(row["source"], row["path"], row["size"], row["sha256"], _split(row["split"])) for row in table.to_pylist()
+        File(
+            row["source"],
+            row["path"],
+            row["size"],
+            row["sha256"],
+            _split(row["split"]),
+            Place(row["pack"], row["offset"]),
+        )
+        for row in table.to_pylist()
     ]
     return sorted(rows, key=lambda file: (file.source, file.path))
 

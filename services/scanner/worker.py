@@ -30,6 +30,7 @@ from services.core.jobs import JobContext
 from services.core.models import catalogue, weights
 from services.core.runtime import Runtime
 from services.core.state import Table
+from services.core.store import Packs
 from services.scanner import dataset, pipeline, report, rules, snapshot
 from services.scanner.config import ScannerSettings
 from services.scanner.loss import FileLoss
@@ -141,14 +142,15 @@ class ScanWorker:
             return examined
 
         entries: list[Entry] = []
+        packs = Packs(self._runtime.blobs)
         chunks = [files[at : at + CHUNK] for at in range(0, len(files), CHUNK)]
-        reading = asyncio.ensure_future(self._read(chunks[0] if chunks else [], settled))
+        reading = asyncio.ensure_future(self._read(chunks[0] if chunks else [], settled, packs))
         try:
             for chunk, following in itertools.zip_longest(chunks, chunks[1:], fillvalue=()):
                 if context.is_cancelled():
                     raise JobCancelled("the scan was cancelled")
                 contents = await reading
-                reading = asyncio.ensure_future(self._read(following, settled))
+                reading = asyncio.ensure_future(self._read(following, settled, packs))
                 entries += await asyncio.to_thread(examine, chunk, contents)
                 # With stage 2 to come nobody knows the end: no total, so no estimate.
                 total = 0 if settled.loss_filter else len(files)
@@ -159,7 +161,7 @@ class ScanWorker:
         await asyncio.to_thread(pipeline.mark_duplicates, entries)
         return entries
 
-    async def _read(self, files: Sequence[File], settled: Rules) -> list[bytes | None]:
+    async def _read(self, files: Sequence[File], settled: Rules, packs: Packs) -> list[bytes | None]:
         """The files' contents; None for those that are too large or damaged."""
         limit = asyncio.Semaphore(self._settings.scanner_reads)
 
@@ -168,7 +170,7 @@ class ScanWorker:
                 return None
             async with limit:
                 try:
-                    return await self._runtime.blobs.get(file.sha256)
+                    return await packs.get(file.place, file.size, file.sha256)
                 except (ObjectNotFound, DigestMismatch) as error:
                     logger.warning("a file cannot be read", path=file.path, source=file.source, error=str(error))
                     return None

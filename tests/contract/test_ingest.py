@@ -11,6 +11,7 @@ import tarfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import grpc
 import pytest
@@ -235,10 +236,10 @@ class FailingStore(MemoryStore):
 
     failing = False
 
-    async def put_file(self, key: str, path: Path) -> None:
+    async def put_stream(self, key: str, stream: BinaryIO, size: int) -> None:
         if self.failing:
             raise errors.StoreUnavailable("injected", retry_after=60)
-        await super().put_file(key, path)
+        await super().put_stream(key, stream, size)
 
 
 async def test_a_store_that_fails_in_an_upload_leaves_nothing_visible(tmp_path: Path, project: str) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from codegraft.common.v1.job_pb2 import JOB_STATE_CANCELLED
 from codegraft.common.v1.split_pb2 import Split
+from codegraft.ingest.v1.project_pb2 import Project
 from codegraft.ingest.v1.source_pb2 import Source
 from codegraft.scanner.v1 import scan_pb2_grpc
 from codegraft.scanner.v1.dataset_pb2 import Dataset, DatasetManifest
@@ -25,12 +26,12 @@ from services.core.jobs import JobRunner
 from services.core.rpc.interceptors import CallInterceptor
 from services.core.runtime import Runtime
 from services.core.state import Table
-from services.ingest import listing, snapshot
-from services.ingest.listing import ListedFile
+from services.ingest import snapshot
 from services.scanner.config import ScannerSettings
 from services.scanner.meter import Meter
 from services.scanner.servicer import KIND, ScanServicer
 from services.scanner.worker import ScanWorker
+from tests.contents import stored
 from tests.unit.inference import tiny
 
 PROJECT = "projects/demo"
@@ -80,9 +81,9 @@ async def take(runtime: Runtime, sources: dict[str, dict[str, bytes]], test: str
     """A snapshot of these files, as ingest makes it."""
     parts = []
     for name, files in sources.items():
-        listed = [ListedFile(path, len(data), await runtime.blobs.put(data), 0o644) for path, data in files.items()]
+        listed = await stored(runtime.blobs, files)
         split = Split.SPLIT_TEST if name == test else Split.SPLIT_AUTO
-        parts.append(snapshot.Part(Source(name=f"{PROJECT}/sources/{name}", split=split), [], listing.unique(listed)))
+        parts.append(snapshot.Part(Source(name=f"{PROJECT}/sources/{name}", split=split), Project(), listed))
     manifest, table = snapshot.build(PROJECT, parts)
     await runtime.artifacts.commit(manifest.name, manifest, {"files.parquet": table})
     return manifest.name

@@ -13,6 +13,7 @@ import pytest
 
 from codegraft.common.v1.job_pb2 import JOB_STATE_CANCELLED, JOB_STATE_QUEUED, JOB_STATE_RUNNING, JOB_STATE_SUCCEEDED
 from codegraft.event.v1.events_pb2 import ScanChanged
+from codegraft.ingest.v1.project_pb2 import Project
 from codegraft.ingest.v1.source_pb2 import Source
 from codegraft.scanner.v1.dataset_pb2 import Dataset
 from codegraft.scanner.v1.scan_pb2 import Scan, ScanSettings
@@ -26,7 +27,6 @@ from services.core.runtime import Runtime
 from services.core.state import Table
 from services.core.store import blobs
 from services.ingest import snapshot
-from services.ingest.listing import ListedFile
 from services.scanner import __main__ as service
 from services.scanner import worker as worker_module
 from services.scanner.config import ScannerSettings
@@ -34,6 +34,7 @@ from services.scanner.loss import FileLoss
 from services.scanner.meter import Meter, Step, Work
 from services.scanner.rules import Rules
 from services.scanner.worker import ScanWorker, stored_verdicts
+from tests.contents import stored
 
 SCAN = "projects/demo/scans/one"
 
@@ -70,9 +71,9 @@ async def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespa
     monkeypatch.setattr(worker_module, "FLUSH_SECONDS", 0.0)
     runtime = Runtime.memory(tmp_path)
     files = {f"m{number}.py": f"def f{number}(x):\n    return x + {number}\n".encode() for number in range(10)}
-    listed = [ListedFile(path, len(data), await runtime.blobs.put(data), 0o644) for path, data in files.items()]
+    listed = await stored(runtime.blobs, files)
     manifest, table = snapshot.build(
-        "projects/demo", [snapshot.Part(Source(name="projects/demo/sources/s"), [], listed)]
+        "projects/demo", [snapshot.Part(Source(name="projects/demo/sources/s"), Project(), listed)]
     )
     await runtime.artifacts.commit(manifest.name, manifest, {"files.parquet": table})
     scans = Table(runtime.state("scanner"), Scan, missing=errors.ScanNotFound)
@@ -84,7 +85,7 @@ async def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespa
             status=new_status(),
         )
     )
-    return SimpleNamespace(runtime=runtime, scans=scans, blob=listed[0].sha256)
+    return SimpleNamespace(runtime=runtime, scans=scans, lost=listed[0].content)
 
 
 @contextlib.asynccontextmanager
@@ -130,7 +131,7 @@ async def test_another_worker_goes_on_where_the_first_stopped(desk: SimpleNamesp
     first, second = FakeMeter(allowed=6), FakeMeter(allowed=100)
     async with working(desk, first, "first"):
         await until(lambda: len(first.measured) == 6)
-        await until(lambda: sum(key.startswith("losses/") for key in desk.runtime.store.objects) == 6)
+        await until(lambda: sum(key.startswith("losses/") for key in desk.runtime.store.data) == 6)
     assert (await desk.scans.get(SCAN)).status.state == JOB_STATE_QUEUED
     async with working(desk, second, "second"):
         scan = await ended(desk)
@@ -140,12 +141,12 @@ async def test_another_worker_goes_on_where_the_first_stopped(desk: SimpleNamesp
 
 
 async def test_a_file_whose_blob_is_gone_is_rejected_and_the_rest_goes_on(desk: SimpleNamespace) -> None:
-    await desk.runtime.store.delete(blobs.key(desk.blob))
+    await desk.runtime.store.delete(blobs.key(desk.lost.place.pack))
     async with working(desk, FakeMeter(allowed=100)):
         scan = await ended(desk)
     assert (scan.report.accepted_count, scan.report.rejected_count) == (9, 1)
     [verdict] = [row for row in await stored_verdicts(desk.runtime, SCAN) if not row.accepted]
-    assert (verdict.sha256, verdict.reason) == (desk.blob, "LINGUIST_ERROR")
+    assert (verdict.sha256, verdict.reason) == (desk.lost.sha256, "LINGUIST_ERROR")
 
 
 async def test_progress_counts_tokens_and_names_files(desk: SimpleNamespace) -> None:

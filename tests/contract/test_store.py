@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import io
 import os
 from collections.abc import AsyncIterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -17,7 +19,7 @@ from codegraft.scanner.v1.dataset_pb2 import DatasetManifest
 from services.cli.local import ports
 from services.core import errors
 from services.core.names import new_id
-from services.core.store import Artifacts, Blobs, MemoryStore, ObjectStore, S3Store
+from services.core.store import Artifacts, Blobs, MemoryStore, ObjectStore, Pack, Packs, Place, S3Store, StoredObject
 from services.core.store.blobs import key
 from services.core.store.s3 import S3Address
 
@@ -74,6 +76,17 @@ class Faulty:
     async def size(self, key: str) -> int | None:
         return await self._inner.size(key)
 
+    async def put_stream(self, key: str, stream: BinaryIO, size: int) -> None:
+        if self._count():
+            raise errors.StoreUnavailable("injected")
+        await self._inner.put_stream(key, stream, size)
+
+    async def stat(self, key: str) -> StoredObject | None:
+        return await self._inner.stat(key)
+
+    def objects(self, prefix: str) -> AsyncIterator[StoredObject]:
+        return self._inner.objects(prefix)
+
     def list(self, prefix: str) -> AsyncIterator[str]:
         return self._inner.list(prefix)
 
@@ -89,6 +102,51 @@ async def test_what_was_put_is_got(store: ObjectStore, name: str, data: bytes) -
     assert await store.put(name, data) is True
     assert await store.get(name) == data
     assert await store.size(name) == len(data)
+
+
+async def test_stat_tells_size_and_time(store: ObjectStore, name: str) -> None:
+    assert await store.stat(name) is None
+    before = datetime.now(UTC) - timedelta(seconds=2)  # S3 tells whole seconds
+    await store.put(name, b"abc")
+    found = await store.stat(name)
+    assert found is not None and found.size == 3
+    assert before <= found.modified <= datetime.now(UTC) + timedelta(seconds=2)
+    assert [(one.key, one.size) async for one in store.objects(name)] == [(name, 3)]
+
+
+@pytest.mark.parametrize("size", [0, 5, (17 << 20) + 3], ids=["empty", "small", "two parts"])
+async def test_a_stream_is_stored(store: ObjectStore, name: str, size: int) -> None:
+    data = os.urandom(size)
+    await store.put_stream(name, io.BytesIO(data), size)
+    assert await store.get(name) == data
+
+
+async def test_a_stream_that_breaks_stores_nothing(store: ObjectStore, name: str) -> None:
+    class Breaking(io.RawIOBase):
+        left = 20
+
+        def read(self, size: int = -1) -> bytes:
+            self.left -= 1
+            if not self.left:
+                raise errors.Cancelled("injected")
+            return b"x" * min(size, 1 << 20)
+
+    with pytest.raises(errors.Cancelled):
+        await store.put_stream(name, Breaking(), 40 << 20)  # type: ignore[arg-type]
+    assert await store.stat(name) is None
+
+
+async def test_files_are_read_out_of_packs(store: ObjectStore) -> None:
+    blobs, files = Blobs(store), [os.urandom(size) for size in (10, 0, 300)]
+    packed = Pack.of(files)
+    await blobs.put(packed.data)
+    reader = Packs(blobs)
+    for place, data in zip(packed.places, files, strict=True):
+        assert await reader.get(place, len(data), hashlib.sha256(data).hexdigest()) == data
+    with pytest.raises(errors.DigestMismatch):
+        await reader.get(packed.places[2], 300, hashlib.sha256(files[0]).hexdigest())
+    with pytest.raises(errors.ObjectNotFound):
+        await reader.get(Place("0" * 64, 0), 1, "0" * 64)
 
 
 async def test_put_replaces(store: ObjectStore, name: str) -> None:

@@ -10,6 +10,7 @@ nats/ s3/           the data of the two servers
 
 from __future__ import annotations
 
+import base64
 import fcntl
 import json
 import os
@@ -65,10 +66,18 @@ class Credentials:
     nats_password: str = field(repr=False)
     s3_access_key: str = field(repr=False)
     s3_secret_key: str = field(repr=False)
+    ingest_key: str = field(repr=False)
+    """Encrypts the credentials of private repositories; a Fernet key."""
 
     @classmethod
     def random(cls) -> Credentials:
-        return cls("codegraft", secrets.token_urlsafe(32), secrets.token_hex(10).upper(), secrets.token_urlsafe(32))
+        return cls(
+            nats_user="codegraft",
+            nats_password=secrets.token_urlsafe(32),
+            s3_access_key=secrets.token_hex(10).upper(),
+            s3_secret_key=secrets.token_urlsafe(32),
+            ingest_key=base64.urlsafe_b64encode(secrets.token_bytes(32)).decode(),
+        )
 
 
 class DataFolder:
@@ -148,7 +157,11 @@ class DataFolder:
         if not path.exists():
             self._write(path, asdict(Credentials.random()))
         try:
-            return Credentials(**json.loads(path.read_text()))
+            stored = json.loads(path.read_text())
+            if "ingest_key" not in stored:  # written by a version before there were credentials
+                self._write(path, stored | {"ingest_key": Credentials.random().ingest_key})
+                stored = json.loads(path.read_text())
+            return Credentials(**stored)
         except (TypeError, ValueError) as error:
             raise FailedPrecondition(
                 f"{path} is damaged",

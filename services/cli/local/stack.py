@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -87,13 +88,14 @@ class Stack:
             addresses["s3"],
         )
         environment = service_environment(os.environ, addresses, credentials)
+        own = {"ingest": {"CODEGRAFT_INGEST_CREDENTIAL_KEYS": json.dumps([credentials.ingest_key])}}
         for name in SERVICES:
             self._adopt(
                 Child.start(
                     name,
                     [sys.executable, "-m", f"services.{name}"],
                     log=self._folder.log(name),
-                    env={**environment, "CODEGRAFT_LISTEN": addresses[name]},
+                    env={**environment, **own.get(name, {}), "CODEGRAFT_LISTEN": addresses[name]},
                     cwd=self._folder.root,  # not the caller's folder: it may have a package of the name `services`
                 ),
                 addresses[name],

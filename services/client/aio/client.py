@@ -11,7 +11,7 @@ import grpc
 from services.client.addresses import Addresses
 from services.client.aio.caller import Caller
 from services.client.aio.inference import Completions, Serving
-from services.client.aio.ingest import Projects, Snapshots, Sources
+from services.client.aio.ingest import Credentials, Projects, Snapshots, Sources
 from services.client.aio.scanner import Datasets, Scans
 from services.client.aio.trainer import Models, Runs
 from services.core.rpc import client as rpc
@@ -26,6 +26,7 @@ class AsyncCodegraft:
     Attributes:
         projects: name spaces.
         sources: where code comes from; uploads.
+        credentials: what opens private repositories.
         snapshots: all sources at one moment.
         scans: verdicts per file.
         datasets: what was accepted.
@@ -55,6 +56,7 @@ class AsyncCodegraft:
         ingest, scanner, trainer, inference = self._channels
         self.projects = Projects(ingest, caller)
         self.sources = Sources(ingest, self._uploads, caller)
+        self.credentials = Credentials(ingest, caller)
         self.snapshots = Snapshots(ingest, caller)
         self.scans = Scans(scanner, caller)
         self.datasets = Datasets(scanner, caller)

@@ -12,7 +12,7 @@ import grpc
 from services.client.addresses import Addresses
 from services.client.blocking.caller import Caller
 from services.client.blocking.inference import Completions, Serving
-from services.client.blocking.ingest import Projects, Snapshots, Sources
+from services.client.blocking.ingest import Credentials, Projects, Snapshots, Sources
 from services.client.blocking.scanner import Datasets, Scans
 from services.client.blocking.trainer import Models, Runs
 from services.core.rpc import client as rpc
@@ -27,6 +27,7 @@ class Codegraft:
     Attributes:
         projects: name spaces.
         sources: where code comes from; uploads.
+        credentials: what opens private repositories.
         snapshots: all sources at one moment.
         scans: verdicts per file.
         datasets: what was accepted.
@@ -56,6 +57,7 @@ class Codegraft:
         ingest, scanner, trainer, inference = self._channels
         self.projects = Projects(ingest, caller)
         self.sources = Sources(ingest, self._uploads, caller)
+        self.credentials = Credentials(ingest, caller)
         self.snapshots = Snapshots(ingest, caller)
         self.scans = Scans(scanner, caller)
         self.datasets = Datasets(scanner, caller)

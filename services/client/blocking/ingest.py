@@ -11,6 +11,8 @@ import grpc
 
 from codegraft.common.v1.split_pb2 import Split
 from codegraft.ingest.v1 import (
+    credential_pb2,
+    credential_pb2_grpc,
     project_pb2,
     project_pb2_grpc,
     snapshot_pb2,
@@ -26,6 +28,9 @@ from services.client.content import Content
 from services.core import names
 from services.core.errors import CodegraftError, UploadMismatch, by_reason
 
+SNAPSHOT_SECONDS = 600.0
+"""Least deadline of taking a snapshot: it reads the listings of all sources."""
+
 
 def project_name(project: str) -> str:
     """``projects/acme`` for "acme" and for itself."""
@@ -40,12 +45,19 @@ class Projects:
         self._caller = caller
 
     def create(
-        self, project_id: str, *, title: str = "", exclude: Sequence[str] = (), request_id: str = ""
+        self,
+        project_id: str,
+        *,
+        title: str = "",
+        exclude: Sequence[str] = (),
+        include: Sequence[str] = (),
+        request_id: str = "",
     ) -> project_pb2.Project:
         """Creates a project.
 
         Args:
             exclude: masks in .gitignore syntax for all its sources.
+            include: for sources without include masks of their own: files that match none are left out.
             request_id: idempotency key; a fresh one when empty.
 
         Raises:
@@ -54,7 +66,7 @@ class Projects:
         """
         request = project_pb2.CreateProjectRequest(
             project_id=project_id,
-            project=project_pb2.Project(title=title, exclude=exclude),
+            project=project_pb2.Project(title=title, exclude=exclude, include=include),
             request_id=request_id or new_request_id(),
         )
         return (self._caller.unary(self._stub.CreateProject, request, repeat=True)).project
@@ -116,11 +128,18 @@ class Sources:
         *,
         ref: str = "",
         subpath: str = "",
+        credential: str = "",
+        submodules: bool = False,
         source_id: str = "",
         split: Split = Split.SPLIT_AUTO,
     ) -> source_pb2.Source:
-        """Adds a git repository by its URL."""
-        git = source_pb2.GitSource(url=url, ref=ref, subpath=subpath)
+        """Adds a git repository by its URL.
+
+        Args:
+            credential: full name of what opens a private one.
+            submodules: fetch its submodules too.
+        """
+        git = source_pb2.GitSource(url=url, ref=ref, subpath=subpath, credential=credential, submodules=submodules)
         return self.add(project, source_pb2.Source(git=git, split=split), source_id=source_id)
 
     def add_bundle(
@@ -213,7 +232,12 @@ class Sources:
                 yield source
 
     def update(self, source: source_pb2.Source) -> source_pb2.Source:
-        """Stores split, rules, masks and sync interval. Raises EtagMismatch when it changed since it was read."""
+        """Stores split, rules, masks, sync interval, and the origin if it is set: another one is fetched at once.
+
+        Raises:
+            EtagMismatch: it changed since it was read.
+            InvalidArgument: the origin is of another kind than the stored one.
+        """
         request = source_pb2.UpdateSourceRequest(source=source)
         return (self._caller.unary(self._stub.UpdateSource, request, repeat=False)).source
 
@@ -225,6 +249,11 @@ class Sources:
     def remove(self, name: str, *, etag: str = "") -> None:
         """Removes a source; existing snapshots keep its files."""
         self._caller.unary(self._stub.DeleteSource, source_pb2.DeleteSourceRequest(name=name, etag=etag), repeat=False)
+
+    def forget(self, name: str, *, etag: str = "") -> source_pb2.ForgetSourceResponse:
+        """Removes a source and every snapshot with its files; tells those, and the datasets that still hold some."""
+        request = source_pb2.ForgetSourceRequest(name=name, etag=etag)
+        return self._caller.unary(self._stub.ForgetSource, request, repeat=False)
 
     def watch(self, name: str) -> Iterator[source_pb2.Source]:
         """The source as it is now, then after every change."""
@@ -247,6 +276,99 @@ class Sources:
         return self.get(name)
 
 
+class Credentials:
+    """What opens private repositories. Secrets go in and never come out."""
+
+    def __init__(self, channel: grpc.Channel, caller: Caller) -> None:
+        self._stub = credential_pb2_grpc.CredentialServiceStub(channel)
+        self._caller = caller
+
+    def create(
+        self,
+        project: str,
+        secret: credential_pb2.CredentialSecret,
+        *,
+        credential_id: str = "",
+        title: str = "",
+        known_hosts: Sequence[str] = (),
+        pin_on_first_use: bool = False,
+        request_id: str = "",
+    ) -> credential_pb2.Credential:
+        """Stores a credential.
+
+        Args:
+            secret: a token, a private key, or the wish for a new key.
+            known_hosts: SSH: host keys, as ``ssh-keyscan`` prints them.
+            pin_on_first_use: SSH: believe the key of a host that is not known yet.
+
+        Raises:
+            InvalidCredential: the secret or a host key cannot be read.
+            CredentialsDisabled: the service has no key to encrypt it with.
+            ProjectNotFound, ResourceExists.
+        """
+        request = credential_pb2.CreateCredentialRequest(
+            parent=project_name(project),
+            credential_id=credential_id,
+            credential=credential_pb2.Credential(
+                title=title, known_hosts=known_hosts, pin_on_first_use=pin_on_first_use
+            ),
+            secret=secret,
+            request_id=request_id or new_request_id(),
+        )
+        return (self._caller.unary(self._stub.CreateCredential, request, repeat=True)).credential
+
+    def create_token(
+        self, project: str, token: str, *, username: str = "", credential_id: str = "", title: str = ""
+    ) -> credential_pb2.Credential:
+        """Stores a token for https."""
+        secret = credential_pb2.CredentialSecret(https_token=credential_pb2.HttpsToken(username=username, token=token))
+        return self.create(project, secret, credential_id=credential_id, title=title)
+
+    def generate_ssh_key(
+        self,
+        project: str,
+        *,
+        credential_id: str = "",
+        title: str = "",
+        known_hosts: Sequence[str] = (),
+        pin_on_first_use: bool = False,
+    ) -> credential_pb2.Credential:
+        """Makes a new SSH key; give the repository the ``public_key`` of the answer."""
+        secret = credential_pb2.CredentialSecret(generate_ssh_key=credential_pb2.GenerateSshKey())
+        return self.create(
+            project,
+            secret,
+            credential_id=credential_id,
+            title=title,
+            known_hosts=known_hosts,
+            pin_on_first_use=pin_on_first_use,
+        )
+
+    def get(self, name: str) -> credential_pb2.Credential:
+        """One credential, by its full name. Raises CredentialNotFound."""
+        request = credential_pb2.GetCredentialRequest(name=name)
+        return (self._caller.unary(self._stub.GetCredential, request, repeat=True)).credential
+
+    def list(self, project: str, page_size: int = 0) -> Iterator[credential_pb2.Credential]:
+        """Every credential of a project, by name."""
+        request = credential_pb2.ListCredentialsRequest(parent=project_name(project), page_size=page_size)
+        for page in self._caller.pages(self._stub.ListCredentials, request):
+            for credential in page.credentials:
+                yield credential
+
+    def update(
+        self, credential: credential_pb2.Credential, secret: credential_pb2.CredentialSecret | None = None
+    ) -> credential_pb2.Credential:
+        """Stores title, host keys and pinning, and a new secret if one is given. Raises EtagMismatch."""
+        request = credential_pb2.UpdateCredentialRequest(credential=credential, secret=secret)
+        return (self._caller.unary(self._stub.UpdateCredential, request, repeat=False)).credential
+
+    def delete(self, name: str, *, etag: str = "") -> None:
+        """Deletes a credential. Raises CredentialInUse as long as a source has it."""
+        request = credential_pb2.DeleteCredentialRequest(name=name, etag=etag)
+        self._caller.unary(self._stub.DeleteCredential, request, repeat=False)
+
+
 class Snapshots:
     """The immutable content of all sources at one moment."""
 
@@ -255,9 +377,13 @@ class Snapshots:
         self._caller = caller
 
     def create(self, project: str) -> snapshot_pb2.Snapshot:
-        """Takes a snapshot; the same content gives the same one. Raises NoSources."""
+        """Takes a snapshot; the same content gives the same one. Raises NoSources.
+
+        It may take much longer than other calls: a deadline below ten minutes is not applied to it.
+        """
         request = snapshot_pb2.CreateSnapshotRequest(parent=project_name(project), request_id=new_request_id())
-        return (self._caller.unary(self._stub.CreateSnapshot, request, repeat=True)).snapshot
+        patient = Caller(max(self._caller.timeout, SNAPSHOT_SECONDS))
+        return (patient.unary(self._stub.CreateSnapshot, request, repeat=True)).snapshot
 
     def get(self, name: str) -> snapshot_pb2.Snapshot:
         """One snapshot by its full name; the id "latest" names the newest. Raises SnapshotNotFound."""
@@ -277,6 +403,26 @@ class Snapshots:
         for page in self._caller.pages(self._stub.ListSnapshotFiles, request):
             for file in page.files:
                 yield file
+
+    def diff(self, base: str, target: str, page_size: int = 1000) -> Iterator[snapshot_pb2.SnapshotDifference]:
+        """Every file that differs between two snapshots of a project, by source and path."""
+        request = snapshot_pb2.DiffSnapshotsRequest(base=base, target=target, page_size=page_size)
+        for page in self._caller.pages(self._stub.DiffSnapshots, request):
+            for difference in page.differences:
+                yield difference
+
+    def delete(self, name: str) -> None:
+        """Deletes a snapshot. Raises SnapshotInUse when a dataset was made of it."""
+        request = snapshot_pb2.DeleteSnapshotRequest(name=name)
+        self._caller.unary(self._stub.DeleteSnapshot, request, repeat=False)
+
+    def collect_garbage(
+        self, *, dry_run: bool = False, min_age_seconds: int = 0
+    ) -> Iterator[snapshot_pb2.CollectGarbageResponse]:
+        """Removes what nothing refers to from the object store; yields counts so far, and the totals at the end."""
+        request = snapshot_pb2.CollectGarbageRequest(dry_run=dry_run, min_age_seconds=min_age_seconds)
+        for counts in self._caller.stream(self._stub.CollectGarbage, request, lambda counts: counts):
+            yield counts
 
 
 def _parts(parent: str, content: Content, arrived: upload_pb2.Upload) -> Iterator[upload_pb2.UploadContentRequest]:

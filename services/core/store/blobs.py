@@ -9,12 +9,17 @@ import os
 import re
 import secrets
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import BinaryIO
 
 from services.core.errors import DigestMismatch, InvalidArgument
 from services.core.store.store import ObjectStore
 
 PREFIX = "blobs/sha256/"
+REWRITE_AFTER = timedelta(minutes=30)
+"""Age from which a blob is stored anew instead of relied on: garbage collection takes what is old and referred to by
+nothing, and nothing refers to this one yet. Well below the least age that it takes."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -28,7 +33,7 @@ class Blobs:
     async def put(self, data: bytes) -> str:
         """Stores the bytes unless they are there, and returns their SHA-256 in hexadecimal."""
         sha256 = (await asyncio.to_thread(hashlib.sha256, data)).hexdigest()
-        if await self._store.size(key(sha256)) != len(data):
+        if not await self._is_fresh(sha256, len(data)):
             await self._store.put(key(sha256), data)
         return sha256
 
@@ -38,9 +43,15 @@ class Blobs:
         The file must not change meanwhile: a reader would be told of a digest mismatch.
         """
         sha256, size = await asyncio.to_thread(lambda: (digest_of(path), path.stat().st_size))
-        if await self._store.size(key(sha256)) != size:
+        if not await self._is_fresh(sha256, size):
             await self._store.put_file(key(sha256), path)
         return sha256, size
+
+    async def put_stream(self, sha256: str, stream: BinaryIO, size: int) -> None:
+        """Stores what a stream gives; its owner answers for the digest, and raises instead of giving other bytes."""
+        if await self._is_fresh(sha256, size):
+            return
+        await self._store.put_stream(key(sha256), stream, size)
 
     async def get(self, sha256: str) -> bytes:
         """The bytes.
@@ -64,6 +75,11 @@ class Blobs:
             await self._store.get_file(key(sha256), temporary)
             _check(sha256, await asyncio.to_thread(digest_of, temporary))
 
+    async def _is_fresh(self, sha256: str, size: int) -> bool:
+        """Whether the blob is there and too young for garbage collection."""
+        found = await self._store.stat(key(sha256))
+        return found is not None and found.size == size and datetime.now(UTC) - found.modified < REWRITE_AFTER
+
     async def has(self, sha256: str) -> bool:
         """Whether the blob is stored."""
         return await self._store.size(key(sha256)) is not None
@@ -80,6 +96,11 @@ def key(sha256: str) -> str:
             f"{sha256[:80]!r} is no SHA-256", field="sha256", hint="Give 64 lower-case hexadecimal digits."
         )
     return f"{PREFIX}{sha256[:2]}/{sha256[2:]}"
+
+
+def digest_in(key: str) -> str:
+    """The SHA-256 in the key of a blob."""
+    return key.removeprefix(PREFIX).replace("/", "")
 
 
 def digest_of(path: Path) -> str:

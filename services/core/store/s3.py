@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 from xml.etree.ElementTree import ParseError
@@ -18,11 +18,13 @@ from xml.etree.ElementTree import ParseError
 import certifi
 import urllib3
 from minio import Minio
+from minio.datatypes import Object
 from minio.error import MinioException, S3Error
 from urllib3.exceptions import HTTPError
 
 from services.core.backoff import Backoff
 from services.core.errors import CodegraftError, InvalidArgument, ObjectNotFound, StoreUnavailable
+from services.core.store.store import StoredObject
 
 PART_SIZE = 16 * 1024 * 1024
 """Bytes per part of a multipart upload, which is also what one upload holds in memory."""
@@ -88,6 +90,10 @@ class S3Store:
     async def put_file(self, key: str, path: Path) -> None:
         await self._run(self._put_path, key, path)
 
+    async def put_stream(self, key: str, stream: BinaryIO, size: int) -> None:
+        # A thread of its own: the stream may wait for its sender for minutes, and the pool is for requests.
+        await asyncio.to_thread(self._guarded, self._put_stream, key, stream, size)
+
     async def get(self, key: str) -> bytes:
         target = io.BytesIO()
         await self._run(self._get_stream, key, target)
@@ -97,16 +103,24 @@ class S3Store:
         await self._run(self._get_path, key, path)
 
     async def size(self, key: str) -> int | None:
+        found = await self.stat(key)
+        return None if found is None else found.size
+
+    async def stat(self, key: str) -> StoredObject | None:
         try:
             return await self._run(self._stat, key)
         except ObjectNotFound:
             return None
 
-    async def list(self, prefix: str) -> AsyncIterator[str]:
+    async def objects(self, prefix: str) -> AsyncIterator[StoredObject]:
         found = self._client.list_objects(self._bucket, prefix=prefix, recursive=True)
-        while page := await self._run(lambda: [item.object_name or "" for item in itertools.islice(found, LIST_PAGE)]):
-            for key in page:
-                yield key
+        while page := await self._run(lambda: [_stored(item) for item in itertools.islice(found, LIST_PAGE)]):
+            for item in page:
+                yield item
+
+    async def list(self, prefix: str) -> AsyncIterator[str]:
+        async for found in self.objects(prefix):
+            yield found.key
 
     async def delete(self, key: str) -> None:
         await self._run(self._client.remove_object, self._bucket, key)
@@ -147,14 +161,14 @@ class S3Store:
     # --- in the threads ---------------------------------------------------------------------------------------------
 
     async def _run(self, call: Callable[..., Result], *args: object) -> Result:
-        def guarded() -> Result:
-            try:
-                return call(*args)
-            except (MinioException, HTTPError, ValueError, ParseError) as error:
-                # Without its cause: a trace of urllib3's insides tells nobody anything, and may hold a signed URL.
-                raise self._translate(error) from None
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._guarded, call, *args)
 
-        return await asyncio.get_running_loop().run_in_executor(self._threads, guarded)
+    def _guarded(self, call: Callable[..., Result], *args: object) -> Result:
+        try:
+            return call(*args)
+        except (MinioException, HTTPError, ValueError, ParseError) as error:
+            # Without its cause: a trace of urllib3's insides tells nobody anything, and may hold a signed URL.
+            raise self._translate(error) from None
 
     def _put_stream(self, key: str, stream: BinaryIO, length: int) -> None:
         # One part after the other: parallelism comes from our own bounded pool, not from minio's pool per upload.
@@ -200,8 +214,8 @@ class S3Store:
         with path.open("wb") as target:
             self._get_stream(key, target)
 
-    def _stat(self, key: str) -> int:
-        return self._client.stat_object(self._bucket, key).size or 0
+    def _stat(self, key: str) -> StoredObject:
+        return _stored(self._client.stat_object(self._bucket, key))
 
     def _make_bucket(self) -> None:
         if self._client.bucket_exists(self._bucket):
@@ -237,6 +251,10 @@ class S3Store:
                 )
             case _:
                 return StoreUnavailable(f"{where} refuses: {error.code}: {error.message}", retry_after=1)
+
+
+def _stored(found: Object) -> StoredObject:
+    return StoredObject(found.object_name or "", found.size or 0, found.last_modified or datetime.now(UTC))
 
 
 def close_connections(http: urllib3.PoolManager) -> None:

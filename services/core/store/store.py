@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """What the store knows of an object."""
+
+    key: str
+    size: int
+    """In bytes."""
+    modified: datetime
+    """When it was last written, by the store's clock."""
 
 
 class ObjectStore(Protocol):
@@ -27,6 +40,9 @@ class ObjectStore(Protocol):
     async def put_file(self, key: str, path: Path) -> None:
         """Stores a file's bytes, of any size, without holding them in memory."""
 
+    async def put_stream(self, key: str, stream: BinaryIO, size: int) -> None:
+        """Stores what the stream gives, read in a thread while it is sent on. What the stream raises aborts it all."""
+
     async def get(self, key: str) -> bytes:
         """The bytes.
 
@@ -43,6 +59,12 @@ class ObjectStore(Protocol):
 
     async def size(self, key: str) -> int | None:
         """Size in bytes; None when there is no such object."""
+
+    async def stat(self, key: str) -> StoredObject | None:
+        """Size and time of the last write; None when there is no such object."""
+
+    def objects(self, prefix: str) -> AsyncIterator[StoredObject]:
+        """Objects whose keys start with the prefix, each once, in the order of :meth:`list`."""
 
     def list(self, prefix: str) -> AsyncIterator[str]:
         """Keys that start with the prefix, each once, in the store's own order.

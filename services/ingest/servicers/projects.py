@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import grpc
@@ -25,10 +26,12 @@ class ProjectServicer(ProjectServiceServicer):
     async def CreateProject(self, request: pb.CreateProjectRequest, context: Context) -> pb.CreateProjectResponse:
         names.check_id(request.project_id, "project_id")
         Masks(request.project.exclude, field="project.exclude")
+        Masks(request.project.include, field="project.include")
         wanted = pb.Project(
             name=names.build(names.PROJECT, project=request.project_id),
             title=request.project.title,
             exclude=request.project.exclude,
+            include=request.project.include,
             request_id=request.request_id,
         )
         wanted.create_time.GetCurrentTime()
@@ -37,7 +40,7 @@ class ProjectServicer(ProjectServiceServicer):
             return pb.CreateProjectResponse(project=await self._tables.projects.create(wanted))
         except ResourceExists:
             there = await self._tables.projects.get(wanted.name)
-            same = (there.title, there.exclude) == (wanted.title, wanted.exclude)
+            same = (there.title, there.exclude, there.include) == (wanted.title, wanted.exclude, wanted.include)
             same_request(there, same, request.request_id)
             return pb.CreateProjectResponse(project=there)
 
@@ -51,10 +54,12 @@ class ProjectServicer(ProjectServiceServicer):
     async def UpdateProject(self, request: pb.UpdateProjectRequest, context: Context) -> pb.UpdateProjectResponse:
         names.parse(names.PROJECT, request.project.name, field="project.name")
         Masks(request.project.exclude, field="project.exclude")
+        Masks(request.project.include, field="project.include")
 
         def change(record: pb.Project) -> None:
             record.title = request.project.title
             record.exclude[:] = request.project.exclude
+            record.include[:] = request.project.include
             record.update_time.GetCurrentTime()
 
         await self._tables.known(request.project.name, "project.name")
@@ -72,10 +77,8 @@ class ProjectServicer(ProjectServiceServicer):
             )
         # The project goes first: what refers to it is refused from then on, and what is left is out of reach.
         await self._tables.projects.delete(request.name, etag=request.etag)
-        for table in (self._tables.sources, self._tables.snapshots, self._tables.uploads):
+        for table in self._tables.of_project:
             for record in await table.all(request.name + "/"):
-                try:
+                with contextlib.suppress(NotFound):
                     await table.delete(record.name)
-                except NotFound:
-                    continue
         return pb.DeleteProjectResponse()

@@ -3,79 +3,40 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from datetime import timedelta
 from typing import Any
 
 import grpc
 
-from codegraft.event.v1.events_pb2 import SnapshotCreated
 from codegraft.ingest.v1 import snapshot_pb2 as pb
 from codegraft.ingest.v1.snapshot_pb2_grpc import SnapshotServiceServicer
 from services.core import names, pages
-from services.core.errors import NoSources, ResourceExists, SnapshotNotFound, Unavailable
+from services.core.errors import InvalidArgument
 from services.core.runtime import Runtime
-from services.ingest import listing, snapshot
-from services.ingest.fetcher import listing_key
+from services.ingest import snapshot
+from services.ingest.garbage import DEFAULT_AGE, LEAST_AGE, Garbage
 from services.ingest.records import Tables
+from services.ingest.snapshots import Snapshots
 
 Context = grpc.aio.ServicerContext[Any, Any]
-CREATED = "codegraft.ingest.snapshot.created.v1"
-LATEST = "latest"
-FILES = "files.parquet"
 
 
 class SnapshotServicer(SnapshotServiceServicer):
     """See the proto for what every call does and which errors it has."""
 
-    def __init__(self, tables: Tables, runtime: Runtime) -> None:
+    def __init__(self, tables: Tables, runtime: Runtime, snapshots: Snapshots) -> None:
         self._tables = tables
         self._runtime = runtime
+        self._snapshots = snapshots
 
     async def CreateSnapshot(self, request: pb.CreateSnapshotRequest, context: Context) -> pb.CreateSnapshotResponse:
-        project = await self._tables.known(request.parent)
-        sources = [s for s in await self._tables.sources.all(request.parent + "/") if s.content_digest]
-        if not sources:
-            raise NoSources(
-                f"{request.parent} has no source whose files are stored",
-                field="parent",
-                hint="Add a source and wait until it is READY.",
-            )
-        listings = await asyncio.gather(
-            *(self._runtime.store.get(listing_key(source.name, source.content_digest)) for source in sources)
-        )
-        parts = [
-            snapshot.Part(source, project.exclude, listing.from_parquet(table))
-            for source, table in zip(sources, listings, strict=True)
-        ]
-        manifest, table = await asyncio.to_thread(snapshot.build, request.parent, parts)
-        await self._runtime.artifacts.commit(manifest.name, manifest, {FILES: table})
-        wanted = pb.Snapshot(
-            name=manifest.name,
-            digest=manifest.digest,
-            sources=manifest.sources,
-            file_count=manifest.file_count,
-            byte_count=manifest.byte_count,
-        )
-        wanted.create_time.GetCurrentTime()
-        try:
-            stored = await self._tables.snapshots.create(wanted)
-        except ResourceExists:
-            return pb.CreateSnapshotResponse(snapshot=await self._tables.snapshots.get(wanted.name))
-        event = SnapshotCreated(snapshot=stored.name, file_count=stored.file_count)
-        with contextlib.suppress(Unavailable):  # the record is the truth
-            await self._runtime.events.publish(CREATED, stored.name, event, id=stored.name)
-        return pb.CreateSnapshotResponse(snapshot=stored)
+        return pb.CreateSnapshotResponse(snapshot=await self._snapshots.make(request.parent))
 
     async def GetSnapshot(self, request: pb.GetSnapshotRequest, context: Context) -> pb.GetSnapshotResponse:
-        ids = names.parse(names.SNAPSHOT, request.name)
-        if ids["snapshot"] != LATEST:
-            return pb.GetSnapshotResponse(snapshot=await self._tables.snapshots.get(request.name))
-        newest, _ = await self._tables.snapshots.page(names.project_of(request.name), 1, "", newest_first=True)
-        if not newest:
-            raise SnapshotNotFound(
-                f"{names.project_of(request.name)} has no snapshot yet", field="name", hint="Create one first."
-            )
-        return pb.GetSnapshotResponse(snapshot=newest[0])
+        return pb.GetSnapshotResponse(snapshot=await self._snapshots.get(request.name))
 
     async def ListSnapshots(self, request: pb.ListSnapshotsRequest, context: Context) -> pb.ListSnapshotsResponse:
         await self._tables.known(request.parent)
@@ -90,8 +51,57 @@ class SnapshotServicer(SnapshotServiceServicer):
         names.parse(names.SNAPSHOT, request.parent, field="parent")
         await self._tables.snapshots.get(request.parent)
         begin, end = pages.bounds(request.page_size, request.page_token, request.parent)
-        manifest = await self._runtime.artifacts.manifest(request.parent, pb.SnapshotManifest)
-        folder = await self._runtime.artifacts.fetch(request.parent, manifest.files, [FILES])
-        files = await asyncio.to_thread(snapshot.read_files, (folder / FILES).read_bytes())
-        token = pages.token(end, request.parent) if end < len(files) else ""
-        return pb.ListSnapshotFilesResponse(files=files[begin:end], next_page_token=token)
+        table = await self._snapshots.table(request.parent)
+        files = await asyncio.to_thread(snapshot.files, table, begin, end)
+        token = pages.token(end, request.parent) if end < table.num_rows else ""
+        return pb.ListSnapshotFilesResponse(files=files, next_page_token=token)
+
+    async def DiffSnapshots(self, request: pb.DiffSnapshotsRequest, context: Context) -> pb.DiffSnapshotsResponse:
+        names.parse(names.SNAPSHOT, request.base, field="base")
+        names.parse(names.SNAPSHOT, request.target, field="target")
+        if names.project_of(request.base) != names.project_of(request.target):
+            raise InvalidArgument(
+                "the snapshots are of two projects", field="target", hint="Compare snapshots of one project."
+            )
+        scope = f"{request.base}..{request.target}"
+        begin, end = pages.bounds(request.page_size, request.page_token, scope)
+        base = await self._snapshots.table((await self._snapshots.get(request.base)).name)
+        target = await self._snapshots.table((await self._snapshots.get(request.target)).name)
+        found = await asyncio.to_thread(snapshot.diff, base, target)
+        counts = Counter(difference.change for difference in found)
+        return pb.DiffSnapshotsResponse(
+            differences=[_difference(one, base, target) for one in found[begin:end]],
+            next_page_token=pages.token(end, scope) if end < len(found) else "",
+            added=counts[pb.FILE_CHANGE_ADDED],
+            removed=counts[pb.FILE_CHANGE_REMOVED],
+            modified=counts[pb.FILE_CHANGE_MODIFIED],
+            moved=counts[pb.FILE_CHANGE_SPLIT],
+        )
+
+    async def DeleteSnapshot(self, request: pb.DeleteSnapshotRequest, context: Context) -> pb.DeleteSnapshotResponse:
+        names.parse(names.SNAPSHOT, request.name)
+        await self._snapshots.delete(request.name)
+        return pb.DeleteSnapshotResponse()
+
+    async def CollectGarbage(
+        self, request: pb.CollectGarbageRequest, context: Context
+    ) -> AsyncIterator[pb.CollectGarbageResponse]:
+        age = timedelta(seconds=request.min_age_seconds) if request.min_age_seconds else DEFAULT_AGE
+        if age < LEAST_AGE:
+            raise InvalidArgument(
+                f"min_age_seconds is {request.min_age_seconds}",
+                field="min_age_seconds",
+                hint=f"Give at least {LEAST_AGE.total_seconds():.0f}: what is younger may be on its way into a record.",
+            )
+        garbage = Garbage(self._runtime, self._tables, min_age=age, dry_run=request.dry_run)
+        async for counts in garbage.collect():
+            yield pb.CollectGarbageResponse(**asdict(counts))
+
+
+def _difference(found: snapshot.Difference, base: Any, target: Any) -> pb.SnapshotDifference:
+    difference = pb.SnapshotDifference(change=found.change)
+    if found.before is not None:
+        difference.before.CopyFrom(snapshot.files(base, found.before, found.before + 1)[0])
+    if found.after is not None:
+        difference.after.CopyFrom(snapshot.files(target, found.after, found.after + 1)[0])
+    return difference

@@ -16,7 +16,7 @@ import zstandard
 
 from services.core.errors import BrokenArchive, LimitExceeded
 from services.ingest.files import FoundFile, Skipped
-from services.ingest.limits import Limits
+from services.ingest.limits import Limits, Meter
 from services.ingest.sources import archive
 
 FILES = {"src/app.py": b"print('hello')\n", "README.md": b"# hello\n", "empty.py": b""}
@@ -43,7 +43,7 @@ def zip_of(files: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes
 def read(tmp_path: Path, data: bytes, limits: Limits | None = None, subpath: str = "") -> list[FoundFile | Skipped]:
     path = tmp_path / "archive"
     path.write_bytes(data)
-    return list(archive.read(path, subpath, limits or Limits()))
+    return list(archive.read(path, subpath, Meter(limits or Limits())))
 
 
 PACKERS = {
@@ -146,7 +146,7 @@ def test_a_bomb_is_stopped_by_what_it_inflates_to(tmp_path: Path, kind: str) -> 
 
 def test_a_bomb_is_stopped_by_its_ratio(tmp_path: Path) -> None:
     with pytest.raises(LimitExceeded, match="times its size"):
-        read(tmp_path, zip_of({"zeros.py": bytes(48 << 20)}), Limits(ratio_free_bytes=1 << 20, max_ratio=100))
+        read(tmp_path, zip_of({"zeros.py": bytes(48 << 20)}), Limits(max_file_bytes=64 << 20))
 
 
 def test_members_are_counted(tmp_path: Path) -> None:

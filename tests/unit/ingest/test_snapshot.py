@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import io
 import random
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from hypothesis import given
 from hypothesis import strategies as st
 
 from codegraft.common.v1.split_pb2 import Split
+from codegraft.ingest.v1.project_pb2 import Project
+from codegraft.ingest.v1.snapshot_pb2 import SnapshotFile
 from codegraft.ingest.v1.source_pb2 import Source, SplitRule
+from services.core.store import Place
 from services.ingest import listing, snapshot
-from services.ingest.listing import ListedFile
+from services.ingest.listing import Content, ListedFile
 
 NAMES = st.text("abcdef/._", min_size=1, max_size=12)
-FILES = st.builds(
-    ListedFile, NAMES, st.integers(0, 10**9), st.text("0123456789abcdef", min_size=64, max_size=64), st.just(0o644)
-)
+SHA256 = st.text("0123456789abcdef", min_size=64, max_size=64)
+CONTENTS = st.builds(Content, st.integers(0, 10**9), SHA256, st.builds(Place, SHA256, st.integers(0, 1 << 40)))
+FILES = st.builds(ListedFile, NAMES, st.just(0o644), CONTENTS, st.sampled_from(["", "f" * 40]))
+
+
+def listed(path: str = "a.py", sha256: str = "0" * 64, mode: int = 0o644) -> ListedFile:
+    return ListedFile(path, mode, Content(1, sha256, Place("f" * 64, 0)))
 
 
 def part(name: str, files: list[ListedFile], **fields: object) -> snapshot.Part:
-    return snapshot.Part(Source(name=f"projects/p/sources/{name}", **fields), [], listing.unique(files))  # type: ignore[arg-type]
+    return snapshot.Part(Source(name=f"projects/p/sources/{name}", **fields), Project(), listing.unique(files))  # type: ignore[arg-type]
 
 
 @given(st.lists(st.lists(FILES, max_size=6), min_size=1, max_size=3), st.randoms(use_true_random=False))
@@ -44,21 +54,21 @@ def test_listing_survives_parquet(files: list[ListedFile]) -> None:
 @given(st.lists(FILES, min_size=1, max_size=5))
 def test_rows_are_read_back(files: list[ListedFile]) -> None:
     manifest, table = snapshot.build("projects/p", [part("s", files)])
-    rows = snapshot.read_files(table)
+    rows = snapshot.files(pq.read_table(io.BytesIO(table)))
     assert len(rows) == manifest.file_count
     assert [(r.path, r.size, r.sha256, r.mode) for r in rows] == [
-        (f.path, f.size, f.sha256, f.mode) for f in listing.unique(files)
+        (f.path, f.content.size, f.content.sha256, f.mode) for f in listing.unique(files)
     ]
 
 
 def test_everything_that_matters_changes_the_digest() -> None:
-    file = ListedFile("a.py", 1, "0" * 64, 0o644)
+    file = listed()
     variants = [
         part("s", [file]),
         part("t", [file]),
-        part("s", [ListedFile("b.py", 1, "0" * 64, 0o644)]),
-        part("s", [ListedFile("a.py", 1, "1" * 64, 0o644)]),
-        part("s", [ListedFile("a.py", 1, "0" * 64, 0o755)]),
+        part("s", [listed("b.py")]),
+        part("s", [listed(sha256="1" * 64)]),
+        part("s", [listed(mode=0o755)]),
         part("s", [file], split=Split.SPLIT_TEST),
         part("s", [file], exclude=["*.txt"]),
         part("s", [file], commit="c" * 40),
@@ -75,3 +85,41 @@ def test_the_last_matching_rule_gives_the_split() -> None:
     splits = snapshot.Splits(Split.SPLIT_UNSPECIFIED, rules)
     found = [splits.of(path) for path in ("a.py", "tests/a.py", "tests/data/a.py")]
     assert found == [Split.SPLIT_AUTO, Split.SPLIT_TEST, Split.SPLIT_TRAIN]
+
+
+def test_where_contents_are_stored_does_not_change_the_digest() -> None:
+    here, there = (ListedFile("a.py", 0o644, Content(1, "0" * 64, Place(pack * 64, 7))) for pack in "ab")
+    assert listing.digest([here]) == listing.digest([there])
+    assert snapshot.build("projects/p", [part("s", [here])])[0] == snapshot.build("projects/p", [part("s", [there])])[0]
+
+
+def row_of(table: pa.Table, number: int | None) -> SnapshotFile | None:
+    return None if number is None else snapshot.files(table, number, number + 1)[0]
+
+
+@given(st.lists(FILES, max_size=8), st.lists(FILES, max_size=8))
+def test_a_difference_leads_from_one_snapshot_to_the_other(old: list[ListedFile], new: list[ListedFile]) -> None:
+    tables = [pq.read_table(io.BytesIO(snapshot.build("projects/p", [part("s", files)])[1])) for files in (old, new)]
+    before, after = ({row.path: row for row in snapshot.files(table)} for table in tables)
+    changed = dict(before)
+    for difference in snapshot.diff(*tables):
+        was = (
+            snapshot.files(tables[0], difference.before, difference.before + 1)[0]
+            if difference.before is not None
+            else None
+        )
+        row = (
+            snapshot.files(tables[1], difference.after, difference.after + 1)[0]
+            if difference.after is not None
+            else None
+        )
+        assert was != row
+        if row is None:
+            assert was is not None
+            del changed[was.path]
+        else:
+            changed[row.path] = row
+    assert {path: (row.sha256, row.mode) for path, row in changed.items()} == {
+        path: (row.sha256, row.mode) for path, row in after.items()
+    }
+    assert snapshot.diff(tables[1], tables[1]) == []

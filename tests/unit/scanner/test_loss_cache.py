@@ -23,7 +23,7 @@ async def test_what_is_flushed_is_found_again() -> None:
     found = await LossCache(store, MODEL, Rules(max_loss=1.0, min_tokens=5)).load()
     assert found["a" * 64] == FileLoss(1.25, 10, 8)
     assert math.isnan(found["b" * 64].loss) and found["b" * 64].tokens == 1
-    assert len(store.objects) == 1
+    assert len(store.data) == 1
 
 
 async def test_another_model_or_window_is_another_cache() -> None:
@@ -48,7 +48,7 @@ async def test_many_segments_become_one_and_nothing_is_lost() -> None:
         cache.add(f"{number:064x}", FileLoss(float(number), number, number))
         await cache.flush()
     await LossCache(store, MODEL, Rules()).compact()
-    assert len(store.objects) == 1
+    assert len(store.data) == 1
     assert await LossCache(store, MODEL, Rules()).load() == expected
 
 
@@ -58,6 +58,6 @@ async def test_a_damaged_segment_is_left_out() -> None:
         cache = LossCache(store, MODEL, Rules())
         cache.add(sha256, FileLoss(1.0, 10, 10))
         await cache.flush()
-    key = sorted(store.objects)[0]
-    store.objects[key] = store.objects[key][:-7] + b"garbage"
+    key = sorted(store.data)[0]
+    store.data[key] = store.data[key][:-7] + b"garbage"
     assert len(await LossCache(store, MODEL, Rules()).load()) == 1
