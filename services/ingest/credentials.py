@@ -144,7 +144,7 @@ def _read_key(text: str, passphrase: str) -> _PrivateKey:
     try:
         key = load(text.strip().encode() + b"\n", passphrase.encode() or None)
     except (ValueError, TypeError, UnsupportedAlgorithm, binascii.Error) as error:
-        locked = "passw" in str(error).lower() or "decrypt" in str(error).lower()
+        locked = bool(passphrase) or "passw" in str(error).lower()  # a wrong one gives nonsense, which then is no key
         raise InvalidCredential(
             "the private key cannot be opened" if locked else "this is no private key that can be read",
             field="secret.ssh_private_key.passphrase" if locked else field,

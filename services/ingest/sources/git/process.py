@@ -45,6 +45,7 @@ CONFIG = {
 }
 OUTPUT_BYTES = 256 << 20
 """Most that git may print: the refs of a repository with millions of them."""
+_NOISE = ("warning:", "Please make sure you have the correct access", "and the repository exists", "@@@")
 _TICK = 200
 """Milliseconds between two looks at a running git."""
 _PROGRESS = re.compile(rb"(?:remote: )?([A-Z][a-z]+ (?:objects|deltas)): +\d+% \((\d+)/(\d+)\)[^\r\n]*[\r\n]?[^\r\n]*$")
@@ -155,7 +156,7 @@ class Done:
     @property
     def complaint(self) -> str:
         """The last lines of what it said."""
-        lines = [line for line in re.split(r"[\r\n]+", self.errors.strip()) if not line.startswith("warning:")]
+        lines = [line for line in re.split(r"[\r\n]+", self.errors.strip()) if not line.startswith(_NOISE)]
         return " ".join(lines[-3:])[:500] or f"git ended with {self.code}"
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from services.core.errors import InvalidGitUrl, LimitExceeded
 from services.ingest.files import plain_path
-from services.ingest.sources.git.fetch import Repository
+from services.ingest.sources.git.fetch import Repository, fetch_objects
 from services.ingest.sources.git.tree import entries
 from services.ingest.sources.git.urls import check_url, relative
 from services.ingest.sources.guard import Guard
@@ -43,7 +43,13 @@ def find(repository: Repository, url: str, subpath: str, guard: Guard) -> tuple[
         return [], 0
     if len(links) > MAX_SUBMODULES:
         raise LimitExceeded(f"the repository has {len(links)} submodules", hint="Add those that matter as sources.")
-    done = repository.git.run("config", "--blob", f"{repository.commit}:.gitmodules", "--null", "--list")
+    told_in = repository.git.run("rev-parse", "--verify", "--quiet", f"{repository.commit}:.gitmodules")
+    object_id = told_in.output.decode().strip()
+    if told_in.code:
+        return [], len(links)
+    if repository.git.run("cat-file", "-e", object_id).code:  # it is known, or outside the sub-folder
+        fetch_objects(repository, [object_id])
+    done = repository.git.run("config", "--blob", object_id, "--null", "--list")
     settings: dict[str, dict[str, str]] = {}
     for record in done.output.decode(errors="surrogateescape").split("\0") if not done.code else ():
         key, _, value = record.partition("\n")

@@ -10,7 +10,7 @@ from services.ingest.sources.guard import Guard
 
 _REF = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./@+#-]{0,254}")
 _SCP = re.compile(r"(?P<user>[A-Za-z0-9_][A-Za-z0-9._-]*)@(?P<host>[A-Za-z0-9][A-Za-z0-9.-]*):(?P<path>[^:]*)")
-_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*|[0-9a-f:]+")
+_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*|[0-9a-f:.]+")
 _USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _HINT = "Give https://host/path, ssh://user@host/path or user@host:path, without a password in it."
 
