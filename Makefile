@@ -14,7 +14,7 @@ pin = $(shell grep '^$(1)==' constraints.txt)
 # Named by what it was made from: a change of either file makes the set-up run again, nothing else does.
 STAMP := $(VENV)/.set-up-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 
-.PHONY: help setup proto proto-image demo test lint format types clean
+.PHONY: help setup proto proto-image demo test bench fuzz sshd lint format types clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,7 +40,20 @@ proto-image: setup ## Accept the contract as it is: refresh the image that `buf 
 demo: proto ## The main job, end to end (REPO=<path or URL>, ARGS="--json FILE")
 	@$(BIN)/codegraft demo $(if $(REPO),--repo '$(REPO)') $(ARGS)
 
-test: proto ## Every test: unit, contract, end to end (ARGS="-k name")
+# The tests of private repositories talk to a real OpenSSH server.
+sshd:
+	@PATH="$$PATH:/usr/sbin:/usr/local/sbin" command -v sshd >/dev/null || { \
+	  test "$$(id -u)" = 0 || { echo "The tests need OpenSSH's server: sudo apt-get install openssh-server" >&2; exit 1; }; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends openssh-server; } >/dev/null
+
+bench: proto sshd ## Benchmarks against named peers; the figures are in bench/RESULTS.md (ARGS="clone upload files bombs")
+	@$(BIN)/python -m bench.ingest $(ARGS)
+
+FUZZ_INPUTS ?= 100000
+fuzz: proto ## Hostile inputs against every reader of ingest (FUZZ_INPUTS=100000)
+	@$(BIN)/python -m tests.hostile.fuzz --inputs $(FUZZ_INPUTS) $(ARGS)
+
+test: proto sshd ## Every test: unit, contract, end to end (ARGS="-k name")
 	@$(BIN)/python -m pytest --quiet tests/unit tests/contract tests/e2e $(ARGS)
 
 lint: setup ## ruff and buf

@@ -17,6 +17,8 @@ from services.ingest.arriving import Arriving
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 MAX_CHUNK = 1 << 20
+BATCH_CHUNKS = 4
+"""Chunks that are written together."""
 PIPED_BYTES = 32 << 20
 """Size from which content goes on to the store while it still arrives."""
 PIPED_AT_ONCE = 4
@@ -117,22 +119,18 @@ class Uploads:
         return asyncio.create_task(send())
 
     async def _append(self, arriving: Arriving, announced: Announced, chunks: AsyncIterator[tuple[int, bytes]]) -> None:
-        async for offset, data in chunks:
-            if offset != arriving.arrived:
-                raise UploadMismatch(
-                    f"a chunk begins at {offset}, but {arriving.arrived} bytes have arrived",
-                    field="chunk.offset",
-                    hint="Ask GetUpload for the offset and go on from there.",
-                )
-            if len(data) > MAX_CHUNK:
-                raise InvalidArgument("a chunk is larger than 1 MiB", field="chunk.data", hint="Send smaller chunks.")
-            if offset + len(data) > announced.size:
-                raise UploadMismatch(
-                    f"more bytes arrive than the {announced.size} announced",
-                    field="header.size",
-                    hint="Correct it.",
-                )
-            await asyncio.to_thread(arriving.append, data)
+        waiting: list[bytes] = []
+        reached = arriving.arrived
+        try:
+            async for offset, data in chunks:
+                _check_chunk(offset, data, reached, announced.size)
+                waiting.append(data)
+                reached += len(data)
+                if len(waiting) == BATCH_CHUNKS:
+                    await asyncio.to_thread(arriving.append, b"".join(waiting))
+                    waiting.clear()
+        finally:  # also of a call that breaks off nothing is lost
+            arriving.append(b"".join(waiting))
         if arriving.arrived < announced.size:
             raise UploadMismatch(
                 f"{arriving.arrived} of {announced.size} bytes have arrived",
@@ -169,6 +167,19 @@ class Uploads:
     def _file(self, name: str) -> Path:
         project = names.parse(names.UPLOAD, name)["project"]
         return self._spool / f"{project}-{name.rsplit('/', 1)[1]}"
+
+
+def _check_chunk(offset: int, data: bytes, reached: int, size: int) -> None:
+    if offset != reached:
+        raise UploadMismatch(
+            f"a chunk begins at {offset}, but {reached} bytes have arrived",
+            field="chunk.offset",
+            hint="Ask GetUpload for the offset and go on from there.",
+        )
+    if len(data) > MAX_CHUNK:
+        raise InvalidArgument("a chunk is larger than 1 MiB", field="chunk.data", hint="Send smaller chunks.")
+    if offset + len(data) > size:
+        raise UploadMismatch(f"more bytes arrive than the {size} announced", field="header.size", hint="Correct it.")
 
 
 def check_sha256(sha256: str, field: str = "sha256") -> None:

@@ -62,6 +62,13 @@ def is_code(language: str) -> bool:
     return language in ALSO_CODE or str(enry.get_language_type(language)) == "programming"
 
 
+@lru_cache(maxsize=2048)
+def by_name(name: str) -> str:
+    """Linguist's spelling of a language that .gitattributes name ("java", "Common-Lisp"); empty when there is none."""
+    spaced = name.replace("-", " ")
+    return next((known for known in (name, spaced, spaced.title(), name.upper()) if is_known(known)), "")
+
+
 def is_known(language: str) -> bool:
     """Whether linguist has a language of that name."""
     return str(enry.get_language_type(language)) != "unknown"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from services.core.masks import Masks
 from services.scanner import languages, text
+from services.scanner.attributes import NONE, Attributes
 from services.scanner.languages import Traits
 from services.scanner.rules import Rules
 from services.scanner.verdict import FORGIVABLE, Finding, Reason, by_precedence
@@ -26,6 +27,8 @@ class SourceMasks:
     """Of the source; empty means every file."""
     force: Masks
     """Of the scan: see :data:`~services.scanner.verdict.FORGIVABLE`."""
+    attributes: Attributes = NONE
+    """Of the source, where they are honoured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +58,13 @@ def examine(path: str, data: bytes | None, rules: Rules, masks: SourceMasks, *, 
     """
     forced = masks.force.match(path) is not None
     if size > rules.max_file_bytes:
-        traits = languages.from_path(path)
+        traits = masks.attributes.apply(path, languages.from_path(path))
         found = [Finding(Reason.TOO_LARGE, f"{size} bytes"), *_by_path(path, traits, rules, masks)]
         return Examined(_unforgiven(found, forced), traits.language, forced=forced)
     if data is None:
         return Examined((Finding(Reason.LINGUIST_ERROR, "the content could not be read"),))
     if languages.is_binary(data):
-        traits = languages.from_path(path)
+        traits = masks.attributes.apply(path, languages.from_path(path))
         found = [Finding(Reason.NOT_TEXT, "binary"), *_by_path(path, traits, rules, masks)]
         return Examined(_unforgiven(found, forced), traits.language, forced=forced)
     try:
@@ -70,7 +73,7 @@ def examine(path: str, data: bytes | None, rules: Rules, masks: SourceMasks, *, 
         return Examined((Finding(Reason.LINGUIST_ERROR, str(error)),))
     # Linguist's heuristics read bytes: UTF-16 would hide every keyword from them.
     readable = decoded.text.encode() if decoded.encoding.startswith("utf-") else data
-    traits = languages.identify(path, readable)
+    traits = masks.attributes.apply(path, languages.identify(path, readable))
     found = [*_by_path(path, traits, rules, masks), *_by_content(decoded.text, traits, rules)]
     return Examined(
         findings=_unforgiven(found, forced),

@@ -7,8 +7,8 @@ import contextlib
 import itertools
 import tempfile
 import time
-from collections.abc import Awaitable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,7 +31,8 @@ from services.core.models import catalogue, weights
 from services.core.runtime import Runtime
 from services.core.state import Table
 from services.core.store import Packs
-from services.scanner import dataset, pipeline, report, rules, snapshot
+from services.scanner import attributes, dataset, pipeline, report, rules, snapshot
+from services.scanner.attributes import Attributes
 from services.scanner.config import ScannerSettings
 from services.scanner.loss import FileLoss
 from services.scanner.loss_cache import LossCache
@@ -42,6 +43,8 @@ from services.scanner.snapshot import File
 from services.scanner.stage1 import SourceMasks
 from services.scanner.verdict import Verdict
 
+MAX_ATTRIBUTES = 1 << 20
+"""Bytes of the largest .gitattributes that is read."""
 CHUNK = 64
 """Files that are read and examined together."""
 FLUSH_SECONDS = 5.0
@@ -96,12 +99,13 @@ class ScanWorker:
         manifest = await snapshot.manifest(self._runtime.artifacts, context.job.snapshot)
         files = await snapshot.files(self._runtime.artifacts, manifest)
         masks = snapshot.masks(list(manifest.sources), settled)
+        honouring = {source.source for source in manifest.sources if source.honour_gitattributes}
         with tempfile.TemporaryDirectory(prefix="codegraft-scan-") as name:
             folder = Path(name)
             (folder / "texts").mkdir()
             texts = Texts(folder / "texts")
             began = time.monotonic()
-            entries = await self._stage1(context, files, masks, settled, texts)
+            entries = await self._stage1(context, files, masks, honouring, settled, texts)
             between = time.monotonic()
             stage2 = await self._stage2(context, entries, settled, texts) if settled.loss_filter else Stage2()
             ended = time.monotonic()
@@ -127,6 +131,7 @@ class ScanWorker:
         context: JobContext[Scan],
         files: Sequence[File],
         masks: Mapping[str, SourceMasks],
+        honouring: Collection[str],
         settled: Rules,
         texts: Texts,
     ) -> list[Entry]:
@@ -143,6 +148,12 @@ class ScanWorker:
 
         entries: list[Entry] = []
         packs = Packs(self._runtime.blobs)
+        masks = {
+            source: replace(one, attributes=await self._attributes(source, files, packs))
+            if source in honouring
+            else one
+            for source, one in masks.items()
+        }
         chunks = [files[at : at + CHUNK] for at in range(0, len(files), CHUNK)]
         reading = asyncio.ensure_future(self._read(chunks[0] if chunks else [], settled, packs))
         try:
@@ -160,6 +171,16 @@ class ScanWorker:
             await asyncio.gather(reading, return_exceptions=True)
         await asyncio.to_thread(pipeline.mark_duplicates, entries)
         return entries
+
+    async def _attributes(self, source: str, files: Sequence[File], packs: Packs) -> Attributes:
+        """What the .gitattributes of a source say; one that cannot be read says nothing."""
+        texts = {}
+        for file in files:
+            is_one = file.path == attributes.FILE or file.path.endswith("/" + attributes.FILE)
+            if file.source == source and is_one and file.size <= MAX_ATTRIBUTES:
+                with contextlib.suppress(ObjectNotFound, DigestMismatch):
+                    texts[file.path] = (await packs.get(file.place, file.size, file.sha256)).decode(errors="replace")
+        return Attributes(texts)
 
     async def _read(self, files: Sequence[File], settled: Rules, packs: Packs) -> list[bytes | None]:
         """The files' contents; None for those that are too large or damaged."""

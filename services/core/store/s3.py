@@ -28,6 +28,9 @@ from services.core.store.store import StoredObject
 
 PART_SIZE = 16 * 1024 * 1024
 """Bytes per part of a multipart upload, which is also what one upload holds in memory."""
+PIPED_PART_SIZE = 8 * 1024 * 1024
+PIPED_PARTS = 3
+"""Parts of a stream that are on their way at once."""
 THREADS = 16
 """Requests in flight at once for one store."""
 RETRIES = 2
@@ -92,7 +95,7 @@ class S3Store:
 
     async def put_stream(self, key: str, stream: BinaryIO, size: int) -> None:
         # A thread of its own: the stream may wait for its sender for minutes, and the pool is for requests.
-        await asyncio.to_thread(self._guarded, self._put_stream, key, stream, size)
+        await asyncio.to_thread(self._guarded, self._put_piped, key, stream, size)
 
     async def get(self, key: str) -> bytes:
         target = io.BytesIO()
@@ -173,6 +176,12 @@ class S3Store:
     def _put_stream(self, key: str, stream: BinaryIO, length: int) -> None:
         # One part after the other: parallelism comes from our own bounded pool, not from minio's pool per upload.
         self._client.put_object(self._bucket, key, stream, length, part_size=PART_SIZE, num_parallel_uploads=1)
+
+    def _put_piped(self, key: str, stream: BinaryIO, length: int) -> None:
+        # The one place where minio's own pool is of use: the sender must not wait while a part is on its way.
+        self._client.put_object(
+            self._bucket, key, stream, length, part_size=PIPED_PART_SIZE, num_parallel_uploads=PIPED_PARTS
+        )
 
     def _put_path(self, key: str, path: Path) -> None:
         with path.open("rb") as stream:
