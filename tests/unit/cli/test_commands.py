@@ -477,7 +477,7 @@ def test_ctrl_c_is_130(codegraft: Codegraft, monkeypatch: pytest.MonkeyPatch) ->
     assert codegraft("project", "list").code == 130
 
 
-@pytest.mark.parametrize("group", ["", "project", "source", "scan", "train", "serve"])
+@pytest.mark.parametrize("group", ["", "project", "source", "credential", "snapshot", "scan", "train", "serve"])
 def test_help_tells_the_exit_codes(codegraft: Codegraft, group: str) -> None:
     done = codegraft(*filter(None, [group]), "--help")
     assert done.code == 0

@@ -12,11 +12,12 @@ import pytest
 from google.protobuf import descriptor_pool
 
 from codegraft.inference.v1 import completion_pb2, serving_pb2
-from codegraft.ingest.v1 import project_pb2, source_pb2
+from codegraft.ingest.v1 import credential_pb2, project_pb2, source_pb2
 from services.client import AsyncCodegraft, Codegraft, make_blocking
 
 SERVICES = [
     "ingest.v1.ProjectService", "ingest.v1.SourceService", "ingest.v1.UploadService", "ingest.v1.SnapshotService",
+    "ingest.v1.CredentialService",
     "scanner.v1.ScanService", "trainer.v1.RunService", "trainer.v1.ModelService",
     "inference.v1.CompletionService", "inference.v1.ServingService",
 ]  # fmt: skip
@@ -33,9 +34,15 @@ CALLS: list[Callable[[Any], Any]] = [
     lambda c: c.sources.update(source_pb2.Source(name=f"{P}/sources/s")),
     lambda c: c.sources.sync(f"{P}/sources/s"),
     lambda c: c.sources.remove(f"{P}/sources/s"),
+    lambda c: c.sources.forget(f"{P}/sources/s"),
     lambda c: c.sources.upload("p", b"bytes"),
+    lambda c: c.credentials.create_token("p", "t"),
+    lambda c: c.credentials.get(f"{P}/credentials/c"),
+    lambda c: c.credentials.update(credential_pb2.Credential(name=f"{P}/credentials/c")),
+    lambda c: c.credentials.delete(f"{P}/credentials/c"),
     lambda c: c.snapshots.create("p"),
     lambda c: c.snapshots.get(f"{P}/snapshots/latest"),
+    lambda c: c.snapshots.delete(f"{P}/snapshots/0"),
     lambda c: c.scans.create("p", f"{P}/snapshots/0"),
     lambda c: c.scans.get(S),
     lambda c: c.scans.cancel(S),
@@ -58,6 +65,9 @@ ITERATIONS: list[Callable[[Any], Any]] = [
     lambda c: c.sources.watch(f"{P}/sources/s"),
     lambda c: c.snapshots.list("p"),
     lambda c: c.snapshots.files(f"{P}/snapshots/0"),
+    lambda c: c.snapshots.diff(f"{P}/snapshots/0", f"{P}/snapshots/1"),
+    lambda c: c.snapshots.collect_garbage(),
+    lambda c: c.credentials.list("p"),
     lambda c: c.scans.list("p"),
     lambda c: c.scans.watch(S),
     lambda c: c.scans.verdicts(S),
@@ -91,7 +101,18 @@ def test_the_blocking_client_is_what_make_blocking_makes() -> None:
     assert {path.name for path in (make_blocking.HERE / "blocking").glob("*.py")} == {path.name for path in made}
 
 
-GROUPS = ["projects", "sources", "snapshots", "scans", "datasets", "runs", "models", "completions", "serving"]
+GROUPS = [
+    "projects",
+    "sources",
+    "credentials",
+    "snapshots",
+    "scans",
+    "datasets",
+    "runs",
+    "models",
+    "completions",
+    "serving",
+]
 
 
 @pytest.mark.parametrize("group", GROUPS)
