@@ -111,7 +111,7 @@ def gc(
     counts = snapshot_pb2.CollectGarbageResponse()
     with connect() as client:
         for counts in client.snapshots.collect_garbage(dry_run=dry_run, min_age_seconds=round(hours * 3600)):
-            if not json and not counts.done:
+            if not json and not counts.done and err.is_terminal:
                 err.print(f"looked at {counts.examined:,} objects", end="\r")
     if json:
         print_json(counts)

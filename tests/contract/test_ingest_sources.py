@@ -371,6 +371,12 @@ async def test_a_schedule_syncs_by_itself_and_stops_when_told(
         with pytest.raises(errors.InvalidArgument, match="sync_interval"):
             synced.sync_interval_seconds = 3
             await w.client.sources.update(synced)
+        added = await w.client.sources.add_file(PROJECT, b"a = 1\n", path="b.py")
+        uploaded = await w.client.sources.wait(added.name)
+        uploaded.ClearField("file")
+        uploaded.sync_interval_seconds = 60
+        with pytest.raises(errors.InvalidArgument, match="uploaded"):
+            await w.client.sources.update(uploaded)
 
 
 async def test_two_processes_share_the_work_and_one_takes_over_from_a_dead_one(

@@ -57,6 +57,7 @@ class SourceServicer(SourceServiceServicer):
             request_id=request.request_id,
         )
         _copy_origin(asked, wanted)
+        _check_schedule(wanted)
         wanted.create_time.GetCurrentTime()
         try:
             return pb.CreateSourceResponse(source=await self._tables.sources.create(wanted))
@@ -92,6 +93,7 @@ class SourceServicer(SourceServiceServicer):
             record.exclude[:] = asked.exclude
             record.include[:] = asked.include
             record.honour_gitattributes = asked.honour_gitattributes
+            _check_schedule(record)
 
         stored = await self._tables.sources.mutate(asked.name, change, etag=asked.etag)
         return pb.UpdateSourceResponse(source=stored)
@@ -226,6 +228,16 @@ def _check_rules(source: pb.Source) -> None:
             f"sync_interval_seconds is {source.sync_interval_seconds}",
             field="source.sync_interval_seconds",
             hint=f"Give {MIN_INTERVAL} to {MAX_INTERVAL}, or 0 for never.",
+        )
+
+
+def _check_schedule(source: pb.Source) -> None:
+    kind = source.WhichOneof("origin") or ""
+    if source.sync_interval_seconds and kind not in ("git", "url"):
+        raise InvalidArgument(
+            f"a source that was uploaded ({kind}) never changes by itself",
+            field="source.sync_interval_seconds",
+            hint="Give the source a new upload when there is something new.",
         )
 
 
