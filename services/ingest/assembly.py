@@ -13,6 +13,7 @@ from codegraft.ingest.v1 import (
 )
 from services.core.rpc.server import Registration
 from services.core.runtime import Runtime
+from services.ingest.collector import Collector
 from services.ingest.config import IngestSettings
 from services.ingest.fetcher import Fetcher
 from services.ingest.records import BUCKET, Tables
@@ -39,7 +40,8 @@ class Ingest:
         spool = settings.cache_dir / "ingest" / "uploads"
         uploads = Uploads(tables.uploads, runtime.blobs, spool, settings.ingest_max_upload_bytes)
         snapshots = Snapshots(runtime, tables)
-        self.fetcher = Fetcher(runtime, settings, tables, uploads, snapshots)
+        collector = Collector(runtime, settings, tables, uploads)
+        self.fetcher = Fetcher(runtime, settings, tables, collector, snapshots)
         self.services: Sequence[Registration] = [
             (
                 project_pb2_grpc.add_ProjectServiceServicer_to_server,

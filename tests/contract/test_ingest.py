@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import io
 import secrets
 import subprocess
 import tarfile
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,15 +17,15 @@ import pytest
 
 from codegraft.common.v1.split_pb2 import Split
 from codegraft.ingest.v1 import source_pb2, upload_pb2, upload_pb2_grpc
-from services.client import Addresses, AsyncCodegraft
+from services.client import AsyncCodegraft
 from services.core import errors
-from services.core.rpc.interceptors import CallInterceptor
 from services.core.runtime import Runtime
 from services.core.store import MemoryStore
 from services.core.store.blobs import Blobs
 from services.ingest.assembly import Ingest
 from services.ingest.config import IngestSettings
 from tests.conftest import NatsServer, S3Address
+from tests.servers.ingest import serving
 
 Start = Callable[[Runtime], AbstractAsyncContextManager[AsyncCodegraft]]
 
@@ -47,28 +46,9 @@ async def runtime(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
         yield opened
 
 
-@asynccontextmanager
-async def serving(runtime: Runtime, cache: Path) -> AsyncIterator[AsyncCodegraft]:
-    ingest = Ingest(runtime, IngestSettings(cache_dir=cache))
-    server = grpc.aio.server(interceptors=[CallInterceptor()])
-    for add, servicer, _ in ingest.services:
-        add(servicer, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    fetching = asyncio.create_task(ingest.fetcher.run())
-    address = f"127.0.0.1:{port}"
-    try:
-        async with AsyncCodegraft(Addresses(address, address, address, address)) as client:
-            yield client
-    finally:
-        fetching.cancel()
-        await asyncio.gather(fetching, return_exceptions=True)
-        await server.stop(None)
-
-
 @pytest.fixture
 async def client(runtime: Runtime, tmp_path: Path) -> AsyncIterator[AsyncCodegraft]:
-    async with serving(runtime, tmp_path) as connected:
+    async with serving(Ingest(runtime, IngestSettings(cache_dir=tmp_path))) as connected:
         yield connected
 
 
@@ -247,7 +227,7 @@ async def test_a_store_that_fails_in_an_upload_leaves_nothing_visible(tmp_path: 
     store = FailingStore()
     runtime.store, runtime.blobs = store, Blobs(store)
     content = b"x = 1\n" * 1000
-    async with serving(runtime, tmp_path) as client:
+    async with serving(Ingest(runtime, IngestSettings(cache_dir=tmp_path))) as client:
         await client.projects.create(project)
         store.failing = True
         with pytest.raises(errors.StoreUnavailable):
@@ -264,7 +244,7 @@ async def test_a_store_that_fails_in_an_upload_leaves_nothing_visible(tmp_path: 
 async def test_a_fetch_that_died_is_done_by_the_next_process(tmp_path: Path, project: str) -> None:
     runtime = Runtime.memory(tmp_path)
     ingest = Ingest(runtime, IngestSettings(cache_dir=tmp_path))
-    async with serving(runtime, tmp_path) as client:
+    async with serving(Ingest(runtime, IngestSettings(cache_dir=tmp_path))) as client:
         await client.projects.create(project)
         source = await client.sources.add_file(project, b"a = 1\n", path="a.py")
         await client.sources.wait(source.name)
@@ -273,5 +253,5 @@ async def test_a_fetch_that_died_is_done_by_the_next_process(tmp_path: Path, pro
         record.state, record.generation = source_pb2.SOURCE_STATE_FETCHING, 2
 
     await ingest.tables.sources.mutate(source.name, died)
-    async with serving(runtime, tmp_path) as client:
+    async with serving(Ingest(runtime, IngestSettings(cache_dir=tmp_path))) as client:
         assert (await client.sources.wait(source.name)).fetched_generation == 2

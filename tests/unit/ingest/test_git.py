@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,15 +15,11 @@ from services.ingest.files import FoundFile, SameFile, Skipped
 from services.ingest.limits import Limits, Meter
 from services.ingest.sources import git
 from services.ingest.sources.guard import Guard
+from tests.repositories import run
 from tests.servers import git_http
 from tests.servers.git_http import GitServer
 
 LIMITS = Limits(max_seconds=30)
-
-
-def run(repo: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(repo), "-c", "user.name=t", "-c", "user.email=t@example.com", *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 @pytest.fixture
