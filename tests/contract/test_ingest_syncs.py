@@ -115,6 +115,29 @@ async def test_two_processes_share_the_work_and_one_takes_over_from_a_dead_one(
         assert synced.fetched_generation == 2 and datetime.now(UTC) > died
 
 
+@pytest.mark.parametrize("endless", [True, False], ids=["while it reads", "when it is done"])
+async def test_a_process_that_lost_its_lease_stops_and_writes_nothing(
+    tmp_path: Path, git_server: GitServer, allowed: dict[str, object], endless: bool
+) -> None:
+    repository(tmp_path / "git" / "app", {"a.py": "a = 1\n"})
+    git_server.endless, git_server.drip_seconds = endless, 0.3
+    async with world(tmp_path, **allowed, ingest_lease_seconds=2.0) as w:
+        added = await w.client.sources.add(PROJECT, source_pb2.Source(git={"url": git_server.url + "app/.git"}))
+        await until(lambda: git_server.requests)
+
+        def lose(record: source_pb2.Source) -> None:
+            record.fetcher = "another"
+            record.lease_expire_time.FromDatetime(datetime.now(UTC) + timedelta(hours=1))
+
+        await w.ingest.tables.sources.mutate(added.name, lose)
+        await until(lambda: not list((tmp_path / "cache" / "ingest").glob("fetch-*")), 15)
+        await asyncio.sleep(0.2)
+        source = await w.client.sources.get(added.name)
+        assert (source.fetcher, source.state) == ("another", source_pb2.SOURCE_STATE_FETCHING)
+        assert not source.fetched_generation and not source.commit and not source.HasField("failure")
+    assert not _children_named("git")
+
+
 async def test_a_removed_source_ends_its_fetch(
     tmp_path: Path, git_server: GitServer, allowed: dict[str, object]
 ) -> None:

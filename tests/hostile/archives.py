@@ -51,6 +51,8 @@ class Case:
     """Reasons for what is left out."""
     refused: str = ""
     """Reason of the error when the archive is refused as a whole."""
+    says: str = ""
+    """Part of the error's message, so that the check that is meant refuses it and not another one behind it."""
 
 
 def corpus() -> Iterator[Case]:
@@ -145,14 +147,26 @@ def _members() -> Iterator[Case]:
     yield Case("tar: sparse of a petabyte", tar_of((sparse, CODE)), skipped=frozenset({"sparse"}))
 
 
+def _broken(name: str, data: bytes, says: str) -> Case:
+    return Case(name, data, refused="BROKEN_ARCHIVE", says=says)
+
+
 def _damaged() -> Iterator[Case]:
-    broken = "BROKEN_ARCHIVE"
-    yield Case("tar: negative size", raw_header(b"a.py", b"\xff" * 12) + bytes(1024), refused=broken)
-    yield Case("tar: size that is no number", raw_header(b"a.py", b"sizeofmember") + bytes(1024), refused=broken)
-    yield Case("tar: size of 8 exabytes", raw_header(b"a.py", b"\x80" + b"\x7f" * 11) + bytes(1024), refused=broken)
-    yield Case("tar: wrong checksum", tar_of(regular("a.py"))[:512].replace(b"a.py", b"b.py") + CODE, refused=broken)
-    yield Case("tar: pax size of minus one", _pax(b"11 size=-1\n"), refused=broken)
-    yield Case("tar: pax record longer than it is", _pax(b"99999 path=a\n"), refused=broken)
+    minus, end = b"\xff" * 12, bytes(1024)
+    two = tar_of(regular("a.py"), regular("b.py"))
+    scattered = bytearray(raw_header(b"a.py", b"%011o\0" % len(CODE), b"S"))
+    scattered[482:483], scattered[148:156] = b"\1", b" " * 8
+    scattered[148:156] = b"%06o\0 " % sum(scattered)
+    yield _broken("tar: negative size", raw_header(b"a.py", minus) + end, "negative size")
+    yield _broken("tar: folder of negative size", raw_header(b"a/", minus, b"5") + end, "negative size")
+    yield _broken("tar: size that is no number", raw_header(b"a.py", b"sizeofmember") + end, "no number")
+    yield _broken("tar: size of 8 exabytes", raw_header(b"a.py", b"\x80" + b"\x7f" * 11) + end, "no number")
+    yield _broken("tar: first header is damaged", two.replace(b"a.py", b"c.py"), "no archive of a known format")
+    yield _broken("tar: second header is damaged", two.replace(b"b.py", b"c.py"), "checksum is wrong")
+    yield _broken("tar: sparse map in many blocks", bytes(scattered) + end, "too scattered")
+    yield _broken("tar: pax size of minus one", _pax(b"11 size=-1\n"), "a size that is none")
+    yield _broken("tar: pax record longer than it is", _pax(b"99999 path=a\n"), "a pax header is damaged")
+    yield _broken("tar: ends behind a pax header", _pax(b"10 path=a\n", b"") + end, "behind an extended header")
     noise = bytes(n * 7919 % 251 for n in range(40_000))
     whole = tar_of(regular("noise.bin", noise), regular("b.py"))
     packed = {
@@ -164,16 +178,17 @@ def _damaged() -> Iterator[Case]:
         "zip": zip_of({"noise.bin": noise, "b.py": CODE}),
     }
     for kind, data in packed.items():
-        yield Case(f"{kind}: truncated", data[: len(data) // 2], refused=broken)
+        says = "cut off" if kind in ("tar", "tar.zst", "zip") else "too early"
+        yield _broken(f"{kind}: truncated", data[: len(data) // 2], says)
         if kind != "tar":  # a plain tar has no checksum of its contents
             middle = len(data) // 2
             bent = data[:middle] + bytes(byte ^ 0x55 for byte in data[middle : middle + 64]) + data[middle + 64 :]
-            yield Case(f"{kind}: corrupt", bent, refused=broken)
+            yield _broken(f"{kind}: corrupt", bent, "damaged" if kind == "tar.bz2" else "broken")
 
 
-def _pax(records: bytes) -> bytes:
+def _pax(records: bytes, behind: bytes = tar_of(regular("a.py"))) -> bytes:
     size = b"%011o\0" % len(records)
-    return raw_header(b"pax", size, b"x") + records.ljust(512, b"\0") + tar_of(regular("a.py"))
+    return raw_header(b"pax", size, b"x") + records.ljust(512, b"\0") + behind
 
 
 def _forged_zips() -> Iterator[Case]:
@@ -185,12 +200,23 @@ def _forged_zips() -> Iterator[Case]:
     def bent(at: int, packed: bytes) -> bytes:
         return good[:at] + packed + good[at + len(packed) :]
 
-    broken = "BROKEN_ARCHIVE"
-    yield Case("zip: overlapping members", bent(second + 42, struct.pack("<L", 0)), refused=broken)
-    yield Case("zip: smaller than it claims", bent(start + 24, struct.pack("<L", 1_000_000)), refused=broken)
-    yield Case("zip: larger than it claims", bent(start + 24, struct.pack("<L", 10)), refused=broken)
-    yield Case("zip: directory beyond the end", bent(len(good) - 6, struct.pack("<L", 1 << 31)), refused=broken)
-    yield Case("zip: encrypted", bent(start + 8, struct.pack("<H", 1)), refused=broken)
+    def number(value: int) -> bytes:
+        return struct.pack("<L", value)
+
+    end = len(good) - 22
+    stored = zip_of({"a.py": CODE}, zipfile.ZIP_STORED)
+    yield _broken("zip: overlapping members", bent(second + 42, number(0)), "overlap")
+    yield _broken("zip: member in the directory", bent(start + 20, number(start)), "reaches into its directory")
+    yield _broken("zip: smaller than it claims", bent(start + 24, number(1_000_000)), "the size that is told")
+    yield _broken("zip: larger than it claims", bent(start + 24, number(10)), "the size that is told")
+    yield _broken("zip: another checksum", bent(start + 16, number(1)), "is damaged")
+    yield _broken("zip: stored bytes changed", stored.replace(CODE, b"P" + CODE[1:]), "is damaged")
+    yield _broken("zip: member elsewhere", bent(start + 42, number(4)), "not where its directory says")
+    yield _broken("zip: unknown method", bent(start + 10, struct.pack("<H", 99)), "method")
+    yield _broken("zip: directory beyond the end", bent(end + 16, number(1 << 31)), "does not fit")
+    yield _broken("zip: more members than there are", bent(end + 8, struct.pack("<HH", 3, 3)), "directory")
+    yield _broken("zip: one part of several", bent(end + 4, struct.pack("<H", 1)), "one part of several")
+    yield _broken("zip: encrypted", bent(start + 8, struct.pack("<H", 1)), "is encrypted")
 
 
 def _bombs() -> Iterator[Case]:

@@ -22,6 +22,7 @@ from services.ingest.sources.guard import Guard
         ("https://good.example/team", "https://good.example/teams/app.git", False),
         ("https://good.example/team", "https://good.example/team/../other.git", False),
         ("https://good.example/team", "https://good.example/team/%2e%2e/other.git", False),
+        ("https://good.example/team", "https://good.example/team/link/../app.git", False),  # a link may lead elsewhere
         ("ssh://git@good.example", "ssh://git@good.example:22/app.git", True),
         ("ssh://git@good.example", "ssh://root@good.example/app.git", False),
         ("good.example", "https://good.example/app.git", False),

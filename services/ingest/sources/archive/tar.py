@@ -63,6 +63,7 @@ class _Header:
     mode: int
     size: int
     kind: bytes
+    scattered: bool
 
 
 def _entry(
@@ -74,7 +75,7 @@ def _entry(
         _Content(reader, size).finish()
         return
     why = "sparse" if any(key.startswith("GNU.sparse.") for key in records) else _WHY.get(header.kind)
-    if header.kind == b"S" and header.mode < 0:
+    if header.scattered:
         raise BrokenArchive("a sparse member is too scattered", hint="Pack it without --sparse.")
     if why is None and header.kind not in (b"0", b"\0", b"7"):
         why = "device"
@@ -118,11 +119,9 @@ def _header(reader: _Blocks) -> _Header | None:
     name = block[:100].split(b"\0", 1)[0]
     if block[257:263] == b"ustar\0" and (prefix := block[345:500].split(b"\0", 1)[0]):
         name = prefix + b"/" + name
-    scattered = kind == b"S" and block[482:483] not in (
-        b"\0",
-        b"0",
-    )  # more maps follow: where the data begins is unclear
-    return _Header(name.decode(errors="surrogateescape"), -1 if scattered else mode & 0o7777, size, kind)
+    # With more maps behind the header it is unclear where the data begins.
+    scattered = kind == b"S" and block[482:483] not in (b"\0", b"0")
+    return _Header(name.decode(errors="surrogateescape"), mode & 0o7777, size, kind, scattered)
 
 
 def _signed_sum(block: bytes) -> int:

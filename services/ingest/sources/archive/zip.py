@@ -80,18 +80,8 @@ def _find_directory(file: BinaryIO) -> _Directory:
     tail_at = max(0, length - _END.size - _MAX16)
     file.seek(tail_at)
     tail = file.read()
-    at = len(tail) - _END.size
-    # The comment may itself look like an end record: the right one's comment reaches just to the end of the file.
-    while (at := tail.rfind(b"PK\x05\x06", 0, at + 4)) >= 0:
-        if at + _END.size <= len(tail):
-            _, disk, first_disk, here, entries, size, offset, comment = _END.unpack_from(tail, at)
-            if at + _END.size + comment == len(tail):
-                break
-        at -= 1
-        if at < 0:
-            raise BrokenArchive("the archive has no end record: it may be cut off", hint="Upload the whole archive.")
-    else:
-        raise BrokenArchive("the archive has no end record: it may be cut off", hint="Upload the whole archive.")
+    at = _end_record(tail)
+    _, disk, first_disk, here, entries, size, offset, _ = _END.unpack_from(tail, at)
     end_at = tail_at + at
     if _MAX16 in (here, entries) or _MAX32 in (size, offset):
         file.seek(max(0, end_at - _LOCATOR64.size))
@@ -110,6 +100,16 @@ def _find_directory(file: BinaryIO) -> _Directory:
     if shift < 0 or size < entries * _ENTRY.size:
         raise BrokenArchive("the archive's directory does not fit into the file", hint=_HINT)
     return _Directory(offset + shift, size, entries, shift)
+
+
+def _end_record(tail: bytes) -> int:
+    """Where the end record begins. A comment may look like one: the right one's comment reaches just to the end."""
+    at = len(tail) - _END.size + 4
+    while (at := tail.rfind(b"PK\x05\x06", 0, max(at, 0))) >= 0:
+        *_, comment = _END.unpack_from(tail, at)
+        if at + _END.size + comment == len(tail):
+            return at
+    raise BrokenArchive("the archive has no end record: it may be cut off", hint="Upload the whole archive.")
 
 
 def _check_overlap(file: BinaryIO, directory: _Directory, meter: Meter) -> None:
