@@ -165,6 +165,8 @@ def _damaged() -> Iterator[Case]:
     yield _broken("tar: second header is damaged", two.replace(b"b.py", b"c.py"), "checksum is wrong")
     yield _broken("tar: sparse map in many blocks", bytes(scattered) + end, "too scattered")
     yield _broken("tar: pax size of minus one", _pax(b"11 size=-1\n"), "a size that is none")
+    yield _broken("tar: pax record of no length", _pax(b"ab path=a\n"), "a pax header is damaged")
+    yield _broken("tar: cut off within what is left out", tar_of(regular("../x", bytes(5000)))[:2000], "cut off")
     yield _broken("tar: pax record longer than it is", _pax(b"99999 path=a\n"), "a pax header is damaged")
     yield _broken("tar: ends behind a pax header", _pax(b"10 path=a\n", b"") + end, "behind an extended header")
     noise = bytes(n * 7919 % 251 for n in range(40_000))
@@ -215,6 +217,12 @@ def _forged_zips() -> Iterator[Case]:
     yield _broken("zip: unknown method", bent(start + 10, struct.pack("<H", 99)), "method")
     yield _broken("zip: directory beyond the end", bent(end + 16, number(1 << 31)), "does not fit")
     yield _broken("zip: more members than there are", bent(end + 8, struct.pack("<HH", 3, 3)), "directory")
+    yield _broken("zip: second entry damaged", bent(second, b"XX"), "directory is damaged")
+    yield _broken("zip: comment longer than the directory", bent(start + 32, b"\xff\xff"), "directory is damaged")
+    yield _broken("zip: zip64 sizes missing", bent(start + 24, number(0xFFFFFFFF)), "zip64 sizes are damaged")
+    many = good[:end] + b"PK\x06\x07" + number(0) + b"%b" + number(1) + bent(end + 8, b"\xff" * 4)[end:]
+    yield _broken("zip: zip64 end record at the start", many.replace(b"%b", bytes(8)), "zip64 end record is damaged")
+    yield _broken("zip: zip64 end record behind the end", many.replace(b"%b", b"\x7f" * 8), "ends too early")
     yield _broken("zip: one part of several", bent(end + 4, struct.pack("<H", 1)), "one part of several")
     yield _broken("zip: encrypted", bent(start + 8, struct.pack("<H", 1)), "is encrypted")
 
