@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +83,8 @@ class Uploads:
         if (there := await self._table.find(announced.name)) is not None:
             return there
         async with self._locks.setdefault(announced.name, asyncio.Lock()):
+            if (there := await self._table.find(announced.name)) is not None:  # another call was faster
+                return there
             path = self._file(announced.name)
             arriving = await asyncio.to_thread(Arriving, path, announced.size, announced.sha256)
             sending = self._begin_sending(announced, arriving)
@@ -127,8 +129,8 @@ class Uploads:
                 waiting.append(data)
                 reached += len(data)
                 if len(waiting) == BATCH_CHUNKS:
-                    await asyncio.to_thread(arriving.append, b"".join(waiting))
-                    waiting.clear()
+                    batch, waiting = b"".join(waiting), []
+                    await _to_its_end(asyncio.to_thread(arriving.append, batch))
         finally:  # also of a call that breaks off nothing is lost
             arriving.append(b"".join(waiting))
         if arriving.arrived < announced.size:
@@ -167,6 +169,16 @@ class Uploads:
     def _file(self, name: str) -> Path:
         project = names.parse(names.UPLOAD, name)["project"]
         return self._spool / f"{project}-{name.rsplit('/', 1)[1]}"
+
+
+async def _to_its_end(work: Coroutine[None, None, None]) -> None:
+    """Awaits what a thread does; who is cancelled meanwhile goes on once it is done, for it cannot be stopped."""
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
 
 
 def _check_chunk(offset: int, data: bytes, reached: int, size: int) -> None:
