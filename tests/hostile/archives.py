@@ -162,6 +162,7 @@ def _damaged() -> Iterator[Case]:
     yield _broken("tar: size that is no number", raw_header(b"a.py", b"sizeofmember") + end, "no number")
     yield _broken("tar: size of 8 exabytes", raw_header(b"a.py", b"\x80" + b"\x7f" * 11) + end, "no number")
     yield _broken("tar: first header is damaged", two.replace(b"a.py", b"c.py"), "no archive of a known format")
+    yield _broken("gzip: a single file", gzip.compress(CODE * 100, mtime=0), "what is compressed is no tar archive")
     yield _broken("tar: second header is damaged", two.replace(b"b.py", b"c.py"), "checksum is wrong")
     yield _broken("tar: sparse map in many blocks", bytes(scattered) + end, "too scattered")
     yield _broken("tar: pax size of minus one", _pax(b"11 size=-1\n"), "a size that is none")
@@ -185,7 +186,7 @@ def _damaged() -> Iterator[Case]:
         if kind != "tar":  # a plain tar has no checksum of its contents
             middle = len(data) // 2
             bent = data[:middle] + bytes(byte ^ 0x55 for byte in data[middle : middle + 64]) + data[middle + 64 :]
-            yield _broken(f"{kind}: corrupt", bent, "damaged" if kind == "tar.bz2" else "broken")
+            yield _broken(f"{kind}: corrupt", bent, "a damaged one" if kind == "tar.bz2" else "broken")
 
 
 def _pax(records: bytes, behind: bytes = tar_of(regular("a.py"))) -> bytes:

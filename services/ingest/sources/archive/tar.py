@@ -32,7 +32,7 @@ def read(stream: Stream, subpath: str, meter: Meter) -> Iterator[FoundFile | Ski
     extended: dict[str, str] = {}
     shared: dict[str, str] = {}
     globals_seen = 0
-    while (header := _header(reader)) is not None:
+    while (header := _header(reader, is_first=meter.files == 0)) is not None:
         meter.count_file()
         if header.kind in (b"x", b"X"):
             extended |= _records(reader.extended(header.size))
@@ -102,12 +102,17 @@ def _checksum_fits(block: bytes) -> bool:
     return stored == sum(block[:148]) + 8 * 32 + sum(block[156:]) or stored == _signed_sum(block)
 
 
-def _header(reader: _Blocks) -> _Header | None:
+def _header(reader: _Blocks, *, is_first: bool) -> _Header | None:
     """The next header; None at the end marker."""
     block = reader.block()
     if not block.strip(b"\0"):
         return None
     if not _checksum_fits(block):
+        if is_first:
+            raise BrokenArchive(
+                "what is compressed is no tar archive, or a damaged one",
+                hint="Compress a tar, or add a single file as it is.",
+            )
         raise BrokenArchive("a tar header is damaged (its checksum is wrong)", hint=_HINT)
     kind = block[156:157]
     try:
