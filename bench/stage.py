@@ -120,9 +120,12 @@ def _await(client: Codegraft) -> None:
             time.sleep(0.1)
 
 
+_AUTHOR = ("-c", "user.name=b", "-c", "user.email=b@example.com")
+
+
 def git(repository: Path, *arguments: str) -> str:
     """Runs git as a person would."""
-    command = ["git", "-C", str(repository), "-c", "user.name=b", "-c", "user.email=b@example.com", *arguments]
+    command = ["git", "-C", str(repository), "-c", "gc.auto=0", *_AUTHOR, *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 

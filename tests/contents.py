@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from services.core.store import Blobs
-from services.ingest import listing
 from services.ingest.contents import Contents
 from services.ingest.files import FoundFile
-from services.ingest.listing import ListedFile
+from services.ingest.listing import EMPTY, Listing
 
 
-async def stored(blobs: Blobs, files: dict[str, bytes]) -> list[ListedFile]:
+async def stored(blobs: Blobs, files: dict[str, bytes]) -> Listing:
     """Stores every file in a pack of its own and lists them."""
-    contents = Contents(blobs, [], 1)
+    contents = Contents(blobs, EMPTY, 1)
     for path, data in files.items():
         await contents.add([FoundFile(path, data)])
     await contents.finish()
-    return listing.unique(contents.files)
+    return Listing.of(contents.files)

@@ -24,6 +24,7 @@ from services.ingest.servicers.sources import SourceServicer
 from services.ingest.servicers.uploads import UploadServicer
 from services.ingest.snapshots import Snapshots
 from services.ingest.uploads import Uploads
+from services.ingest.workspace import Workspace
 
 
 class Ingest:
@@ -40,8 +41,9 @@ class Ingest:
         spool = settings.cache_dir / "ingest" / "uploads"
         uploads = Uploads(tables.uploads, runtime.blobs, spool, settings.ingest_max_upload_bytes)
         snapshots = Snapshots(runtime, tables)
-        collector = Collector(runtime, settings, tables, uploads)
-        self.fetcher = Fetcher(runtime, settings, tables, collector, snapshots)
+        workspace = Workspace(settings.cache_dir / "ingest", settings.ingest_kept_bytes)
+        collector = Collector(runtime, settings, tables, uploads, workspace)
+        self.fetcher = Fetcher(runtime, settings, tables, collector, snapshots, workspace)
         self.services: Sequence[Registration] = [
             (
                 project_pb2_grpc.add_ProjectServiceServicer_to_server,

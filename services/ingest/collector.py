@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
-import tempfile
+import functools
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ from typing import TypeVar
 from codegraft.ingest.v1.credential_pb2 import StoredCredential
 from codegraft.ingest.v1.source_pb2 import Source
 from services.core import log
-from services.core.errors import EmptySource, NotFound
+from services.core.errors import EmptySource, NotFound, SourceUnreachable
 from services.core.runtime import Runtime
 from services.core.store.packs import PACK_BYTES
 from services.ingest import listing
@@ -25,11 +24,12 @@ from services.ingest.config import IngestSettings
 from services.ingest.contents import Contents
 from services.ingest.files import Entry, FoundFile
 from services.ingest.limits import Meter
-from services.ingest.listing import ListedFile
-from services.ingest.reading import Reader, Reading, pinned
+from services.ingest.listing import EMPTY, Listing
+from services.ingest.reading import REPOSITORY, Reader, Reading, pinned
 from services.ingest.records import Tables
 from services.ingest.sources.git import Secret, SshKey
 from services.ingest.uploads import Uploads
+from services.ingest.workspace import Workspace
 
 BATCH_ENTRIES = 5000
 BATCH_SECONDS = 1.0
@@ -42,20 +42,26 @@ Result = TypeVar("Result")
 class Collected:
     """What a source holds now."""
 
-    files: list[ListedFile]
+    files: Listing
+    """Stored under its digest."""
     skipped: dict[str, int]
     commit: str
     stored_bytes: int
+    keep: bool
+    """Whether the next fetch can build on the repository of this one."""
 
 
 class Collector:
-    """Reads sources of every kind; keeps nothing between two of them."""
+    """Reads sources of every kind."""
 
-    def __init__(self, runtime: Runtime, settings: IngestSettings, tables: Tables, uploads: Uploads) -> None:
+    def __init__(
+        self, runtime: Runtime, settings: IngestSettings, tables: Tables, uploads: Uploads, workspace: Workspace
+    ) -> None:
         self._runtime = runtime
         self._settings = settings
         self._credentials = tables.credentials
         self._uploads = uploads
+        self._workspace = workspace
         self._vault = settings.vault
 
     async def collect(self, source: Source, meter: Meter) -> Collected:
@@ -65,66 +71,100 @@ class Collector:
             EmptySource: there is no file.
             CodegraftError: what the reader or the store says.
         """
-        earlier = await self._earlier(source)
-        contents = Contents(self._runtime.blobs, earlier, self._settings.ingest_puts)
+        async with self._folder() as folder:
+            repository, aside = folder / REPOSITORY, folder / "aside"
+            was_kept = await asyncio.to_thread(self._workspace.take, source, repository)
+            try:
+                collected = await self._collect(source, meter, folder)
+            except SourceUnreachable:
+                if not was_kept:
+                    raise
+                # The remote may be in trouble, or the kept repository damaged: tried without it, this shows.
+                repository.rename(aside)
+                try:
+                    collected = await self._collect(source, meter.anew(), folder)
+                except SourceUnreachable:
+                    await asyncio.to_thread(self._workspace.give, source, aside)
+                    raise
+                logger.warning("the kept repository was damaged", source=source.name)
+            if collected.keep:
+                await asyncio.to_thread(self._workspace.give, source, repository)
+            return collected
+
+    async def _collect(self, source: Source, meter: Meter, folder: Path) -> Collected:
+        listed = asyncio.create_task(self._earlier(source))  # meanwhile the source is opened
+        loop = asyncio.get_running_loop()
+
+        async def ids() -> frozenset[str]:
+            return (await listed).object_ids()
+
+        @functools.cache
+        def known() -> frozenset[str]:
+            return asyncio.run_coroutine_threadsafe(ids(), loop).result()
+
+        try:
+            async with _Thread() as thread:
+                reader = Reader(folder, meter, self._settings.guard, known, self._settings.ingest_ca_file)
+                return await self._read(source, reader, listed, thread)
+        except asyncio.CancelledError:
+            meter.stop.set()
+            raise
+        finally:
+            listed.cancel()
+            await asyncio.gather(listed, return_exceptions=True)
+
+    async def _read(self, source: Source, reader: Reader, listed: asyncio.Task[Listing], thread: _Thread) -> Collected:
         credential = await self._credential(source)
         secret = self._vault.open(credential.credential, credential.sealed) if credential is not None else None
-        async with self._folder() as folder, _Thread() as thread:
-            reader = Reader(folder, meter, self._settings.guard, contents.object_ids, self._settings.ingest_ca_file)
-            opening = await self._opening(source, reader, secret, folder)
-            try:
-                reading = await thread.run(lambda: thread.stack.enter_context(opening))
-                if reading.entries is not None:
-                    while batch := await thread.run(_take, reading.entries):
-                        await contents.add(batch)
-                        meter.tell("reading", len(contents.files), 0)
-                    await contents.finish()
-                if credential is not None:
-                    await self._used(credential, reading, secret)
-            except asyncio.CancelledError:
-                meter.stop.set()
-                raise
-            finally:
-                await contents.abandon()
-        if reading.entries is None:
-            return Collected(list(earlier), dict(source.skipped), reading.commit, 0)
-        files = listing.unique(contents.files)
-        if replaced := len(contents.files) - len(files):
-            contents.skipped["replaced"] += replaced
-        if not files:
-            left_out = ", ".join(f"{count} {why}" for why, count in sorted(contents.skipped.items()))
-            raise EmptySource(
-                "the source holds no file" + (f" (left out: {left_out})" if left_out else ""),
-                hint="Check its sub-folder, or add another source.",
-            )
-        return Collected(files, dict(contents.skipped), reading.commit, contents.stored_bytes)
+        opening = await self._opening(source, reader, secret)
+        reading = await thread.run(lambda: thread.stack.enter_context(opening))
+        earlier = await listed
+        files, skipped = earlier, dict(source.skipped)
+        contents = Contents(self._runtime.blobs, earlier, self._settings.ingest_puts)
+        try:
+            if reading.entries is not None:
+                while batch := await thread.run(_take, reading.entries):
+                    await contents.add(batch)
+                    reader.meter.tell("reading", len(contents.files), 0)
+                files, skipped = await asyncio.to_thread(_listing, source, reading, contents, earlier)
+                reader.meter.check_files(len(files))
+                # The list and the last contents at once: nothing refers to either yet.
+                await asyncio.gather(contents.finish(), self._store(source, files))
+            if credential is not None:
+                await self._used(credential, reading, secret)
+        finally:
+            await contents.abandon()
+        return Collected(files, skipped, reading.commit, contents.stored_bytes, reading.keep)
 
-    async def _earlier(self, source: Source) -> list[ListedFile]:
+    async def _store(self, source: Source, files: Listing) -> None:
+        if files.digest != source.content_digest:
+            table = await asyncio.to_thread(files.to_parquet)
+            await self._runtime.store.put(listing.key(source.name, files.digest), table)
+
+    async def _earlier(self, source: Source) -> Listing:
         """The files of the last fetch; none when their listing is lost."""
         if not source.content_digest:
-            return []
+            return EMPTY
         try:
             table = await self._runtime.store.get(listing.key(source.name, source.content_digest))
-            return await asyncio.to_thread(listing.from_parquet, table)
+            return await asyncio.to_thread(Listing.from_parquet, table)
         except NotFound:
             logger.warning("the last listing is lost, fetching everything", source=source.name)
-            return []
+            return EMPTY
 
-    async def _opening(
-        self, source: Source, reader: Reader, secret: Secret | None, folder: Path
-    ) -> AbstractContextManager[Reading]:
+    async def _opening(self, source: Source, reader: Reader, secret: Secret | None) -> AbstractContextManager[Reading]:
         """How the source is opened."""
-        last_commit = source.commit if reader.known else ""
         match source.WhichOneof("origin"):
             case "git":
-                return reader.open_git(source.git, secret, last_commit)
+                return reader.open_git(source.git, secret, source.commit)
             case "bundle":
-                content = await self._uploaded(source.bundle.upload, folder)
-                return reader.open_bundle(source.bundle, content, last_commit)
+                content = await self._uploaded(source.bundle.upload, reader.folder)
+                return reader.open_bundle(source.bundle, content, source.commit)
             case "archive":
-                return reader.open_archive(await self._uploaded(source.archive.upload, folder), source.archive.subpath)
+                content = await self._uploaded(source.archive.upload, reader.folder)
+                return reader.open_archive(content, source.archive.subpath)
             case "file":
-                return reader.open_file(await self._uploaded(source.file.upload, folder), source.file.path)
+                return reader.open_file(await self._uploaded(source.file.upload, reader.folder), source.file.path)
             case _:
                 return reader.open_url(source.url)
 
@@ -151,17 +191,11 @@ class Collector:
 
     @contextlib.asynccontextmanager
     async def _folder(self) -> AsyncIterator[Path]:
-        scratch = self._settings.cache_dir / "ingest"
-
-        def make() -> Path:
-            scratch.mkdir(parents=True, exist_ok=True)
-            return Path(tempfile.mkdtemp(prefix="fetch-", dir=scratch))
-
-        folder = await asyncio.to_thread(make)
+        folder = self._workspace.folder()
         try:
-            yield folder
+            yield await asyncio.to_thread(folder.__enter__)
         finally:
-            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+            await asyncio.to_thread(folder.__exit__, None, None, None)
 
 
 class _Thread:
@@ -181,6 +215,30 @@ class _Thread:
         # Behind whatever still runs; a reader notices that it is to stop within a moment.
         await asyncio.shield(self.run(self.stack.close))
         self._executor.shutdown(wait=False)
+
+
+def _listing(source: Source, reading: Reading, contents: Contents, earlier: Listing) -> tuple[Listing, dict[str, int]]:
+    """All files, and counts of what was left out.
+
+    Raises:
+        EmptySource: there is no file.
+    """
+    skipped = contents.skipped.copy()
+    if reading.since_last:
+        files = earlier.replaced(contents.removed, contents.files)
+        skipped.update(source.skipped)
+    else:
+        files = Listing.of(contents.files)
+        skipped["replaced"] = len(contents.files) - len(files)
+    told = {why: count for why, count in sorted(skipped.items()) if count}
+    if not files:
+        left_out = ", ".join(f"{count} {why}" for why, count in told.items())
+        raise EmptySource(
+            "the source holds no file" + (f" (left out: {left_out})" if left_out else ""),
+            hint="Check its sub-folder, or add another source.",
+        )
+    _ = files.digest  # here, where nobody waits for it
+    return files, told
 
 
 def _take(entries: Iterator[Entry]) -> list[Entry]:

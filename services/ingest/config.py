@@ -22,6 +22,9 @@ class IngestSettings(CoreSettings):
     """Sources that are fetched at once."""
     ingest_puts: int = Field(default=3, ge=1, le=32)
     """Packs of one source (8 MiB each) that are on their way to the store at once."""
+    ingest_kept_bytes: int = Field(default=20 << 30, ge=0)
+    """What repositories may take in cache_dir that are kept so that a sync fetches only what is new; those unused for
+    longest go first. 0 keeps none: every sync takes a few round trips more."""
     ingest_max_upload_bytes: int = Field(default=8 << 30, ge=1)
     """Largest upload."""
     ingest_max_files: int = Field(default=_DEFAULT.max_files, ge=1)

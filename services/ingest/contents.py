@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from services.core.store import Blobs, Pack
-from services.ingest.files import Entry, FoundFile, SameFile, Skipped
-from services.ingest.listing import Content, ListedFile
+from services.ingest.files import Entry, FoundFile, Removed, SameFile, Skipped
+from services.ingest.listing import Content, ListedFile, Listing
 
 
 class Contents:
@@ -20,25 +20,19 @@ class Contents:
         puts: packs that are on their way to the store at once; each is held in memory.
     """
 
-    def __init__(self, blobs: Blobs, earlier: Iterable[ListedFile], puts: int) -> None:
+    def __init__(self, blobs: Blobs, earlier: Listing, puts: int) -> None:
         self._blobs = blobs
-        self._by_sha256: dict[str, Content] = {}
-        self._by_object: dict[str, Content] = {}
-        for file in earlier:
-            self._by_sha256[file.content.sha256] = file.content
-            if file.object_id:
-                self._by_object[file.object_id] = file.content
+        self._earlier = earlier
+        self._stored: dict[str, Content] = {}
+        """By SHA-256, as far as they were met."""
         self._slots = asyncio.Semaphore(puts)
         self._puts: set[asyncio.Task[None]] = set()
         self.files: list[ListedFile] = []
+        self.removed: list[str] = []
+        """Paths that an earlier fetch had."""
         self.skipped: Counter[str] = Counter()
         self.stored_bytes = 0
         """Bytes of content that was new."""
-
-    @property
-    def object_ids(self) -> frozenset[str]:
-        """git's ids of the contents that are stored."""
-        return frozenset(self._by_object)
 
     async def add(self, batch: Sequence[Entry]) -> None:
         """Takes entries; returns when their contents are stored or on their way.
@@ -46,21 +40,39 @@ class Contents:
         Raises:
             StoreUnavailable: an earlier batch could not be stored.
         """
-        self.skipped.update(entry.why for entry in batch if isinstance(entry, Skipped))
-        found = [entry for entry in batch if isinstance(entry, FoundFile)]
-        digests = await asyncio.to_thread(lambda: [hashlib.sha256(file.data).hexdigest() for file in found])
-        new = {sha256: file.data for sha256, file in zip(digests, found, strict=True) if sha256 not in self._by_sha256}
-        if new:
-            pack = await asyncio.to_thread(Pack.of, list(new.values()))
-            for (sha256, data), place in zip(new.items(), pack.places, strict=True):
-                self._by_sha256[sha256] = Content(len(data), sha256, place)
-            await self._put(pack)
-        for sha256, file in zip(digests, found, strict=True):
-            self.files.append(ListedFile(file.path, file.mode, self._by_sha256[sha256], file.object_id))
-        for same in batch:
-            if isinstance(same, SameFile):
-                content = self._by_object[same.object_id]
-                self.files.append(ListedFile(same.path, same.mode, content, same.object_id))
+        found: list[FoundFile] = []
+        same: list[SameFile] = []
+        for entry in batch:
+            match entry:
+                case FoundFile():
+                    found.append(entry)
+                case SameFile():
+                    same.append(entry)
+                case Removed():
+                    self.removed.append(entry.path)
+                case Skipped():
+                    self.skipped[entry.why] += entry.count
+        if found:
+            digests, pack = await asyncio.to_thread(self._pack, [file.data for file in found])
+            if pack is not None:
+                await self._put(pack)
+            for sha256, file in zip(digests, found, strict=True):
+                self.files.append(ListedFile(file.path, file.mode, self._stored[sha256], file.object_id))
+        if same:
+            known = await asyncio.to_thread(self._earlier.contents, "object_id", [one.object_id for one in same])
+            self.files += [ListedFile(one.path, one.mode, known[one.object_id], one.object_id) for one in same]
+
+    def _pack(self, contents: Sequence[bytes]) -> tuple[list[str], Pack | None]:
+        """The digests of contents, and a pack of those that are stored nowhere yet; for a thread."""
+        digests = [hashlib.sha256(data).hexdigest() for data in contents]
+        self._stored |= self._earlier.contents("sha256", set(digests) - self._stored.keys())
+        new = {sha256: data for sha256, data in zip(digests, contents, strict=True) if sha256 not in self._stored}
+        if not new:
+            return digests, None
+        pack = Pack.of(list(new.values()))
+        for (sha256, data), place in zip(new.items(), pack.places, strict=True):
+            self._stored[sha256] = Content(len(data), sha256, place)
+        return digests, pack
 
     async def finish(self) -> None:
         """Returns when everything is stored.

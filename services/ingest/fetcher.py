@@ -24,7 +24,7 @@ from codegraft.ingest.v1.source_pb2 import (
     Source,
     SourceState,
 )
-from services.core import log
+from services.core import log, names
 from services.core.errors import (
     CodegraftError,
     InternalError,
@@ -33,16 +33,18 @@ from services.core.errors import (
     Unavailable,
 )
 from services.core.runtime import Runtime
-from services.ingest import listing
 from services.ingest.collector import Collected, Collector
 from services.ingest.config import IngestSettings
 from services.ingest.limits import Meter
 from services.ingest.records import Tables
 from services.ingest.snapshots import Snapshots
+from services.ingest.workspace import Workspace
 
 CHANGED = "codegraft.ingest.source.changed.v1"
 TICK = 1.0
 """Seconds between two looks at who is due, and between two reports of progress."""
+TIDY = 60.0
+"""Seconds between two looks at what lies on the local disk."""
 RETRIES = 5
 """Tries of a fetch that fails for the store's or NATS's sake."""
 
@@ -55,21 +57,29 @@ class Fetcher:
     """Takes every source whose wanted generation is not fetched yet, a few at a time."""
 
     def __init__(
-        self, runtime: Runtime, settings: IngestSettings, tables: Tables, collector: Collector, snapshots: Snapshots
+        self,
+        runtime: Runtime,
+        settings: IngestSettings,
+        tables: Tables,
+        collector: Collector,
+        snapshots: Snapshots,
+        workspace: Workspace,
     ) -> None:
         self._runtime = runtime
         self._settings = settings
         self._sources = tables.sources
         self._collector = collector
         self._snapshots = snapshots
+        self._workspace = workspace
         self._id = f"ingest-{secrets.token_hex(6)}"
         self._slots = asyncio.Semaphore(settings.ingest_fetches)
         self._running: dict[str, asyncio.Task[None]] = {}
         self._seen: dict[str, Source] = {}
+        self._telling: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
         """Follows the sources until cancelled. What a dead process left is fetched again once its lease has ended."""
-        clock = asyncio.create_task(self._tick())
+        clock = asyncio.gather(self._tick(), self._tidy())
         try:
             async for source in self._sources.watch_all():
                 self._seen[source.name] = source
@@ -80,6 +90,7 @@ class Fetcher:
             for task in running:
                 task.cancel()
             await asyncio.gather(clock, *running, return_exceptions=True)
+            await asyncio.gather(*self._telling)
 
     async def _tick(self) -> None:
         while True:
@@ -93,6 +104,13 @@ class Fetcher:
                     self._seen.pop(source.name, None)
                 except CodegraftError as error:
                     logger.warning("the schedule could not be kept", source=source.name, error=error.message)
+
+    async def _tidy(self) -> None:
+        """Now and then, and that is also when the code of a removed source goes from this disk."""
+        while True:
+            with contextlib.suppress(Unavailable):
+                await asyncio.to_thread(self._workspace.tidy, await self._sources.all())
+            await asyncio.sleep(TIDY)
 
     def _begin_if_due(self, source: Source) -> None:
         if source.name in self._running or not _is_due(source, self._id):
@@ -122,7 +140,7 @@ class Fetcher:
             record.ClearField("progress")
             self._extend(record)
 
-        return await self._announced(await self._sources.mutate(name, take))
+        return self._announced(await self._sources.mutate(name, take))
 
     async def _fetch_once(self, source: Source) -> None:
         began = time.monotonic()
@@ -171,7 +189,7 @@ class Fetcher:
     async def _attempts(self, source: Source, meter: Meter) -> Collected:
         for attempt in itertools.count(1):
             try:
-                return await self._collector.collect(source, Meter(meter.limits, meter.stop, meter.tell))
+                return await self._collector.collect(source, meter.anew())
             except Unavailable:
                 if attempt == RETRIES:
                     raise
@@ -180,15 +198,12 @@ class Fetcher:
 
     async def _finish(self, source: Source, fetched: Collected) -> None:
         """Makes what was fetched the source's content, and takes a snapshot when a sync brought something new."""
-        digest = listing.digest(fetched.files)
-        if digest != source.content_digest:
-            table = await asyncio.to_thread(listing.to_parquet, fetched.files)
-            await self._runtime.store.put(listing.key(source.name, digest), table)
+        digest = fetched.files.digest
 
         def store(record: Source) -> None:
             record.commit = fetched.commit
             record.file_count = len(fetched.files)
-            record.byte_count = sum(file.content.size for file in fetched.files)
+            record.byte_count = fetched.files.byte_count
             record.stored_bytes = fetched.stored_bytes
             record.content_digest = digest
             record.skipped.clear()
@@ -201,7 +216,7 @@ class Fetcher:
         snapshot = ""
         if source.content_digest and source.content_digest != digest:
             try:
-                snapshot = (await self._snapshots.make("/".join(source.name.split("/")[:2]))).name
+                snapshot = (await self._snapshots.make(names.project_of(source.name), fetched.files)).name
             except CodegraftError as error:
                 logger.warning("no snapshot could be taken", source=source.name, error=error.message)
         await self._end(source, SOURCE_STATE_READY, lambda record: setattr(record, "snapshot", snapshot))
@@ -215,7 +230,7 @@ class Fetcher:
             for field in ("progress", "fetcher", "lease_expire_time"):
                 record.ClearField(field)
 
-        await self._announced(await self._mine(source.name, end))
+        self._announced(await self._mine(source.name, end))
 
     async def _mine(self, name: str, change: Callable[[Source], None]) -> Source:
         """Changes the record as long as the lease is held."""
@@ -250,12 +265,18 @@ class Fetcher:
         ends = datetime.now(UTC) + timedelta(seconds=self._settings.ingest_lease_seconds)
         record.lease_expire_time.FromDatetime(ends)
 
-    async def _announced(self, source: Source) -> Source:
+    def _announced(self, source: Source) -> Source:
+        """Publishes the source's state, while the work goes on."""
+        task = asyncio.create_task(self._publish(source))
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
+        return source
+
+    async def _publish(self, source: Source) -> None:
         word = SourceState.Name(source.state).removeprefix("SOURCE_STATE_")
         event = SourceChanged(source=source.name, state=word, content_digest=source.content_digest)
         with contextlib.suppress(Unavailable):  # the record is the truth; who follows it misses nothing
             await self._runtime.events.publish(CHANGED, source.name, event, id=f"{source.name}@{source.etag}")
-        return source
 
 
 async def _ended(work: asyncio.Task[Collected], meter: Meter) -> None:

@@ -40,9 +40,18 @@ class Skipped:
     """An entry that is left out, and why: "symlink", "hardlink", "device", "unsafe-path", "oversize" and so on."""
 
     why: str
+    count: int = 1
+    """-1 for one that an earlier fetch left out and that is there no more."""
 
 
-Entry = FoundFile | SameFile | Skipped
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """A file of an earlier fetch that is there no more, or not as it was."""
+
+    path: str
+
+
+Entry = FoundFile | SameFile | Skipped | Removed
 
 
 def plain_path(raw: str, limits: Limits) -> str | None:

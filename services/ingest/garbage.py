@@ -19,6 +19,7 @@ from services.core.errors import FailedPrecondition, NotFound
 from services.core.runtime import Runtime
 from services.core.store import StoredObject, blobs
 from services.ingest import listing, snapshot
+from services.ingest.listing import Listing
 from services.ingest.records import Tables
 from services.ingest.snapshots import Snapshots
 
@@ -124,7 +125,7 @@ class Garbage:
                 key = listing.key(source.name, source.content_digest)
                 self._listings.add(key)
                 table = await self._runtime.store.get(key)
-                self._live |= {f.content.place.pack for f in await asyncio.to_thread(listing.from_parquet, table)}
+                self._live |= (await asyncio.to_thread(Listing.from_parquet, table)).packs()
         for upload in await self._tables.uploads.all():
             if upload.name in used or upload.complete_time.ToDatetime(UTC) > self._before:
                 self._live.add(upload.sha256)

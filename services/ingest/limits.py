@@ -56,9 +56,13 @@ class Meter:
             LimitExceeded: there are too many, or it takes too long.
         """
         self.files += 1
-        if self.files > self.limits.max_files:
-            raise _exceeded(f"more than {self.limits.max_files:,} files", "INGEST_MAX_FILES")
+        self.check_files(self.files)
         self.check_time()
+
+    def check_files(self, count: int) -> None:
+        """Raises LimitExceeded when so many files are more than a source may have."""
+        if count > self.limits.max_files:
+            raise _exceeded(f"more than {self.limits.max_files:,} files", "INGEST_MAX_FILES")
 
     def check_time(self) -> None:
         """Raises LimitExceeded once reading has taken too long, Cancelled once it is no longer wanted."""
@@ -66,6 +70,10 @@ class Meter:
             raise Cancelled("reading the source was stopped")
         if time.monotonic() - self._began > self.limits.max_seconds:
             raise _exceeded(f"reading it took more than {self.limits.max_seconds:.0f} s", "INGEST_MAX_SECONDS")
+
+    def anew(self) -> Meter:
+        """One that begins to count anew."""
+        return Meter(self.limits, self.stop, self.tell)
 
     @property
     def seconds_left(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,9 @@ from services.ingest.limits import Meter
 from services.ingest.sources import archive, git, url
 from services.ingest.sources.guard import Guard
 
+REPOSITORY = "repository"
+"""Folder of a fetch in which its bare repository is; when it is there before, the fetch builds on it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reading:
@@ -21,9 +24,13 @@ class Reading:
 
     entries: Iterator[Entry] | None
     """None when nothing changed since the last time."""
+    since_last: bool = False
+    """Whether the entries are what changed since the last time, instead of everything."""
     commit: str = ""
     """Of git; else empty."""
     remote: git.Remote | None = None
+    keep: bool = False
+    """Whether a later fetch can build on the repository."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +38,11 @@ class Reader:
     """Opens one source for one fetch."""
 
     folder: Path
-    """An empty folder, for whatever has to lie on disk meanwhile."""
+    """For whatever has to lie on disk meanwhile; empty but for a repository."""
     meter: Meter
     guard: Guard
-    known: Collection[str] = ()
-    """git's ids of contents that are stored already."""
+    known: Callable[[], Collection[str]] = tuple
+    """Gives git's ids of contents that are stored already; may have to wait for them."""
     ca_file: Path | None = None
     _submodules: list[str] = field(default_factory=list)
 
@@ -44,27 +51,37 @@ class Reader:
         """A remote repository.
 
         Args:
-            last_commit: the commit whose files are stored; empty when none is, or when it does not matter.
+            last_commit: the commit of the last fetch; empty when there was none, or when it does not matter.
         """
         location = git.check_url(origin.url, self.guard)
-        repository, private = self.folder / "repository", self.folder / "private"
+        repository, private = self.folder / REPOSITORY, self.folder / "private"
+        is_kept = repository.exists()
         with git.reach(location, secret, self.guard, repository, private, self.meter, self.ca_file) as remote:
-            if last_commit and not git.moved(remote, origin.ref, last_commit):
-                yield Reading(None, last_commit, remote)
+            # Into a kept repository one fetch both asks and brings; without one, asking first is cheaper.
+            if last_commit and not is_kept and not git.moved(remote, origin.ref, last_commit) and self.known():
+                yield Reading(None, commit=last_commit, remote=remote)
                 return
             # With most contents known, or only some wanted, it is cheaper to ask for the others by their ids.
-            fetched = git.fetch(remote, origin.ref, contents=not self.known and not origin.subpath)
-            submodules = secret if origin.submodules else False
-            yield Reading(self._tree(fetched, location, origin.subpath, submodules), fetched.commit, remote)
+            whole = is_kept or not (origin.subpath or self.known())
+            fetched = git.fetch(remote, origin.ref, contents=whole)
+            entries: Iterator[Entry] | None = None
+            since_last = False
+            if fetched.commit != last_commit or not self.known():
+                if is_kept and last_commit and not origin.subpath and not origin.submodules and self.known():
+                    entries = git.changes(fetched, last_commit, self.known())
+                    since_last = entries is not None
+                submodules = secret if origin.submodules else False
+                entries = entries or self._tree(fetched, location, origin.subpath, submodules)
+            yield Reading(entries, since_last, fetched.commit, remote, keep=whole)
 
     @contextmanager
     def open_bundle(self, origin: BundleSource, content: Path, last_commit: str) -> Iterator[Reading]:
         """An uploaded git bundle."""
         repository = git.unbundle(content, origin.ref, self.folder / "repository", self.meter)
-        if repository.commit == last_commit:
-            yield Reading(None, last_commit)
+        if repository.commit == last_commit and self.known():
+            yield Reading(None, commit=last_commit)
         else:
-            yield Reading(self._tree(repository, "", origin.subpath, False), repository.commit)
+            yield Reading(self._tree(repository, "", origin.subpath, False), commit=repository.commit)
 
     @contextmanager
     def open_archive(self, content: Path, subpath: str) -> Iterator[Reading]:
@@ -97,7 +114,7 @@ class Reader:
         depth: int = 0,
     ) -> Iterator[Entry]:
         """A commit's files, and those of its submodules unless ``secret`` is False."""
-        yield from git.read(repository, subpath, self.known, prefix)
+        yield from git.read(repository, subpath, self.known(), prefix)
         submodules, unknown = git.find(repository, location, subpath, self.guard)
         if secret is False or depth == git.MAX_DEPTH:
             yield from [Skipped("submodule")] * (len(submodules) + unknown)
@@ -117,7 +134,7 @@ class Reader:
             assert not isinstance(shared, bool)
             folder, private = self.folder / f"submodule-{number}", self.folder / f"private-{number}"
             with git.reach(submodule.url, shared, self.guard, folder, private, self.meter, self.ca_file) as remote:
-                fetched = git.fetch(remote, submodule.commit, contents=not self.known)
+                fetched = git.fetch(remote, submodule.commit, contents=not self.known())
                 yield from self._tree(fetched, submodule.url, "", secret, f"{prefix}{inside}/", depth + 1)
 
     def _single(self, content: Path, path: str) -> Iterator[Entry]:

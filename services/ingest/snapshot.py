@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from codegraft.ingest.v1.snapshot_pb2 import (
 )
 from codegraft.ingest.v1.source_pb2 import Source, SplitRule
 from services.core.masks import Masks
-from services.ingest.listing import ListedFile
+from services.ingest.listing import Listing, hash_rows, octal, to_parquet
 
 _SCHEMA = pa.schema(
     [
@@ -39,6 +38,7 @@ _SCHEMA = pa.schema(
         ("offset", pa.int64()),
     ]
 )
+_SPLIT_NAMES = pa.array([Split.Name(n).removeprefix("SPLIT_") for n in range(len(Split.keys()))], pa.string())
 DIGITS = 16
 """Hexadecimal digits of the digest in a snapshot's name."""
 
@@ -50,8 +50,7 @@ class Part:
     source: Source
     project: Project
     """Its masks come before the source's own."""
-    files: Sequence[ListedFile]
-    """Sorted by path."""
+    files: Listing
 
 
 class Splits:
@@ -68,6 +67,12 @@ class Splits:
                 return split or Split.SPLIT_AUTO
         return self._split
 
+    def of_all(self, paths: pa.ChunkedArray) -> pa.Array:
+        """The splits of many files, as numbers."""
+        if not self._rules:
+            return pa.repeat(pa.scalar(self._split, pa.int32()), len(paths))
+        return pa.array([self.of(path) for path in paths.to_pylist()], pa.int32())
+
 
 def describe(part: Part) -> SnapshotSource:
     """What the manifest says of one source."""
@@ -78,7 +83,7 @@ def describe(part: Part) -> SnapshotSource:
         commit=source.commit,
         content_digest=source.content_digest,
         file_count=len(part.files),
-        byte_count=sum(file.content.size for file in part.files),
+        byte_count=part.files.byte_count,
         exclude=[*part.project.exclude, *source.exclude],
         include=source.include or part.project.include,
         honour_gitattributes=source.honour_gitattributes,
@@ -108,28 +113,18 @@ def build(project: str, parts: Sequence[Part]) -> tuple[SnapshotManifest, bytes]
     """
     ordered = sorted(parts, key=lambda part: part.source.name)
     sources = [describe(part) for part in ordered]
-    columns: dict[str, list[object]] = {name: [] for name in _SCHEMA.names}
     sha256 = hashlib.sha256()
     for source in sources:
         sha256.update(source.SerializeToString(deterministic=True) + b"\0")
+    tables = []
     for part in ordered:
-        splits = Splits(part.source.split, part.source.split_rules)
-        for file in part.files:
-            split, content = splits.of(file.path), file.content
-            told = f"{content.sha256} {file.mode:o} {split} {part.source.name} "
-            sha256.update(told.encode() + file.path.encode() + b"\0")
-            row = (
-                file.path,
-                part.source.name,
-                content.size,
-                content.sha256,
-                file.mode,
-                Split.Name(split).removeprefix("SPLIT_"),
-                content.place.pack,
-                content.place.offset,
-            )
-            for column, value in zip(columns.values(), row, strict=True):
-                column.append(value)
+        table = part.files.table
+        splits = Splits(part.source.split, part.source.split_rules).of_all(table["path"])
+        source_name = pa.repeat(part.source.name, len(table))
+        hash_rows(sha256, [table["sha256"], octal(table["mode"]), splits, source_name], table["path"])
+        split_names = _SPLIT_NAMES.take(splits)
+        columns = {"source": source_name, "split": split_names}
+        tables.append(pa.table([columns[name] if name in columns else table[name] for name in _SCHEMA.names], _SCHEMA))
     digest = sha256.hexdigest()
     manifest = SnapshotManifest(
         name=f"{project}/snapshots/{digest[:DIGITS]}",
@@ -138,9 +133,7 @@ def build(project: str, parts: Sequence[Part]) -> tuple[SnapshotManifest, bytes]
         file_count=sum(len(part.files) for part in ordered),
         byte_count=sum(source.byte_count for source in sources),
     )
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pydict(columns, schema=_SCHEMA), buffer, compression="zstd")
-    return manifest, buffer.getvalue()
+    return manifest, to_parquet(pa.concat_tables(tables))
 
 
 def read_table(path: Path) -> pa.Table:

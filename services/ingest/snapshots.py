@@ -22,6 +22,7 @@ from services.core.errors import (
 )
 from services.core.runtime import Runtime
 from services.ingest import listing, snapshot
+from services.ingest.listing import Listing
 from services.ingest.records import Tables
 
 CREATED = "codegraft.ingest.snapshot.created.v1"
@@ -36,8 +37,11 @@ class Snapshots:
         self._runtime = runtime
         self._tables = tables
 
-    async def make(self, parent: str) -> Snapshot:
+    async def make(self, parent: str, *at_hand: Listing) -> Snapshot:
         """Takes a snapshot of every source of the project that has files; the same content gives the same one.
+
+        Args:
+            at_hand: listings that need not be read from the store.
 
         Raises:
             ProjectNotFound, NoSources, StoreUnavailable, StateUnavailable.
@@ -50,10 +54,12 @@ class Snapshots:
                 field="parent",
                 hint="Add a source and wait until it is READY.",
             )
-        parts = []
+        listings = {one.digest: one for one in at_hand}
         for source in sources:
-            table = await self._runtime.store.get(listing.key(source.name, source.content_digest))
-            parts.append(snapshot.Part(source, project, await asyncio.to_thread(listing.from_parquet, table)))
+            if source.content_digest not in listings:
+                table = await self._runtime.store.get(listing.key(source.name, source.content_digest))
+                listings[source.content_digest] = await asyncio.to_thread(Listing.from_parquet, table)
+        parts = [snapshot.Part(source, project, listings[source.content_digest]) for source in sources]
         manifest, table = await asyncio.to_thread(snapshot.build, parent, parts)
         if (there := await self._tables.snapshots.find(manifest.name)) is not None:
             return there

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import random
+import shutil
+import subprocess
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,6 +16,7 @@ import pytest
 from codegraft.ingest.v1 import snapshot_pb2, source_pb2
 from services.core import errors
 from services.core.runtime import Runtime
+from services.ingest import fetcher, files, workspace
 from tests.repositories import commit, repository, run
 from tests.servers.git_http import GitServer
 from tests.servers.ingest import PROJECT, until, world
@@ -30,7 +34,8 @@ async def test_a_sync_reads_and_stores_only_what_changed(
         requests, objects = len(git_server.requests), len(w.store.data)
         unmoved = await w.sync(first.name)
         assert (unmoved.generation, unmoved.content_digest, unmoved.snapshot) == (2, first.content_digest, "")
-        assert len(git_server.requests) - requests <= 2, "one look at the refs"
+        assert len(git_server.requests) - requests <= 3, "one fetch"
+        assert len(packs(tmp_path)) == 1, "that brought nothing"
         assert len(w.store.data) == objects
         (repo / "src" / "m1.py").unlink()
         new = commit(repo, {"src/m0.py": "changed\n", "new.py": files["src/m1.py"]})
@@ -49,6 +54,131 @@ async def test_a_sync_reads_and_stores_only_what_changed(
         run(repo, "commit", "-qm", "back")
         again = (await w.sync(first.name)).snapshot
         assert [one async for one in w.client.snapshots.diff(base.name, again)] == []
+
+
+def packs(tmp_path: Path) -> list[Path]:
+    """What kept repositories are made of, without the empty pack that git stores of a fetch that brings nothing."""
+    found = (tmp_path / "cache" / "ingest" / "repositories").glob("*/objects/pack/*.pack")
+    return [path for path in found if path.stat().st_size > 32]
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_a_sync_of_what_changed_is_a_first_fetch_of_all(
+    tmp_path: Path, git_server: GitServer, allowed: dict[str, object], seed: int
+) -> None:
+    """Every kind of entry turns into every other, and what is counted as left out follows."""
+    rng = random.Random(seed)
+    repo = repository(tmp_path / "git" / "app", {"always.py": "a = 1\n"})
+    blobs = {
+        "small": b"x = 1\n",
+        "other": b"y = 2\n",
+        "large": b"z" * 3000,
+        "pointer": files.LFS_HEADER + b"oid sha256:0\n",
+        "to": b"always.py",
+    }
+    ids = {name: _hash_object(repo, data) for name, data in blobs.items()}
+    kinds = [("100644", name) for name in ("small", "other", "large", "pointer")]
+    kinds += [("100755", "small"), ("120000", "to"), ("", "")]
+    paths = ["a.py", "b.py", "lib/c.py", "lib/deep/d.py", "e", "e/f.py", "back\\slash.py", "lib/\u202e.py"]
+    async with world(tmp_path, **allowed, ingest_max_file_bytes=2000) as w:
+        followed = await w.add(git_server.url + "app/.git")
+        for number in range(8):
+            for path in rng.sample(paths, 4):
+                run(
+                    repo,
+                    "rm",
+                    "-r",
+                    "-q",
+                    "--cached",
+                    "--ignore-unmatch",
+                    "--",
+                    path,
+                    *([] if path != "e/f.py" else ["e"]),
+                )
+                mode, name = rng.choice(kinds)
+                if mode and not (path == "e" and run(repo, "ls-files", "e/f.py")):
+                    run(repo, "update-index", "--add", "--cacheinfo", f"{mode},{ids[name]},{path}")
+            run(repo, "commit", "-q", "--allow-empty", "-m", str(number))
+            followed = await w.sync(followed.name)
+            fresh = await w.add(git_server.url + "app/.git")
+            assert (followed.content_digest, dict(followed.skipped), followed.file_count, followed.byte_count) == (
+                fresh.content_digest,
+                dict(fresh.skipped),
+                fresh.file_count,
+                fresh.byte_count,
+            ), run(repo, "ls-tree", "-r", "HEAD")
+            assert followed.commit == fresh.commit == run(repo, "rev-parse", "HEAD")
+
+
+def _hash_object(repo: Path, data: bytes) -> str:
+    command = ["git", "-C", str(repo), "hash-object", "-w", "--stdin"]
+    return subprocess.run(command, input=data, check=True, capture_output=True).stdout.decode().strip()
+
+
+async def test_a_kept_repository_is_a_cache_and_nothing_else(
+    tmp_path: Path, git_server: GitServer, allowed: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo = repository(tmp_path / "git" / "app", {f"m{number}.py": f"{number}\n" * 20 for number in range(20)})
+    kept = tmp_path / "cache" / "ingest" / "repositories"
+    async with world(tmp_path, **allowed) as w:
+        ready = await w.add(git_server.url + "app/.git")
+
+        async def changed(text: str) -> source_pb2.Source:
+            new = commit(repo, {"m3.py": text})
+            synced = await w.sync(ready.name)
+            assert (synced.commit, synced.file_count, synced.stored_bytes) == (new, 20, len(text))
+            return synced
+
+        await changed("one\n")
+        assert len(packs(tmp_path)) == 2
+        for damaged in packs(tmp_path):
+            damaged.chmod(0o644)
+            damaged.write_bytes(b"PACK" + bytes(60))
+        await changed("damaged\n")
+        shutil.rmtree(kept)
+        await changed("gone\n")
+        assert not packs(tmp_path), "one that was not fetched whole is not kept"
+        ready = await w.add(git_server.url + "app/.git")
+        run(repo, "reset", "-q", "--hard", "HEAD~2")
+        await changed("history was rewritten\n")
+        monkeypatch.setattr(workspace, "MAX_PACKS", 1)
+        await changed("too many packs\n")
+        assert not packs(tmp_path)
+        requests = len(git_server.requests)
+        await changed("begun anew\n")
+        assert len(git_server.requests) - requests == 3 and len(packs(tmp_path)) == 1, "fetched whole"
+
+
+async def test_a_kept_repository_survives_that_its_remote_is_away(
+    tmp_path: Path, git_server: GitServer, allowed: dict[str, object]
+) -> None:
+    repo = repository(tmp_path / "git" / "app", {"a.py": "a = 1\n"})
+    async with world(tmp_path, **allowed) as w:
+        ready = await w.add(git_server.url + "app/.git")
+        git_server.password = ("who", "knows")
+        with pytest.raises(errors.SourceUnreachable):
+            await w.sync(ready.name)
+        git_server.password = None
+        commit(repo, {"a.py": "a = 2\n"})
+        requests = len(git_server.requests)
+        assert (await w.sync(ready.name)).stored_bytes == 6
+        assert len(git_server.requests) - requests == 3 and len(packs(tmp_path)) == 2
+
+
+async def test_nothing_is_kept_of_a_removed_source(
+    tmp_path: Path, git_server: GitServer, allowed: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetcher, "TIDY", 0.05)
+    repository(tmp_path / "git" / "app", {"a.py": "a = 1\n"})
+    async with world(tmp_path, **allowed) as w:
+        ready = await w.add(git_server.url + "app/.git")
+        other = await w.add(git_server.url + "app/.git")
+        assert len(packs(tmp_path)) == 2
+        await w.client.sources.remove(ready.name)
+        await until(lambda: len(packs(tmp_path)) == 1)
+        assert (await w.sync(other.name)).commit
+        await asyncio.sleep(0.2)
+        assert len(packs(tmp_path)) == 1, "the other's stays"
 
 
 async def test_a_schedule_syncs_by_itself_and_stops_when_told(

@@ -85,7 +85,7 @@ async def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespa
             status=new_status(),
         )
     )
-    return SimpleNamespace(runtime=runtime, scans=scans, lost=listed[0].content)
+    return SimpleNamespace(runtime=runtime, scans=scans, lost=next(iter(listed)).content)
 
 
 @contextlib.asynccontextmanager

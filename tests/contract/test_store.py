@@ -20,7 +20,7 @@ from services.cli.local import ports
 from services.core import errors
 from services.core.names import new_id
 from services.core.store import Artifacts, Blobs, MemoryStore, ObjectStore, Pack, Packs, Place, S3Store, StoredObject
-from services.core.store.blobs import key
+from services.core.store.blobs import SMALL_BYTES, key
 from services.core.store.s3 import S3Address
 
 
@@ -234,12 +234,12 @@ async def test_blobs_are_named_by_their_digest(store: ObjectStore, tmp_path: Pat
 
 
 async def test_a_blob_that_is_there_is_not_sent_again(store: ObjectStore, tmp_path: Path) -> None:
-    data = os.urandom(100)
+    data = os.urandom(SMALL_BYTES + 1)
     (tmp_path / "f").write_bytes(data)
     sha256 = await Blobs(store).put(data)
     refusing = Blobs(Faulty(store, fail_at=1))
     assert await refusing.put(data) == sha256
-    assert await refusing.put_file(tmp_path / "f") == (sha256, 100)
+    assert await refusing.put_file(tmp_path / "f") == (sha256, len(data))
 
 
 async def test_a_tampered_blob_is_never_handed_out(store: ObjectStore, tmp_path: Path) -> None:

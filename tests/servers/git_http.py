@@ -46,6 +46,8 @@ class GitServer:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    # As every real server has it: else each answer on a kept connection waits 40 ms for the client's delayed ACK.
+    disable_nagle_algorithm = True
     git: GitServer
 
     def do_GET(self) -> None:

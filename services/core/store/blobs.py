@@ -20,6 +20,8 @@ PREFIX = "blobs/sha256/"
 REWRITE_AFTER = timedelta(minutes=30)
 """Age from which a blob is stored anew instead of relied on: garbage collection takes what is old and referred to by
 nothing, and nothing refers to this one yet. Well below the least age that it takes."""
+SMALL_BYTES = 256 << 10
+"""To ask whether so little is there takes as long as to store it again."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -33,7 +35,7 @@ class Blobs:
     async def put(self, data: bytes) -> str:
         """Stores the bytes unless they are there, and returns their SHA-256 in hexadecimal."""
         sha256 = (await asyncio.to_thread(hashlib.sha256, data)).hexdigest()
-        if not await self._is_fresh(sha256, len(data)):
+        if len(data) <= SMALL_BYTES or not await self._is_fresh(sha256, len(data)):
             await self._store.put(key(sha256), data)
         return sha256
 

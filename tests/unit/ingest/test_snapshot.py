@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import random
 
@@ -15,8 +16,8 @@ from codegraft.ingest.v1.project_pb2 import Project
 from codegraft.ingest.v1.snapshot_pb2 import SnapshotFile
 from codegraft.ingest.v1.source_pb2 import Source, SplitRule
 from services.core.store import Place
-from services.ingest import listing, snapshot
-from services.ingest.listing import Content, ListedFile
+from services.ingest import snapshot
+from services.ingest.listing import Content, ListedFile, Listing
 
 NAMES = st.text("abcdef/._", min_size=1, max_size=12)
 SHA256 = st.text("0123456789abcdef", min_size=64, max_size=64)
@@ -29,16 +30,14 @@ def listed(path: str = "a.py", sha256: str = "0" * 64, mode: int = 0o644) -> Lis
 
 
 def part(name: str, files: list[ListedFile], **fields: object) -> snapshot.Part:
-    return snapshot.Part(Source(name=f"projects/p/sources/{name}", **fields), Project(), listing.unique(files))  # type: ignore[arg-type]
+    return snapshot.Part(Source(name=f"projects/p/sources/{name}", **fields), Project(), Listing.of(files))  # type: ignore[arg-type]
 
 
 @given(st.lists(st.lists(FILES, max_size=6), min_size=1, max_size=3), st.randoms(use_true_random=False))
 def test_digest_is_independent_of_order(sources: list[list[ListedFile]], rng: random.Random) -> None:
     parts = [part(f"s{number}", files) for number, files in enumerate(sources)]
-    shuffled = [
-        part(f"s{number}", rng.sample(listing.unique(files), len(listing.unique(files))))
-        for number, files in enumerate(sources)
-    ]
+    unique = [list(Listing.of(files)) for files in sources]
+    shuffled = [part(f"s{number}", rng.sample(files, len(files))) for number, files in enumerate(unique)]
     rng.shuffle(shuffled)
     first, table = snapshot.build("projects/p", parts)
     again, same_table = snapshot.build("projects/p", shuffled)
@@ -47,8 +46,38 @@ def test_digest_is_independent_of_order(sources: list[list[ListedFile]], rng: ra
 
 @given(st.lists(FILES, max_size=8))
 def test_listing_survives_parquet(files: list[ListedFile]) -> None:
-    kept = listing.unique(files)
-    assert listing.from_parquet(listing.to_parquet(kept)) == kept
+    kept = Listing.of(files)
+    assert list(kept) == [file for _, file in sorted({file.path: file for file in files}.items())]
+    read = Listing.from_parquet(kept.to_parquet())
+    assert (list(read), read.digest, len(read)) == (list(kept), kept.digest, len(kept))
+    assert kept.byte_count == sum(file.content.size for file in kept)
+    assert kept.packs() == {file.content.place.pack for file in kept}
+
+
+@given(st.lists(FILES, max_size=8), st.lists(FILES, max_size=5), st.sets(NAMES, max_size=5))
+def test_replacing_files_is_listing_all_of_them_anew(
+    files: list[ListedFile], new: list[ListedFile], removed: set[str]
+) -> None:
+    gone = removed | {file.path for file in files[::3]}
+    replaced = Listing.of(files).replaced(gone, new)
+    anew = Listing.of([file for file in files if file.path not in gone] + new)
+    assert (list(replaced), replaced.digest) == (list(anew), anew.digest)
+
+
+@given(st.lists(FILES, max_size=8), st.lists(SHA256, max_size=3))
+def test_contents_are_found_by_their_digests(files: list[ListedFile], others: list[str]) -> None:
+    listing = Listing.of(files)
+    contents = {file.content.sha256: file.content for file in listing}
+    assert listing.contents("sha256", [*contents, *others]) == contents
+    by_id = listing.contents("object_id", listing.object_ids())
+    assert by_id.keys() == {file.object_id for file in listing if file.object_id}
+
+
+def test_the_digest_is_that_of_lines_of_text() -> None:
+    """Pinned: a digest that changes with a release would make every source seem changed."""
+    files = [listed("a.py"), listed("b/ü.py", "1" * 64, 0o755)]
+    lines = f"{'0' * 64} 644 1 a.py\0{'1' * 64} 755 1 b/ü.py\0"
+    assert Listing.of(files).digest == hashlib.sha256(lines.encode()).hexdigest()
 
 
 @given(st.lists(FILES, min_size=1, max_size=5))
@@ -57,7 +86,7 @@ def test_rows_are_read_back(files: list[ListedFile]) -> None:
     rows = snapshot.files(pq.read_table(io.BytesIO(table)))
     assert len(rows) == manifest.file_count
     assert [(r.path, r.size, r.sha256, r.mode) for r in rows] == [
-        (f.path, f.content.size, f.content.sha256, f.mode) for f in listing.unique(files)
+        (f.path, f.content.size, f.content.sha256, f.mode) for f in Listing.of(files)
     ]
 
 
@@ -89,7 +118,7 @@ def test_the_last_matching_rule_gives_the_split() -> None:
 
 def test_where_contents_are_stored_does_not_change_the_digest() -> None:
     here, there = (ListedFile("a.py", 0o644, Content(1, "0" * 64, Place(pack * 64, 7))) for pack in "ab")
-    assert listing.digest([here]) == listing.digest([there])
+    assert Listing.of([here]).digest == Listing.of([there]).digest
     assert snapshot.build("projects/p", [part("s", [here])])[0] == snapshot.build("projects/p", [part("s", [there])])[0]
 
 

@@ -7,7 +7,7 @@ that are allowed, only addresses that were checked, and nothing of it is ever wr
 from services.ingest.sources.git.fetch import Repository, fetch, moved, unbundle
 from services.ingest.sources.git.remote import HttpsToken, Remote, Secret, SshKey, reach
 from services.ingest.sources.git.submodules import MAX_DEPTH, MAX_SUBMODULES, find
-from services.ingest.sources.git.tree import read
+from services.ingest.sources.git.tree import changes, read
 from services.ingest.sources.git.urls import check_ref, check_url, place
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Repository",
     "Secret",
     "SshKey",
+    "changes",
     "check_ref",
     "check_url",
     "fetch",

@@ -62,6 +62,8 @@ def moved(remote: Remote, ref: str, commit: str) -> bool:
 def fetch(remote: Remote, ref: str, *, contents: bool = True) -> Repository:
     """Fetches one commit of a remote repository, without its history and its very large files.
 
+    Into a repository that has an earlier commit with all its files only what is new is transferred.
+
     Args:
         ref: branch, tag or commit id; empty means the remote's HEAD.
         contents: fetch files too; else the commit and its trees only, where the server can.
@@ -148,10 +150,10 @@ def _large(git: Git) -> str:
 
 def _prepare(git: Git) -> None:
     """Makes the bare repository unless it is there. By hand, so that no template adds hooks."""
-    if git.folder.exists():
+    if (git.folder / "HEAD").exists():
         return
     for name in ("objects/info", "objects/pack", "refs"):
-        (git.folder / name).mkdir(parents=True)
+        (git.folder / name).mkdir(parents=True, exist_ok=True)
     (git.folder / "HEAD").write_text("ref: refs/heads/main\n")
     _write_config(git)
 

@@ -23,6 +23,8 @@ CONFIG = {
     "core.askPass": "true",
     "core.bigFileThreshold": "16m",
     "core.deltaBaseCacheLimit": "32m",
+    # What a crash of the machine tears here is fetched again.
+    "core.fsync": "none",
     "core.fsmonitor": "false",
     "core.hooksPath": "/dev/null",
     "core.symlinks": "false",
