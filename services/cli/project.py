@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
+from codegraft.ingest.v1.project_pb2 import Project
 from services.cli.connect import connect, id_of
-from services.cli.output import Json, err, print_json, print_table
+from services.cli.output import Json, err, out, print_json, print_table
 
 app = typer.Typer(help="Projects: name spaces of sources, datasets, runs and the serving choice.", no_args_is_help=True)
 
@@ -40,6 +41,64 @@ def list_(json: Json = False) -> None:
         return
     rows = [[id_of(p.name), p.title, p.create_time.ToDatetime().isoformat(" ", "minutes")] for p in projects]
     print_table(["PROJECT", "TITLE", "CREATED (UTC)"], rows, empty="no project yet: codegraft project create NAME")
+
+
+@app.command()
+def show(project: Id, json: Json = False) -> None:
+    """Show a project: its title, masks, and what scans leave out."""
+    with connect() as client:
+        found = client.projects.get(project)
+    if json:
+        print_json(found)
+    else:
+        _tell(found)
+
+
+@app.command("set")
+def set_(
+    project: Id,
+    title: Annotated[str | None, typer.Option(help="Title for people.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Mask of files to leave out, in .gitignore syntax.")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="Mask of files to use; '' for every file.")] = None,
+    language_off: Annotated[list[str] | None, typer.Option(help="Language that scans leave out; '' for none.")] = None,
+    exclude_license: Annotated[
+        list[str] | None, typer.Option(help="Licence that scans leave out, by SPDX id; * for anything; '' for none.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Change what is given and leave the rest; a list is replaced as a whole. The next snapshot has it.
+
+    Example: codegraft project set acme --language-off SQL --language-off HTML --exclude-license 'GPL-*'
+    """
+    with connect() as client:
+        found = client.projects.get(project)
+        if title is not None:
+            found.title = title
+        for field, given in (
+            (found.exclude, exclude),
+            (found.include, include),
+            (found.languages_off, language_off),
+            (found.exclude_licenses, exclude_license),
+        ):
+            if given is not None:
+                field[:] = [value for value in given if value]
+        found = client.projects.update(found)
+    if json:
+        print_json(found)
+    else:
+        _tell(found)
+
+
+def _tell(project: Project) -> None:
+    out.print(f"{project.name}  {project.title}".rstrip())
+    for name, values in (
+        ("exclude", project.exclude),
+        ("include", project.include),
+        ("languages off", project.languages_off),
+        ("licences off", project.exclude_licenses),
+    ):
+        if values:
+            out.print(f"  {name + ':':15}{', '.join(values)}")
 
 
 @app.command()

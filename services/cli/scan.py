@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from codegraft.common.v1.job_pb2 import JobState
 from codegraft.scanner.v1 import scan_pb2
 from codegraft.scanner.v1.verdict_pb2 import Verdict, VerdictFilter, VerdictReason
+from services.cli import dry_run, scan_report
 from services.cli.connect import Project, connect, full_name, id_of
 from services.cli.output import Json, err, out, print_json, print_table
 from services.cli.progress import JobBar, state_word
+from services.cli.scan_report import ScanId, newest_or, reason_word
 from services.client import Codegraft
 from services.client.jobs import raise_failure
 from services.core import names
-from services.core.errors import ScanNotFound
 
 app = typer.Typer(help="Scans: which files are worth training on, and why the others are not.", no_args_is_help=True)
 
-ScanId = Annotated[str, typer.Argument(metavar="[SCAN]", help="Id or full name; the newest one if left out.")]
+
+class Secrets(StrEnum):
+    """What happens to a file that holds a secret."""
+
+    REJECT = "reject"
+    REDACT = "redact"
+    IGNORE = "ignore"
 
 
 @app.command()
@@ -40,6 +49,18 @@ def start(
     test_share: Annotated[float | None, typer.Option(help="Share of the AUTO files held out as test files.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the automatic split.")] = None,
     model: Annotated[str, typer.Option(help="Base model whose loss is measured.")] = "",
+    language_off: Annotated[list[str] | None, typer.Option(help="Language to leave out.")] = None,
+    exclude_license: Annotated[
+        list[str] | None, typer.Option(help="Licence to leave out, by SPDX id; * for anything: 'GPL-*'.")
+    ] = None,
+    near_duplicates: Annotated[
+        bool | None, typer.Option("--near-duplicates/--no-near-duplicates", help="Reject near-duplicates.")
+    ] = None,
+    near_threshold: Annotated[float | None, typer.Option(help="Least similarity of near-duplicates.")] = None,
+    secrets: Annotated[Secrets | None, typer.Option(help="What happens to files with secrets.")] = None,
+    loss_mad: Annotated[
+        float | None, typer.Option(help="Reject over median + this * MAD of each language, not over --max-loss.")
+    ] = None,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Wait for the end and show the result.")] = False,
     json: Json = False,
 ) -> None:
@@ -63,6 +84,12 @@ def start(
         test_share=test_share,
         seed=seed,
         model=model,
+        languages_off=language_off or (),
+        exclude_licenses=exclude_license or (),
+        near_duplicates=near_duplicates,
+        near_threshold=near_threshold,
+        secrets=f"SECRET_POLICY_{secrets.name}" if secrets else None,
+        loss_mad=loss_mad,
     )
     with connect() as client:
         taken = full_name(names.SNAPSHOT, snapshot, project) if snapshot else client.snapshots.create(project).name
@@ -113,7 +140,7 @@ def list_(project: Project, json: Json = False) -> None:
 def show(project: Project, scan: ScanId = "", json: Json = False) -> None:
     """Show a scan: its state, and its files by reason."""
     with connect() as client:
-        found = client.scans.get(_name(client, project, scan))
+        found = client.scans.get(newest_or(client, project, scan))
     if json:
         print_json(found)
     else:
@@ -128,22 +155,38 @@ def log(
     rejected: Annotated[bool, typer.Option("--rejected", help="Only rejected files.")] = False,
     reason: Annotated[list[str] | None, typer.Option(help="Only this reason, for example LOTS_OF_DIGITS.")] = None,
     path: Annotated[str, typer.Option(help="Only paths that match this .gitignore pattern.")] = "",
+    language: Annotated[list[str] | None, typer.Option(help="Only this language.")] = None,
+    min_loss: Annotated[float | None, typer.Option(help="Only losses of at least this, nats per token.")] = None,
+    max_loss: Annotated[float | None, typer.Option(help="Only losses of at most this.")] = None,
     json: Json = False,
 ) -> None:
-    """Print the verdict of every file: one line each; with --json one JSON object a line."""
+    """Print the verdict of every file: one line each; with --json one JSON object a line.
+
+    Example: codegraft scan log -p acme --rejected --language Python --min-loss 2.5
+    """
     if accepted and rejected:
         raise typer.BadParameter("give --accepted or --rejected, not both; neither prints all")
     wanted = VerdictFilter(
         accepted=True if accepted else False if rejected else None,
         reasons=[_reason(name) for name in reason or ()],
         path=path,
+        languages=language or (),
+        min_loss=min_loss,
+        max_loss=max_loss,
     )
     with connect() as client:
-        for verdict in client.scans.verdicts(_name(client, project, scan), wanted):
+        for verdict in client.scans.verdicts(newest_or(client, project, scan), wanted):
             if json:
                 print_json(verdict)
             else:
                 out.print(_line(verdict))
+
+
+app.command()(scan_report.explain)
+app.command()(scan_report.languages)
+app.command()(scan_report.plot)
+app.command()(scan_report.diff)
+app.command("dry-run")(dry_run.dry_run)
 
 
 def _reason(name: str) -> str:
@@ -156,20 +199,10 @@ def _reason(name: str) -> str:
 
 
 def _line(verdict: Verdict) -> str:
-    reason = VerdictReason.Name(verdict.reason).removeprefix("VERDICT_REASON_")
+    reason = reason_word(verdict.reason)
     loss = f"loss {verdict.loss:.3f}" if verdict.HasField("loss") else ""
     notes = ", ".join(filter(None, [verdict.detail, loss]))
     return f"{reason:17} {id_of(verdict.source)}: {verdict.path}" + (f"  ({notes})" if notes else "")
-
-
-def _name(client: Codegraft, project: str, scan: str) -> str:
-    """The scan's full name; the newest one's for an empty id."""
-    if scan:
-        return full_name(names.SCAN, scan, project)
-    newest = next(iter(client.scans.list(project)), None)
-    if newest is None:
-        raise ScanNotFound(f"{project} has no scan yet", field="scan", hint=f"codegraft scan start --project {project}")
-    return newest.name
 
 
 def _tell(scan: scan_pb2.Scan) -> None:
@@ -186,5 +219,7 @@ def _tell(scan: scan_pb2.Scan) -> None:
         f"{report.accepted_count:,} of {report.file_count:,} files accepted: {report.train.files:,} to train on "
         f"({report.train.tokens:,} tokens), {report.test.files:,} held out ({report.test.tokens:,} tokens)"
     )
+    for warning in report.warnings:
+        err.print(Text.assemble(("warning: ", "bold yellow"), warning))
     if scan.status.state == JobState.JOB_STATE_SUCCEEDED:
         err.print(f"dataset {scan.dataset}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +117,11 @@ def build(project: str, parts: Sequence[Part]) -> tuple[SnapshotManifest, bytes]
     sha256 = hashlib.sha256()
     for source in sources:
         sha256.update(source.SerializeToString(deterministic=True) + b"\0")
+    projects = {part.project.name: part.project for part in parts}
+    languages_off = sorted({name for one in projects.values() for name in one.languages_off})
+    licenses_off = sorted({name for one in projects.values() for name in one.exclude_licenses})
+    if languages_off or licenses_off:
+        sha256.update(json.dumps([languages_off, licenses_off]).encode() + b"\0")
     tables = []
     for part in ordered:
         table = part.files.table
@@ -132,6 +138,8 @@ def build(project: str, parts: Sequence[Part]) -> tuple[SnapshotManifest, bytes]
         sources=sources,
         file_count=sum(len(part.files) for part in ordered),
         byte_count=sum(source.byte_count for source in sources),
+        languages_off=languages_off,
+        exclude_licenses=licenses_off,
     )
     return manifest, to_parquet(pa.concat_tables(tables))
 

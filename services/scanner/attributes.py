@@ -91,7 +91,7 @@ def _rule(line: str, folder: str) -> _Rule | None:
 def _regex(pattern: str, folder: str) -> re.Pattern[str]:
     """Matches whole paths; a pattern without slash matches at any depth below its folder."""
     anchored = "/" in pattern
-    parts = re.split(r"(\*\*/|/\*\*$|\*|\?|\[!?[^\]]*\])", pattern.removeprefix("/"))
+    parts = re.split(r"(\*\*/|/\*\*$|^\*\*$|\*|\?|\[!?[^\]]*\])", pattern.removeprefix("/"))
     out = []
     for part in parts:
         match part:
@@ -99,6 +99,8 @@ def _regex(pattern: str, folder: str) -> re.Pattern[str]:
                 out.append("(?:.*/)?")
             case "/**":
                 out.append("/.*")
+            case "**":
+                out.append(".*" if anchored else "[^/]*")
             case "*":
                 out.append("[^/]*")
             case "?":

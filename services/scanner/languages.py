@@ -27,6 +27,10 @@ class Traits:
     """Linguist's name; empty when unknown."""
     generated: bool
     vendored: bool
+    documentation: bool = False
+
+
+UNKNOWN = Traits("", generated=False, vendored=False)
 
 
 def identify(path: str, content: bytes) -> Traits:
@@ -41,6 +45,7 @@ def identify(path: str, content: bytes) -> Traits:
         language=enry.get_language(name, content),
         generated=bool(enry.is_generated(name, content)),
         vendored=bool(enry.is_vendor(name)),
+        documentation=bool(enry.is_documentation(name)),
     )
 
 
@@ -48,7 +53,12 @@ def from_path(path: str) -> Traits:
     """What can be said without the content."""
     name = _safe(path)
     language = enry.get_language_by_filename(name).language or enry.get_language_by_extension(name).language
-    return Traits(language=language, generated=False, vendored=bool(enry.is_vendor(name)))
+    return Traits(
+        language=language,
+        generated=False,
+        vendored=bool(enry.is_vendor(name)),
+        documentation=bool(enry.is_documentation(name)),
+    )
 
 
 def is_binary(content: bytes) -> bool:

@@ -8,7 +8,9 @@ attention is causal and padding is on the right, so that it cannot reach what is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,8 @@ GROUP_BATCHES = 8
 a worker that is killed loses its group."""
 CHARACTERS_PER_TOKEN = 3.3
 """Of code, roughly; for estimates only."""
+ROBUST_FILES = 20
+"""Fewer files of a language say nothing of what is usual for it."""
 HEAD_ROWS = 128
 """Positions whose logits exist at once: 49,152 of them per position are the largest tensor of all."""
 
@@ -44,6 +48,23 @@ class FileLoss:
     """Tokens of the file."""
     sampled_tokens: int
     """Tokens that were read."""
+
+    def bits_per_byte(self, size: int) -> float:
+        """The loss in bits per byte of a text of so many bytes; as if all of a sampled file were like its samples."""
+        return self.loss * self.tokens / (math.log(2) * size) if size else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """What is asked of the losses of one language, and how they lie. Nats per token."""
+
+    value: float
+    """Files over this are rejected."""
+    files: int
+    """How many have a loss."""
+    median: float
+    mad: float
+    """Median absolute deviation from the median."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +100,28 @@ def estimate(characters: int, limit: int) -> float:
     return min(characters / CHARACTERS_PER_TOKEN, limit)
 
 
-def judge(measured: FileLoss, rules: Rules, *, forced: bool) -> Finding | None:
+def thresholds(measured: Sequence[tuple[str, FileLoss]], rules: Rules) -> dict[str, Threshold]:
+    """What is asked of each language: the same of all, or what its own losses suggest when there are enough.
+
+    Args:
+        measured: language and loss of every file.
+    """
+    by_language: defaultdict[str, list[float]] = defaultdict(list)
+    for language, found in measured:
+        losses = by_language[language]
+        if math.isfinite(found.loss) and found.tokens >= rules.min_tokens:
+            losses.append(found.loss)
+    told = {}
+    for language, losses in by_language.items():
+        median = statistics.median(losses) if losses else math.nan
+        mad = statistics.median(abs(loss - median) for loss in losses) if losses else math.nan
+        is_robust = rules.loss_mad is not None and len(losses) >= ROBUST_FILES
+        value = median + (rules.loss_mad or 0) * mad if is_robust else rules.max_loss
+        told[language] = Threshold(value, len(losses), median, mad)
+    return told
+
+
+def judge(measured: FileLoss, rules: Rules, threshold: float, *, forced: bool) -> Finding | None:
     """What stage 2 has against a file; None when nothing."""
     if not math.isfinite(measured.loss):
         return Finding(Reason.FILTER_EMPTY, f"no loss from {measured.tokens} tokens")
@@ -87,8 +129,8 @@ def judge(measured: FileLoss, rules: Rules, *, forced: bool) -> Finding | None:
         return None
     if measured.tokens < rules.min_tokens:
         return Finding(Reason.FILTER_EMPTY, f"{measured.tokens} tokens")
-    if measured.loss > rules.max_loss:
-        return Finding(Reason.HIGH_LOSS, f"{measured.loss:.3f} nats per token")
+    if measured.loss > threshold:
+        return Finding(Reason.HIGH_LOSS, f"{measured.loss:.3f} nats per token, over {threshold:.3f}")
     return None
 
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from services.scanner import duplicates, loss, split, stage1
-from services.scanner.loss import FileLoss
+from services.scanner.languages import Traits
+from services.scanner.loss import FileLoss, Threshold
 from services.scanner.rules import Rules
 from services.scanner.snapshot import File
 from services.scanner.stage1 import SourceMasks
@@ -19,15 +20,26 @@ class Entry:
     """A file on its way to its verdict."""
 
     file: File
-    language: str
+    traits: Traits
+    encoding: str
+    license: str
     fingerprint: str
     """See :class:`~services.scanner.stage1.Examined`."""
     characters: int
     """Length of its text."""
+    utf8_bytes: int
+    """Size of its text in UTF-8."""
     forced: bool
     findings: tuple[Finding, ...]
     """What speaks against it so far, the primary reason first."""
+    duplicate_of: str = ""
+    similarity: float = 0.0
     loss: FileLoss | None = None
+
+    @property
+    def language(self) -> str:
+        """By linguist's name; empty when unknown."""
+        return self.traits.language
 
     @property
     def is_clean(self) -> bool:
@@ -42,7 +54,17 @@ class Entry:
 def examine(file: File, data: bytes | None, rules: Rules, masks: SourceMasks) -> tuple[Entry, str]:
     """Stage 1 for one file; its text comes back apart, so that nobody keeps all texts in memory."""
     found = stage1.examine(file.path, data, rules, masks, size=file.size)
-    entry = Entry(file, found.language, found.fingerprint, len(found.text), found.forced, found.findings)
+    entry = Entry(
+        file=file,
+        traits=found.traits,
+        encoding=found.encoding,
+        license=found.license,
+        fingerprint=found.fingerprint,
+        characters=len(found.text),
+        utf8_bytes=len(found.text.encode()),
+        forced=found.forced,
+        findings=found.findings,
+    )
     return entry, found.text
 
 
@@ -63,32 +85,44 @@ def mark_duplicates(entries: Sequence[Entry]) -> None:
     for index, (survivor, same) in duplicates.find(candidates).items():
         kept = with_text[survivor].file
         with_text[index].add(Finding(Reason.DUPLICATE, f"{same} as {kept.path} of {kept.source}"))
+        with_text[index].duplicate_of = f"{kept.source}:{kept.path}"
+        with_text[index].similarity = 1.0
 
 
-def judge_losses(entries: Sequence[Entry], losses: Mapping[str, FileLoss], rules: Rules) -> None:
-    """Stage 2 for every file that stage 1 left.
+def judge_losses(entries: Sequence[Entry], losses: Mapping[str, FileLoss], rules: Rules) -> dict[str, Threshold]:
+    """Stage 2 for every file that stage 1 left; returns what was asked of each language.
 
     Args:
         losses: by SHA-256 of the content; has all of them.
     """
-    for entry in entries:
-        if entry.is_clean:
-            entry.loss = losses[entry.file.sha256]
-            if finding := loss.judge(entry.loss, rules, forced=entry.forced):
-                entry.add(finding)
+    measured = [(entry, losses[entry.file.sha256]) for entry in entries if entry.is_clean]
+    thresholds = loss.thresholds([(entry.language, found) for entry, found in measured], rules)
+    for entry, found in measured:
+        entry.loss = found
+        if finding := loss.judge(found, rules, thresholds[entry.language].value, forced=entry.forced):
+            entry.add(finding)
+    return thresholds
 
 
 def conclude(entries: Sequence[Entry], rules: Rules) -> list[Verdict]:
     """The verdicts, in the order of the entries, with the accepted files split into train and test."""
     accepted = [entry for entry in entries if entry.is_clean]
-    items = [split.Item(entry.fingerprint, entry.file.split) for entry in accepted]
+    items = [
+        split.Item(
+            entry.fingerprint, entry.file.split, split.stratum(entry.language, entry.file.source, entry.file.path)
+        )
+        for entry in accepted
+    ]
     parts = iter(split.assign(items, seed=rules.seed, share=rules.test_share))
     return [_verdict(entry, next(parts) if entry.is_clean else "") for entry in entries]
 
 
 def _verdict(entry: Entry, part: Split) -> Verdict:
-    findings = entry.findings or (Finding(Reason.ACCEPTED),)
+    told: dict[str, list[str]] = {}
+    for finding in entry.findings or (Finding(Reason.ACCEPTED),):
+        told.setdefault(finding.reason.name, []).append(finding.detail)
     measured = entry.loss
+    is_finite = measured is not None and math.isfinite(measured.loss)
     return Verdict(
         path=entry.file.path,
         source=entry.file.source,
@@ -98,10 +132,15 @@ def _verdict(entry: Entry, part: Split) -> Verdict:
         split=part,
         accepted=entry.is_clean,
         stage=1 if measured is None else 2,
-        reason=findings[0].reason.name,
-        reasons=tuple(dict.fromkeys(finding.reason.name for finding in findings)),
-        detail=findings[0].detail,
-        loss=measured.loss if measured is not None and math.isfinite(measured.loss) else None,
+        reason=next(iter(told)),
+        reasons=tuple(told),
+        details=tuple("; ".join(filter(None, details)) for details in told.values()),
+        encoding=entry.encoding,
+        license=entry.license,
+        duplicate_of=entry.duplicate_of,
+        similarity=entry.similarity,
+        loss=measured.loss if measured is not None and is_finite else None,
+        bits_per_byte=measured.bits_per_byte(entry.utf8_bytes) if measured is not None and is_finite else None,
         tokens=measured.tokens if measured is not None else 0,
         sampled_tokens=measured.sampled_tokens if measured is not None else 0,
     )

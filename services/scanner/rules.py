@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from codegraft.scanner.v1.scan_pb2 import ScanSettings
+from codegraft.scanner.v1.scan_pb2 import SECRET_POLICY_REJECT, ScanSettings
 from services.core.errors import InvalidArgument
 from services.core.masks import Masks
 from services.core.models import catalogue
@@ -46,6 +47,18 @@ class Rules:
     """Of the AUTO files that become test; None: see split.py."""
     reject_vendored: bool = True
     reject_generated: bool = True
+    near_duplicates: bool = True
+    """Whether near-duplicates are rejected."""
+    near_threshold: float = 0.7
+    """Least Jaccard similarity of near-duplicates."""
+    secrets: int = SECRET_POLICY_REJECT
+    """What happens to files with secrets: a SecretPolicy."""
+    exclude_licenses: tuple[str, ...] = ()
+    """SPDX ids, with ``*`` for anything."""
+    loss_mad: float | None = None
+    """Median absolute deviations over its language's median that a loss may be; None: max_loss for all."""
+    languages_off: frozenset[str] = frozenset()
+    """Linguist names of languages to leave out."""
 
 
 _RANGES: dict[str, tuple[float, float]] = {
@@ -56,6 +69,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_tokens_per_file": (64, 1_000_000),
     "window_tokens": (32, 8192),
     "test_share": (0, MAX_SHARE),
+    "near_threshold": (0.5, 1),
+    "loss_mad": (0, 1000),
 }
 
 
@@ -79,13 +94,8 @@ def resolve(settings: ScanSettings, *, default_model: str = catalogue.DEFAULT_MO
                 field=f"settings.{name}",
                 hint=f"Give a number from {low:g} to {high:g}.",
             )
-    for language in settings.languages:
-        if not linguist.is_known(language):
-            raise InvalidArgument(
-                f"{language[:80]!r} is no language that linguist knows",
-                field="settings.languages",
-                hint="Use linguist's spelling, for example Python, C++ or Shell.",
-            )
+    for field_name in ("languages", "languages_off"):
+        check_languages(getattr(settings, field_name), f"settings.{field_name}")
     Masks(settings.exclude, field="settings.exclude")
     Masks(settings.force_include, field="settings.force_include")
     return Rules(
@@ -93,8 +103,33 @@ def resolve(settings: ScanSettings, *, default_model: str = catalogue.DEFAULT_MO
         exclude=tuple(settings.exclude),
         force_include=tuple(settings.force_include),
         languages=frozenset(settings.languages),
+        languages_off=frozenset(settings.languages_off),
+        exclude_licenses=tuple(settings.exclude_licenses),
+        secrets=settings.secrets or SECRET_POLICY_REJECT,
         model=catalogue.find(settings.model or default_model).id,
     )
+
+
+def of_project(rules: Rules, languages_off: Iterable[str], exclude_licenses: Iterable[str]) -> tuple[Rules, list[str]]:
+    """The rules together with what the project leaves out, and which of its languages linguist does not know."""
+    given = sorted(set(languages_off))
+    settled = replace(
+        rules,
+        languages_off=rules.languages_off | set(given),
+        exclude_licenses=(*rules.exclude_licenses, *exclude_licenses),
+    )
+    return settled, [language for language in given if not linguist.is_known(language)]
+
+
+def check_languages(given: Iterable[str], field: str) -> None:
+    """Raises InvalidArgument for a language that linguist does not know."""
+    for language in given:
+        if not linguist.is_known(language):
+            raise InvalidArgument(
+                f"{language[:80]!r} is no language that linguist knows",
+                field=field,
+                hint="Use linguist's spelling, for example Python, C++ or Shell.",
+            )
 
 
 def to_settings(rules: Rules) -> ScanSettings:

@@ -157,8 +157,8 @@ def _filter(wanted: verdict_pb2.VerdictFilter) -> verdict_log.Filter:
 
 
 def _verdict(verdict: Verdict) -> verdict_pb2.Verdict:
-    values = asdict(verdict)
-    # Names are the same, and so are the numbers of the reasons; None is the absent loss.
+    values = asdict(verdict) | {"detail": verdict.detail}
+    # Names are the same, and so are the numbers of the reasons; None is an absent loss.
     values["reason"] = Reason[verdict.reason].value
     values["reasons"] = [Reason[reason].value for reason in verdict.reasons]
     values["split"] = Split.Value(f"SPLIT_{verdict.split or 'UNSPECIFIED'}")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from services.core.masks import Masks
-from services.scanner import languages, text
+from services.scanner import languages, licenses, text
 from services.scanner.attributes import NONE, Attributes
 from services.scanner.languages import Traits
 from services.scanner.rules import Rules
@@ -37,9 +37,13 @@ class Examined:
 
     findings: tuple[Finding, ...]
     """Why it cannot be accepted, the primary reason first; empty when nothing speaks against it."""
-    language: str = ""
+    traits: Traits = languages.UNKNOWN
     text: str = ""
     """The decoded file; empty when it could not be decoded or was not read."""
+    encoding: str = ""
+    """What the text was stored in."""
+    license: str = ""
+    """See licenses.py."""
     fingerprint: str = ""
     """Equal for files that differ in line ends and trailing blanks only; empty without text."""
     forced: bool = False
@@ -60,13 +64,13 @@ def examine(path: str, data: bytes | None, rules: Rules, masks: SourceMasks, *, 
     if size > rules.max_file_bytes:
         traits = masks.attributes.apply(path, languages.from_path(path))
         found = [Finding(Reason.TOO_LARGE, f"{size} bytes"), *_by_path(path, traits, rules, masks)]
-        return Examined(_unforgiven(found, forced), traits.language, forced=forced)
+        return Examined(_unforgiven(found, forced), traits, forced=forced)
     if data is None:
         return Examined((Finding(Reason.LINGUIST_ERROR, "the content could not be read"),))
     if languages.is_binary(data):
         traits = masks.attributes.apply(path, languages.from_path(path))
         found = [Finding(Reason.NOT_TEXT, "binary"), *_by_path(path, traits, rules, masks)]
-        return Examined(_unforgiven(found, forced), traits.language, forced=forced)
+        return Examined(_unforgiven(found, forced), traits, forced=forced)
     try:
         decoded = text.decode(data)
     except text.Undecodable as error:
@@ -74,11 +78,14 @@ def examine(path: str, data: bytes | None, rules: Rules, masks: SourceMasks, *, 
     # Linguist's heuristics read bytes: UTF-16 would hide every keyword from them.
     readable = decoded.text.encode() if decoded.encoding.startswith("utf-") else data
     traits = masks.attributes.apply(path, languages.identify(path, readable))
-    found = [*_by_path(path, traits, rules, masks), *_by_content(decoded.text, traits, rules)]
+    license = licenses.detect(decoded.text)
+    found = [*_by_path(path, traits, rules, masks), *_by_content(decoded.text, traits, license, rules)]
     return Examined(
         findings=_unforgiven(found, forced),
-        language=traits.language,
+        traits=traits,
         text=decoded.text,
+        encoding=decoded.encoding,
+        license=license,
         fingerprint=text.fingerprint(decoded.text),
         forced=forced,
     )
@@ -93,9 +100,11 @@ def _by_path(path: str, traits: Traits, rules: Rules, masks: SourceMasks) -> Ite
         yield Finding(Reason.EXCLUDED_BY_MASK, "matched by no include mask")
 
 
-def _by_content(content: str, traits: Traits, rules: Rules) -> Iterator[Finding]:
+def _by_content(content: str, traits: Traits, license: str, rules: Rules) -> Iterator[Finding]:
     language = traits.language
-    if language not in rules.languages:
+    if language in rules.languages_off:
+        yield Finding(Reason.LANGUAGE_OFF, language)
+    elif language not in rules.languages:
         if not languages.is_code(language):
             yield Finding(Reason.NOT_CODE, language or "of no known language")
         elif rules.languages:
@@ -110,6 +119,8 @@ def _by_content(content: str, traits: Traits, rules: Rules) -> Iterator[Finding]
         yield Finding(Reason.ENCODED_DATA, problem)
     if not content.strip():
         yield Finding(Reason.FILTER_EMPTY, "no text")
+    if left_out := licenses.excluded(license, rules.exclude_licenses):
+        yield Finding(Reason.LICENSE, left_out)
 
 
 def _unforgiven(findings: list[Finding], forced: bool) -> tuple[Finding, ...]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
+from typing import Any, Literal
 
 
 class Reason(Enum):
@@ -42,6 +42,7 @@ FORGIVABLE = frozenset(
         Reason.LONG_LINES,
         Reason.ENCODED_DATA,
         Reason.HIGH_LOSS,
+        Reason.LICENSE,
     }
 )
 """What a force-include mask overrules. What linguist decides is final, and so are duplicates and files without text."""
@@ -75,13 +76,37 @@ class Verdict:
     reason: str
     reasons: tuple[str, ...]
     """Every reason that applies, the primary one first."""
-    detail: str
-    loss: float | None
+    details: tuple[str, ...] = ()
+    """What exactly, for each of the reasons."""
+    encoding: str = ""
+    """What the text was stored in; empty when it was not decoded."""
+    license: str = ""
+    """SPDX expression of its header; empty when it names none."""
+    duplicate_of: str = ""
+    """The survivor, as its source's name, a colon and its path."""
+    similarity: float = 0.0
+    """To the survivor: 1 for the same text, else the estimated Jaccard similarity."""
+    loss: float | None = None
     """Nats per token; None when stage 2 did not read the file or the loss is no number."""
-    tokens: int
+    bits_per_byte: float | None = None
+    """The loss in bits per byte of UTF-8."""
+    tokens: int = 0
     """Tokens of the file; 0 when stage 2 did not read it."""
-    sampled_tokens: int
+    sampled_tokens: int = 0
     """Tokens that stage 2 read of it."""
+
+    @property
+    def detail(self) -> str:
+        """Of the primary reason."""
+        return self.details[0] if self.details else ""
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> Verdict:
+        """The verdict of a row of verdicts.parquet; what an older release did not write is left at its default."""
+        known = {name: value for name, value in row.items() if name in cls.__dataclass_fields__}
+        if "details" not in row:
+            known["details"] = [row.get("detail", "")]
+        return cls(**known | {"reasons": tuple(known["reasons"]), "details": tuple(known["details"])})
 
 
 def by_precedence(findings: Iterable[Finding]) -> tuple[Finding, ...]:

@@ -69,7 +69,7 @@ def page(file: Path | None, scan: str, wanted: Filter, page_size: int, page_toke
     if file is None:
         return Page([], "", 0)
     table = _matching(pq.read_table(file), wanted, mask)
-    rows = [Verdict(**{**row, "reasons": tuple(row["reasons"])}) for row in table.slice(first, size).to_pylist()]
+    rows = [Verdict.of_row(row) for row in table.slice(first, size).to_pylist()]
     after = first + len(rows)
     return Page(rows, _token(after, scope) if after < table.num_rows else "", table.num_rows)
 

@@ -8,7 +8,7 @@ import itertools
 import tempfile
 import time
 from collections.abc import Awaitable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,7 +34,7 @@ from services.core.store import Packs
 from services.scanner import attributes, dataset, pipeline, report, rules, snapshot
 from services.scanner.attributes import Attributes
 from services.scanner.config import ScannerSettings
-from services.scanner.loss import FileLoss
+from services.scanner.loss import FileLoss, Threshold
 from services.scanner.loss_cache import LossCache
 from services.scanner.meter import Meter, Work
 from services.scanner.pipeline import Entry
@@ -61,6 +61,7 @@ class Stage2:
     model: str = ""
     model_digest: str = ""
     cached: int = 0
+    thresholds: Mapping[str, Threshold] = field(default_factory=dict)
 
 
 class Texts:
@@ -97,6 +98,7 @@ class ScanWorker:
         """
         settled = rules.resolve(context.job.settings, default_model=self._settings.scanner_model)
         manifest = await snapshot.manifest(self._runtime.artifacts, context.job.snapshot)
+        settled, unknown = rules.of_project(settled, manifest.languages_off, manifest.exclude_licenses)
         files = await snapshot.files(self._runtime.artifacts, manifest)
         masks = snapshot.masks(list(manifest.sources), settled)
         honouring = {source.source for source in manifest.sources if source.honour_gitattributes}
@@ -111,8 +113,18 @@ class ScanWorker:
             ended = time.monotonic()
             verdicts = await self._store_verdicts(context, pipeline.conclude(entries, settled), folder)
             summary = report.summarize(
-                verdicts, stage1_seconds=between - began, stage2_seconds=ended - between, cached_losses=stage2.cached
+                verdicts,
+                thresholds=stage2.thresholds,
+                stage1_seconds=between - began,
+                stage2_seconds=ended - between,
+                cached_losses=stage2.cached,
             )
+            summary.warnings.extend(
+                f"the project switches {language!r} off, which is no language that linguist knows"
+                for language in unknown
+            )
+            for warning in summary.warnings:
+                logger.warning(warning, scan=context.name)
 
             def fill(scan: Scan) -> None:
                 scan.report.CopyFrom(summary)
@@ -217,8 +229,8 @@ class ScanWorker:
         if missing:
             await self._measure(context, folder, settled, missing, texts, cache, losses)
         await cache.compact()
-        pipeline.judge_losses(entries, losses, settled)
-        return Stage2(spec.id, digest, len(wanted) - len(missing))
+        thresholds = pipeline.judge_losses(entries, losses, settled)
+        return Stage2(spec.id, digest, len(wanted) - len(missing), thresholds)
 
     async def _measure(
         self,
@@ -308,7 +320,7 @@ async def verdicts_file(runtime: Runtime, scan: str) -> Path:
 async def stored_verdicts(runtime: Runtime, scan: str) -> list[Verdict]:
     """All verdicts of a scan."""
     table = await asyncio.to_thread(pq.read_table, await verdicts_file(runtime, scan))
-    return [Verdict(**{**row, "reasons": tuple(row["reasons"])}) for row in table.to_pylist()]
+    return [Verdict.of_row(row) for row in table.to_pylist()]
 
 
 async def _unless_cancelled(context: JobContext[Scan], work: Awaitable[T]) -> T:

@@ -51,6 +51,8 @@ class Projects:
         title: str = "",
         exclude: Sequence[str] = (),
         include: Sequence[str] = (),
+        languages_off: Sequence[str] = (),
+        exclude_licenses: Sequence[str] = (),
         request_id: str = "",
     ) -> project_pb2.Project:
         """Creates a project.
@@ -58,6 +60,8 @@ class Projects:
         Args:
             exclude: masks in .gitignore syntax for all its sources.
             include: for sources without include masks of their own: files that match none are left out.
+            languages_off: languages that scans leave out, by linguist name.
+            exclude_licenses: licences that scans leave out, by SPDX id; ``*`` stands for anything.
             request_id: idempotency key; a fresh one when empty.
 
         Raises:
@@ -66,7 +70,13 @@ class Projects:
         """
         request = project_pb2.CreateProjectRequest(
             project_id=project_id,
-            project=project_pb2.Project(title=title, exclude=exclude, include=include),
+            project=project_pb2.Project(
+                title=title,
+                exclude=exclude,
+                include=include,
+                languages_off=languages_off,
+                exclude_licenses=exclude_licenses,
+            ),
             request_id=request_id or new_request_id(),
         )
         return (self._caller.unary(self._stub.CreateProject, request, repeat=True)).project
@@ -84,7 +94,7 @@ class Projects:
                 yield project
 
     def update(self, project: project_pb2.Project) -> project_pb2.Project:
-        """Stores title and masks. Raises EtagMismatch when it changed since it was read."""
+        """Stores title, masks, languages and licences. Raises EtagMismatch when it changed since it was read."""
         request = project_pb2.UpdateProjectRequest(project=project)
         return (self._caller.unary(self._stub.UpdateProject, request, repeat=False)).project
 

@@ -10,7 +10,7 @@ import grpc
 from codegraft.ingest.v1 import project_pb2 as pb
 from codegraft.ingest.v1.project_pb2_grpc import ProjectServiceServicer
 from services.core import names
-from services.core.errors import NotFound, ProjectNotEmpty, ResourceExists
+from services.core.errors import InvalidArgument, NotFound, ProjectNotEmpty, ResourceExists
 from services.core.masks import Masks
 from services.ingest.records import Tables, same_request
 
@@ -25,13 +25,14 @@ class ProjectServicer(ProjectServiceServicer):
 
     async def CreateProject(self, request: pb.CreateProjectRequest, context: Context) -> pb.CreateProjectResponse:
         names.check_id(request.project_id, "project_id")
-        Masks(request.project.exclude, field="project.exclude")
-        Masks(request.project.include, field="project.include")
+        _check(request.project)
         wanted = pb.Project(
             name=names.build(names.PROJECT, project=request.project_id),
             title=request.project.title,
             exclude=request.project.exclude,
             include=request.project.include,
+            languages_off=request.project.languages_off,
+            exclude_licenses=request.project.exclude_licenses,
             request_id=request.request_id,
         )
         wanted.create_time.GetCurrentTime()
@@ -40,8 +41,7 @@ class ProjectServicer(ProjectServiceServicer):
             return pb.CreateProjectResponse(project=await self._tables.projects.create(wanted))
         except ResourceExists:
             there = await self._tables.projects.get(wanted.name)
-            same = (there.title, there.exclude, there.include) == (wanted.title, wanted.exclude, wanted.include)
-            same_request(there, same, request.request_id)
+            same_request(there, _choices(there) == _choices(wanted), request.request_id)
             return pb.CreateProjectResponse(project=there)
 
     async def GetProject(self, request: pb.GetProjectRequest, context: Context) -> pb.GetProjectResponse:
@@ -53,13 +53,14 @@ class ProjectServicer(ProjectServiceServicer):
 
     async def UpdateProject(self, request: pb.UpdateProjectRequest, context: Context) -> pb.UpdateProjectResponse:
         names.parse(names.PROJECT, request.project.name, field="project.name")
-        Masks(request.project.exclude, field="project.exclude")
-        Masks(request.project.include, field="project.include")
+        _check(request.project)
 
         def change(record: pb.Project) -> None:
             record.title = request.project.title
             record.exclude[:] = request.project.exclude
             record.include[:] = request.project.include
+            record.languages_off[:] = request.project.languages_off
+            record.exclude_licenses[:] = request.project.exclude_licenses
             record.update_time.GetCurrentTime()
 
         await self._tables.known(request.project.name, "project.name")
@@ -82,3 +83,23 @@ class ProjectServicer(ProjectServiceServicer):
                 with contextlib.suppress(NotFound):
                     await table.delete(record.name)
         return pb.DeleteProjectResponse()
+
+
+def _check(project: pb.Project) -> None:
+    """Whether linguist knows a language is the scanner's to say: a scan warns of one that it does not know."""
+    Masks(project.exclude, field="project.exclude")
+    Masks(project.include, field="project.include")
+    for field in ("languages_off", "exclude_licenses"):
+        for value in getattr(project, field):
+            if not value.strip() or len(value) > 100:
+                raise InvalidArgument(
+                    f"{value[:100]!r} cannot be in {field}",
+                    field=f"project.{field}",
+                    hint="Give names such as Python, or SPDX ids such as GPL-*.",
+                )
+
+
+def _choices(project: pb.Project) -> tuple[object, ...]:
+    """What the caller chose."""
+    lists = project.exclude, project.include, project.languages_off, project.exclude_licenses
+    return project.title, *map(list, lists)

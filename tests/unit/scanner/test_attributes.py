@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from services.core.masks import Masks
@@ -63,6 +63,7 @@ PATHS = ["a", "x.py", "b.py", "a/x.py", "b/a", "a/b/x.py", "b/b/b", "a/b/a/x.py"
 
 
 @settings(max_examples=60, deadline=None)
+@example(lines=[("/**", True)])
 @given(lines=st.lists(st.tuples(PATTERNS, st.booleans()), min_size=1, max_size=3))
 def test_the_same_lines_match_as_in_git(
     lines: list[tuple[str, bool]], tmp_path_factory: pytest.TempPathFactory

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from services.core.errors import InvalidMask, InvalidPageSize, InvalidPageToken
 from services.scanner import dataset, report, verdict_log
 from services.scanner.dataset import Origin
+from services.scanner.loss import Threshold
 from services.scanner.verdict import Verdict
 from services.scanner.verdict_log import Filter
 
@@ -33,7 +34,7 @@ def verdict(number: int, *, accepted: bool = True, loss: float | None = 1.0, lan
         stage=2 if loss is not None else 1,
         reason="ACCEPTED" if accepted else "HIGH_LOSS",
         reasons=("ACCEPTED",) if accepted else ("HIGH_LOSS",),
-        detail="",
+        details=("",),
         loss=loss,
         tokens=30 + number,
         sampled_tokens=30 + number,
@@ -85,11 +86,45 @@ def test_files_are_the_same_bytes_and_open_elsewhere(tmp_path: Path) -> None:
 @given(st.lists(st.tuples(st.booleans(), st.sampled_from(["Python", "Go"])), max_size=30))
 def test_accepted_and_rejected_are_all_files(kinds: list[tuple[bool, str]]) -> None:
     rows = [verdict(n, accepted=accepted, language=language) for n, (accepted, language) in enumerate(kinds)]
-    found = report.summarize(rows, stage1_seconds=0, stage2_seconds=0, cached_losses=0)
+    found = report.summarize(rows)
     assert found.accepted_count + found.rejected_count == found.file_count == len(rows)
     assert sum(count.files for count in found.reasons.values()) == len(rows)
     assert sum(count.files for count in found.languages.values()) == found.accepted_count
     assert found.train.files + found.test.files == found.accepted_count
+
+
+def test_a_language_that_loses_many_files_to_the_loss_is_told() -> None:
+    rows = [verdict(n, accepted=n >= 2, loss=1.0, language="Go") for n in range(40)]
+    rows += [verdict(n, accepted=n >= 3, loss=1.0, language="Python") for n in range(40)]
+    rows += [verdict(n, accepted=False, loss=1.0, language="Rare") for n in range(3)]
+    thresholds = {
+        language: Threshold(3.0, count, 1.0, 0.1) for language, count in [("Go", 40), ("Python", 40), ("Rare", 3)]
+    }
+    found = report.summarize(rows, thresholds=thresholds)
+    assert [warning.split()[0] for warning in found.warnings] == ["Python"]
+    assert {language: count.rejected for language, count in found.losses.items()} == {"Go": 2, "Python": 3, "Rare": 3}
+    assert {language: count.files for language, count in found.all_languages.items()} == {
+        "Go": 40,
+        "Python": 40,
+        "Rare": 3,
+    }
+
+
+def test_verdicts_of_an_older_release_can_be_read() -> None:
+    row = {
+        "path": "a",
+        "source": "s",
+        "sha256": "0",
+        "size": 1,
+        "language": "",
+        "split": "",
+        "accepted": False,
+        "stage": 1,
+    }
+    old = Verdict.of_row(
+        row | {"reason": "NOT_TEXT", "reasons": ["NOT_TEXT"], "detail": "binary", "loss": None, "gone": 1}
+    )
+    assert (old.detail, old.details, old.encoding, old.similarity) == ("binary", ("binary",), "", 0.0)
 
 
 @pytest.fixture(scope="module")

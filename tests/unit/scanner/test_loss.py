@@ -76,9 +76,27 @@ def test_windows_score_every_token_once_within_the_limit(tokens: int, window: in
     ],
 )
 def test_verdict_of_a_loss(measured: FileLoss, reason: Reason | None) -> None:
-    finding = loss.judge(measured, Rules(), forced=False)
+    finding = loss.judge(measured, Rules(), 3.0, forced=False)
     assert (finding.reason if finding else None) is reason
 
 
+def test_a_threshold_is_the_same_for_all_or_follows_what_is_usual_for_a_language() -> None:
+    usual = [("Python", FileLoss(1.0 + number / 100, 100, 100)) for number in range(21)]
+    measured = [*usual, ("Python", FileLoss(9.0, 5, 5)), ("Python", FileLoss(math.nan, 100, 100))]
+    measured += [("SQL", FileLoss(4.0, 100, 100)), ("Go", FileLoss(math.nan, 0, 0))]
+    same = loss.thresholds(measured, Rules())
+    assert {language: found.value for language, found in same.items()} == {"Python": 3.0, "SQL": 3.0, "Go": 3.0}
+    assert (same["Python"].files, same["Python"].median, same["Python"].mad) == (21, 1.1, pytest.approx(0.05))
+    own = loss.thresholds(measured, Rules(loss_mad=4))
+    assert own["Python"].value == pytest.approx(1.3), "short files and those without a loss say nothing"
+    assert own["SQL"].value == own["Go"].value == 3.0, "too few files to say what is usual"
+
+
+def test_bits_per_byte_do_not_depend_on_the_tokenizer() -> None:
+    coarse, fine = FileLoss(2.0, 100, 100), FileLoss(1.0, 200, 50)
+    assert coarse.bits_per_byte(400) == fine.bits_per_byte(400) == pytest.approx(200 / math.log(2) / 400)
+    assert FileLoss(1.0, 1, 1).bits_per_byte(0) == 0
+
+
 def test_a_forced_file_may_have_a_high_loss() -> None:
-    assert loss.judge(FileLoss(9.0, 100, 100), Rules(), forced=True) is None
+    assert loss.judge(FileLoss(9.0, 100, 100), Rules(), 3.0, forced=True) is None

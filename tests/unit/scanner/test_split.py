@@ -13,7 +13,10 @@ from services.scanner.split import Item
 
 ITEMS = st.lists(
     st.builds(
-        Item, st.sampled_from([f"g{number}" for number in range(30)]), st.sampled_from(["TRAIN", "TEST", "AUTO"])
+        Item,
+        st.sampled_from([f"g{number}" for number in range(30)]),
+        st.sampled_from(["TRAIN", "TEST", "AUTO"]),
+        st.sampled_from("ab"),
     ),
     min_size=1,
     max_size=60,
@@ -53,6 +56,31 @@ def test_files_that_come_later_move_no_other() -> None:
     few = [Item(f"g{number}", "AUTO") for number in range(1000)]
     many = [*few, *(Item(f"new{number}", "AUTO") for number in range(1000))]
     assert split.assign(many)[:1000] == split.assign(few)
+
+
+def test_every_kind_has_its_share() -> None:
+    kinds = {"py": 1000, "go": 400, "rare": 30, "alone": 5}
+    items = [
+        Item(f"{kind}{n}", "AUTO", split.stratum(kind, "s", "src/x"))
+        for kind, many in kinds.items()
+        for n in range(many)
+    ]
+    parts = split.assign(items)
+    share = {
+        kind: sum(part == "TEST" and item.group.startswith(kind) for item, part in zip(items, parts, strict=True))
+        / many
+        for kind, many in kinds.items()
+    }
+    assert 0.03 < share["py"] < 0.08 and 0.02 < share["go"] < 0.09 and 0 < share["rare"] < 0.2
+    for seed in range(20):
+        parts = split.assign(items, seed=seed)
+        assert any(part == "TEST" and item.group.startswith("rare") for item, part in zip(items, parts, strict=True))
+
+
+def test_a_stratum_is_language_source_and_top_folder() -> None:
+    assert split.stratum("Go", "s", "cmd/a/b.go") == split.stratum("Go", "s", "cmd/c.go")
+    others = [("Python", "s", "cmd/a"), ("Go", "t", "cmd/a"), ("Go", "s", "pkg/a"), ("Go", "s", "cmd")]
+    assert len({split.stratum("Go", "s", "cmd/a"), *(split.stratum(*other) for other in others)}) == 5
 
 
 def test_another_seed_gives_another_test_set() -> None:

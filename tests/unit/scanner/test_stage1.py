@@ -53,6 +53,25 @@ def test_each_reason(path: str, data: bytes | None, reason: Reason) -> None:
     assert reasons(path, data)[0] is reason
 
 
+def test_languages_and_licences_that_are_left_out() -> None:
+    gpl = b"# SPDX-License-Identifier: GPL-3.0-only\n" + CODE
+    assert reasons("a.py", CODE, Rules(languages_off=frozenset({"Python"}))) == [Reason.LANGUAGE_OFF]
+    assert reasons("a.py", CODE, Rules(languages_off=frozenset({"Go"}))) == []
+    off = Rules(languages=frozenset({"Python"}), languages_off=frozenset({"Python"}))
+    assert reasons("a.py", CODE, off) == [Reason.LANGUAGE_OFF], "off counts more than on"
+    assert reasons("a.py", gpl) == []
+    assert reasons("a.py", gpl, Rules(exclude_licenses=("gpl-*",))) == [Reason.LICENSE]
+    forced = SourceMasks(Masks([]), Masks([]), Masks(["a.py"]))
+    assert reasons("a.py", gpl, Rules(exclude_licenses=("gpl-*",)), forced) == []
+    examined = stage1.examine("a.py", gpl, Rules(), NOTHING, size=len(gpl))
+    assert (examined.license, examined.encoding) == ("GPL-3.0-only", "utf-8")
+
+
+def test_a_project_that_names_no_language_is_told() -> None:
+    settled, unknown = rules_module.of_project(Rules(languages_off=frozenset({"C"})), ["Go", "Klingon"], ["MIT"])
+    assert (settled.languages_off, settled.exclude_licenses, unknown) == ({"C", "Go", "Klingon"}, ("MIT",), ["Klingon"])
+
+
 def test_size_at_the_bound_is_accepted() -> None:
     exactly = CODE * (512 * 1024 // len(CODE))
     exactly += b"#" * (512 * 1024 - len(exactly))

@@ -1,0 +1,106 @@
+"""The licence that a file names in its header: an SPDX tag, or the wording that a licence asks to be put there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from fnmatch import fnmatchcase
+from functools import lru_cache
+
+from license_expression import ExpressionError, LicenseWithExceptionSymbol, Licensing, get_spdx_licensing
+
+HEAD = 6000
+"""Characters in which a header is looked for."""
+
+_TAG = re.compile(r"SPDX-License-Identifier:[ \t]*([A-Za-z0-9 .+()/:_-]{2,200})")
+_BLANKS = re.compile(r"[\s*#/;%\"'!-]+")
+"""What wraps a header into comments, and its lines."""
+_GNU = re.compile(
+    r"GNU (?P<kind>Lesser |Library |Affero )?General Public License(?: as published by the Free Software Foundation)?"
+    r".{0,60}?(?:version|v\.?) ?(?P<version>[123](?:\.\d)?)"
+)
+_GNU_IDS = {None: "GPL", "Lesser ": "LGPL", "Library ": "LGPL", "Affero ": "AGPL"}
+_WORDINGS = (
+    ("Apache-2.0", re.compile(r"Licensed under the Apache License, Version 2\.0|apache\.org licenses LICENSE 2\.0")),
+    ("MPL-2.0", re.compile(r"Mozilla Public License, (?:v\.|version) 2\.0", re.IGNORECASE)),
+    ("EPL-2.0", re.compile(r"Eclipse Public License (?:v|version )?\.? ?2\.0", re.IGNORECASE)),
+    ("EPL-1.0", re.compile(r"Eclipse Public License (?:v|version )?\.? ?1\.0", re.IGNORECASE)),
+    ("BSL-1.0", re.compile(r"Boost Software License,? Version 1\.0", re.IGNORECASE)),
+    ("CDDL-1.0", re.compile(r"Common Development and Distribution License", re.IGNORECASE)),
+    ("Unlicense", re.compile(r"This is free and unencumbered software released into the public domain")),
+    ("CC0-1.0", re.compile(r"CC0 1\.0|Creative Commons Zero", re.IGNORECASE)),
+    ("ISC", re.compile(r"Permission to use, copy, modify, and(?: or)? distribute this software for any purpose")),
+    ("MIT", re.compile(r"Permission is hereby granted, free of charge, to any person obtaining a copy|MIT License")),
+)
+_BSD = re.compile(r"Redistribution and use in source and binary forms|BSD (?P<clauses>[23]) Clause", re.IGNORECASE)
+_THIRD_CLAUSE = re.compile(r"Neither the names? of|may not be used to endorse", re.IGNORECASE)
+
+
+def detect(text: str) -> str:
+    """The licence that the header names, as an SPDX expression; empty when it names none.
+
+    A tag counts more than words. What a tag says that is no expression is given back as it stands.
+    """
+    head = text[:HEAD]
+    if tag := _TAG.search(head):
+        return _normal(tag[1].rstrip(" */-"))  # the end of a comment is no part of it
+    if not any(word in head for word in ("icense", "ICENSE", "ermission", "edistribution", "public domain")):
+        return ""
+    plain = _BLANKS.sub(" ", head)
+    if gnu := _GNU.search(plain):
+        version = gnu["version"] if "." in gnu["version"] else gnu["version"] + ".0"
+        later = re.search(r"any later version|or later", plain[gnu.end() : gnu.end() + 200])
+        return f"{_GNU_IDS[gnu['kind']]}-{version}-{'or-later' if later else 'only'}"
+    for name, wording in _WORDINGS:
+        if wording.search(plain):
+            return name
+    if bsd := _BSD.search(plain):
+        three = bsd["clauses"] == "3" or _THIRD_CLAUSE.search(plain[bsd.start() :])
+        return "BSD-3-Clause" if three else "BSD-2-Clause"
+    return ""
+
+
+@lru_cache(maxsize=4096)
+def excluded(expression: str, patterns: Collection[str]) -> str:
+    """The licence for which a file is left out; empty when it may stay.
+
+    Of "A OR B" one may choose: only when both are excluded the file is.
+
+    Args:
+        patterns: hashable; SPDX ids, where a ``*`` stands for anything, without regard to case.
+    """
+    if not expression or not patterns:
+        return ""
+    try:
+        return _excluded(_licensing().parse(expression), patterns)
+    except ExpressionError:
+        return _match(expression, patterns)
+
+
+def _excluded(node: object, patterns: Collection[str]) -> str:
+    licensing = _licensing()
+    if isinstance(node, licensing.OR):
+        found = [_excluded(one, patterns) for one in node.args]
+        return found[0] if all(found) else ""
+    if isinstance(node, licensing.AND):
+        return next(filter(None, (_excluded(one, patterns) for one in node.args)), "")
+    if isinstance(node, LicenseWithExceptionSymbol):
+        return _match(str(node), patterns) or _match(node.license_symbol.key, patterns)
+    return _match(str(node), patterns)
+
+
+def _match(name: str, patterns: Collection[str]) -> str:
+    return name if any(fnmatchcase(name.casefold(), pattern.casefold()) for pattern in patterns) else ""
+
+
+@lru_cache(maxsize=1024)
+def _normal(told: str) -> str:
+    try:
+        return str(_licensing().parse(told))
+    except ExpressionError:
+        return told
+
+
+@lru_cache(maxsize=1)
+def _licensing() -> Licensing:
+    return get_spdx_licensing()
