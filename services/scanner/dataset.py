@@ -6,20 +6,28 @@ on the processor, and on which files were measured together.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from google.protobuf import json_format
+from google.protobuf.struct_pb2 import Struct
 
 from codegraft.scanner.v1.dataset_pb2 import DatasetManifest, DatasetPart
+from codegraft.scanner.v1.scan_pb2 import ScanSettings
 from services.scanner.verdict import Split, Verdict
 
-TRAIN, TEST, VERDICTS = "train.parquet", "test.parquet", "verdicts.parquet"
+VERDICTS = "verdicts.parquet"
+SHARD_BYTES = 128 << 20
+"""Bytes of source files in a shard, about: what a reader takes into memory at once, and a download repeats."""
 _ROWS = 512
 """Rows, and so texts, that are in memory at once."""
 
@@ -71,6 +79,8 @@ class Origin:
     """Id of the model of stage 2; empty when it was off."""
     model_digest: str
     """Digest of its weights; empty when it was off."""
+    settings: ScanSettings = field(default_factory=ScanSettings)
+    """With every default filled in."""
 
 
 def manifest(origin: Origin, verdicts: Sequence[Verdict]) -> DatasetManifest:
@@ -84,12 +94,16 @@ def manifest(origin: Origin, verdicts: Sequence[Verdict]) -> DatasetManifest:
         model_digest=origin.model_digest,
         train=_part(verdicts, "TRAIN"),
         test=_part(verdicts, "TEST"),
+        languages=Counter(verdict.language for verdict in verdicts if verdict.accepted),
+        reasons=Counter(verdict.reason for verdict in verdicts),
+        settings=_as_struct(origin.settings),
     )
 
 
 def digest_of(origin: Origin, verdicts: Sequence[Verdict]) -> str:
     """SHA-256 (hex) over origin and accepted rows; the order of the verdicts does not matter."""
-    digest = hashlib.sha256(json.dumps([origin.snapshot, origin.model, origin.model_digest]).encode())
+    settings = json_format.MessageToJson(origin.settings, sort_keys=True, indent=None)
+    digest = hashlib.sha256(json.dumps([origin.snapshot, origin.model, origin.model_digest, settings]).encode())
     for row in _accepted(verdicts):
         line = [row.source, row.path, row.sha256, row.size, row.language, row.split, row.tokens]
         digest.update(json.dumps(line).encode() + b"\n")
@@ -97,21 +111,27 @@ def digest_of(origin: Origin, verdicts: Sequence[Verdict]) -> str:
 
 
 def write(verdicts: Sequence[Verdict], text_of: Callable[[str], str], folder: Path) -> dict[str, Path]:
-    """Writes train.parquet and test.parquet of the accepted files.
+    """Writes the accepted files into shards, train/part-00000.parquet and so on, by source and path.
 
     Args:
         text_of: the decoded text of a SHA-256.
         folder: where to.
+
+    Returns:
+        The shards by their path within the dataset.
     """
     written: dict[str, Path] = {}
-    parts: list[tuple[str, Split]] = [(TRAIN, "TRAIN"), (TEST, "TEST")]
-    for name, split in parts:
-        written[name] = folder / name
-        with pq.ParquetWriter(written[name], DATASET_SCHEMA, compression="zstd") as writer:
-            chosen = [verdict for verdict in _accepted(verdicts) if verdict.split == split]
-            for some in _chunks(chosen):
-                rows = [_row(verdict, text_of(verdict.sha256)) for verdict in some]
-                writer.write_table(pa.Table.from_pylist(rows, schema=DATASET_SCHEMA))
+    parts: list[tuple[str, Split]] = [("train", "TRAIN"), ("test", "TEST")]
+    for part, split in parts:
+        chosen = [verdict for verdict in _accepted(verdicts) if verdict.split == split]
+        (folder / part).mkdir()
+        for number, shard in enumerate(_shards(chosen)):
+            name = f"{part}/part-{number:05}.parquet"
+            written[name] = folder / name
+            with pq.ParquetWriter(written[name], DATASET_SCHEMA, compression="zstd") as writer:
+                for some in _chunks(shard):
+                    rows = [_row(verdict, text_of(verdict.sha256)) for verdict in some]
+                    writer.write_table(pa.Table.from_pylist(rows, schema=DATASET_SCHEMA))
     return written
 
 
@@ -144,6 +164,20 @@ def _row(verdict: Verdict, text: str) -> dict[str, Any]:
         "tokens": verdict.tokens,
         "loss": verdict.loss,
     }
+
+
+def _shards(rows: Sequence[Verdict]) -> list[Sequence[Verdict]]:
+    """The rows cut into shards of about the same size; one even without rows, for its schema."""
+    sizes = list(itertools.accumulate((row.size for row in rows), initial=0))
+    count = max(1, -(-sizes[-1] // SHARD_BYTES))
+    cuts = [bisect.bisect_left(sizes, number * sizes[-1] / count) for number in range(count)] + [len(rows)]
+    return [rows[begin:end] for begin, end in itertools.pairwise(cuts) if end > begin or count == 1]
+
+
+def _as_struct(settings: ScanSettings) -> Struct:
+    told = Struct()
+    told.update(json_format.MessageToDict(settings, preserving_proto_field_name=True))
+    return told
 
 
 def _chunks(rows: Sequence[Verdict]) -> list[Sequence[Verdict]]:

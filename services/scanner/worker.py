@@ -136,7 +136,14 @@ class ScanWorker:
                     f"none of the {summary.file_count} files was accepted for training",
                     hint="Read the scan's rejected log, and adjust masks, languages or limits.",
                 )
-            await self._store_dataset(context, verdicts, stage2, texts, folder)
+            origin = dataset.Origin(
+                names.project_of(context.name),
+                context.job.snapshot,
+                stage2.model,
+                stage2.model_digest,
+                rules.to_settings(settled),
+            )
+            await self._store_dataset(context, origin, verdicts, texts, folder)
 
     async def _stage1(
         self,
@@ -271,9 +278,8 @@ class ScanWorker:
         return verdicts
 
     async def _store_dataset(
-        self, context: JobContext[Scan], verdicts: list[Verdict], stage2: Stage2, texts: Texts, folder: Path
+        self, context: JobContext[Scan], origin: dataset.Origin, verdicts: list[Verdict], texts: Texts, folder: Path
     ) -> None:
-        origin = dataset.Origin(names.project_of(context.name), context.job.snapshot, stage2.model, stage2.model_digest)
         manifest = dataset.manifest(origin, verdicts)
         written = await asyncio.to_thread(dataset.write, verdicts, texts.get, folder)
         # Exists: an earlier scan made the same dataset; only last digits of losses can differ.

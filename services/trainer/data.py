@@ -51,7 +51,7 @@ class Part:
 
 
 def read_part(path: Path) -> Part:
-    """Reads train.parquet or test.parquet."""
+    """Reads the train or the test part: a folder of shards."""
     rows = pq.read_table(path, columns=["path", "source", "text"]).to_pylist()
     return Part([Document(row["path"], row["source"], row["text"]) for row in rows], base_loss(path))
 

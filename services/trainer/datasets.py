@@ -23,7 +23,8 @@ from services.core.rpc.client import channel
 from services.core.rpc.status import from_rpc
 from services.core.store import Artifacts
 
-TRAIN, TEST = "train.parquet", "test.parquet"
+TRAIN, TEST = "train", "test"
+"""Folders of the shards; datasets of an older release have one file each, with the suffix .parquet."""
 _TIMEOUT = 10.0
 
 
@@ -91,6 +92,7 @@ async def find(artifacts: Artifacts, newest: Newest, project: str, dataset: str)
 
 
 async def fetch(artifacts: Artifacts, manifest: DatasetManifest) -> tuple[Path, Path]:
-    """Local paths of the train and the test part, verified."""
-    folder = await artifacts.fetch(manifest.name, manifest.files, [TRAIN, TEST])
-    return folder / TRAIN, folder / TEST
+    """Local paths of the train and the test part, verified: folders of shards."""
+    folder = await artifacts.fetch(manifest.name, manifest.files)
+    train, test = (folder / part if (folder / part).is_dir() else folder / f"{part}.parquet" for part in (TRAIN, TEST))
+    return train, test

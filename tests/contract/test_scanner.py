@@ -128,8 +128,8 @@ async def test_the_dataset_is_parquet_that_others_open(runtime: Runtime, model: 
         scan = await client.scans.wait(scan.name)
         manifest = await runtime.artifacts.manifest(scan.dataset, DatasetManifest)
         folder = await runtime.artifacts.fetch(scan.dataset, manifest.files)
-        train = duckdb.sql(f"select path, language, text, tokens, loss from '{folder}/train.parquet'").fetchall()
-        test = duckdb.sql(f"select text from '{folder}/test.parquet'").fetchall()
+        train = duckdb.sql(f"select path, language, text, tokens, loss from '{folder}/train/*.parquet'").fetchall()
+        test = duckdb.sql(f"select text from '{folder}/test/*.parquet'").fetchall()
     assert len(train) == 12 and {row[1] for row in train} == {"Python"}
     assert not {row[2] for row in train} & {row[0] for row in test}
 

@@ -6,12 +6,15 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import duckdb
+import polars
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from codegraft.scanner.v1.scan_pb2 import ScanSettings
 from services.core.errors import InvalidMask, InvalidPageSize, InvalidPageToken
 from services.scanner import dataset, report, verdict_log
 from services.scanner.dataset import Origin
@@ -72,15 +75,47 @@ def test_files_are_the_same_bytes_and_open_elsewhere(tmp_path: Path) -> None:
         folder.mkdir()
         dataset.write(rows, text_of, folder)
         dataset.write_verdicts(rows, folder / dataset.VERDICTS)
-    for name in (dataset.TRAIN, dataset.TEST, dataset.VERDICTS):
+    for name in ("train/part-00000.parquet", "test/part-00000.parquet", dataset.VERDICTS):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
     manifest = dataset.manifest(ORIGIN, ROWS)
-    files, tokens = duckdb.sql(f"select count(*), sum(tokens) from '{folders[0]}/train.parquet'").fetchall()[0]
+    files, tokens = duckdb.sql(f"select count(*), sum(tokens) from '{folders[0]}/train/*.parquet'").fetchall()[0]
     assert (
         (files, tokens) == (manifest.train.files, manifest.train.tokens) == (36, sum(r.tokens for r in ROWS[:40]) - 180)
     )
-    assert duckdb.sql(f"select text from '{folders[0]}/test.parquet' order by path").fetchall()[1] == (text_of("a"),)
+    assert duckdb.sql(f"select text from '{folders[0]}/test/*.parquet' order by path").fetchall()[1] == (text_of("a"),)
     assert pq.read_schema(folders[0] / dataset.VERDICTS) == dataset.VERDICT_SCHEMA
+
+
+def test_a_large_dataset_has_shards_that_are_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "SHARD_BYTES", 1000)
+    written = dataset.write(ROWS, text_of, tmp_path)
+    train = [row for row in ROWS if row.split == "TRAIN" and row.accepted]
+    assert sorted(written) == ["test/part-00000.parquet", *(f"train/part-{n:05}.parquet" for n in range(5))]
+    sizes = [sum(pq.read_table(path)["size"].to_pylist()) for name, path in written.items() if "train" in name]
+    assert max(sizes) - min(sizes) < 400
+    for table in (
+        duckdb.sql(f"select path from '{tmp_path}/train/*.parquet'").fetchall(),
+        polars.read_parquet(tmp_path / "train").select("path").rows(),
+        [(row["path"],) for row in pq.read_table(tmp_path / "train").to_pylist()],
+        [
+            (row["path"],)
+            for row in datasets.load_dataset("parquet", data_dir=str(tmp_path), cache_dir=str(tmp_path / "c"))["train"]
+        ],
+    ):
+        assert table == [(row.path,) for row in train]
+
+
+def test_a_dataset_without_test_files_opens_too(tmp_path: Path) -> None:
+    dataset.write([row for row in ROWS if row.split != "TEST"], text_of, tmp_path)
+    assert duckdb.sql(f"select count(*) from '{tmp_path}/test/*.parquet'").fetchall() == [(0,)]
+
+
+def test_the_manifest_says_how_it_was_made() -> None:
+    origin = replace(ORIGIN, settings=ScanSettings(max_loss=2.5, languages_off=["SQL"]))
+    found = dataset.manifest(origin, ROWS)
+    assert (dict(found.languages), dict(found.reasons)) == ({"Python": 40}, {"ACCEPTED": 40, "HIGH_LOSS": 20})
+    assert (found.settings["max_loss"], list(found.settings["languages_off"])) == (2.5, ["SQL"])
+    assert found.digest != dataset.manifest(ORIGIN, ROWS).digest
 
 
 @given(st.lists(st.tuples(st.booleans(), st.sampled_from(["Python", "Go"])), max_size=30))
