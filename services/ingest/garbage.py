@@ -25,6 +25,7 @@ from services.ingest.snapshots import Snapshots
 
 LEAST_AGE = timedelta(hours=1)
 DEFAULT_AGE = timedelta(days=1)
+PARTS_AGE = timedelta(days=7)
 _TELL_EVERY = 500
 
 logger = log.get(__name__)
@@ -75,6 +76,8 @@ class Garbage:
         async for found in self._runtime.store.objects("projects/"):
             if "/listings/" in found.key:
                 await self._decide(found, found.key in self._listings)
+            elif "/parts/" in found.key:  # of a job that never ended: nobody waits for them so long
+                await self._decide(found, datetime.now(UTC) - found.modified < PARTS_AGE)
             if self._counts.examined % _TELL_EVERY == 1:
                 yield self._counts
         async for found in self._runtime.store.objects(blobs.PREFIX):

@@ -16,11 +16,13 @@ from services.core import runtime
 from services.core.errors import DatasetNotFound, ScanNotFound
 from services.core.jobs import JobRunner
 from services.core.jobs.announcer import announce
+from services.core.jobs.parts import PartRunner
 from services.core.rpc.server import serve
 from services.core.runtime import Runtime
 from services.core.state import Table
+from services.scanner import part_worker
 from services.scanner.config import ScannerSettings
-from services.scanner.meter import Meter
+from services.scanner.part_worker import PartWorker
 from services.scanner.servicer import KIND, ScanServicer
 from services.scanner.worker import ScanWorker
 
@@ -35,11 +37,15 @@ async def main(settings: ScannerSettings) -> None:
         state = opened.state("scanner")
         scans = Table(state, Scan, missing=ScanNotFound)
         datasets = Table(state, Dataset, missing=DatasetNotFound)
-        worker = ScanWorker(opened, settings, datasets, Meter(settings))
+        worker = ScanWorker(opened, settings, scans, datasets)
+        maker = PartWorker(opened, settings, scans)
         me = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
         runners = [
             JobRunner(KIND, scans, opened.jobs, worker.handle, worker_id=f"{me}-{number}")
             for number in range(settings.scanner_workers)
+        ]
+        part_runners = [
+            PartRunner(part_worker.KIND, opened.store, opened.jobs, maker.make) for _ in range(settings.scanner_workers)
         ]
         await serve(
             settings,
@@ -50,7 +56,11 @@ async def main(settings: ScannerSettings) -> None:
                     SERVICE,
                 )
             ],
-            background=[*(runner.run for runner in runners), lambda: announce(scans, opened.events, CHANGED, _changed)],
+            background=[
+                *(runner.run for runner in runners),
+                *(runner.run for runner in part_runners),
+                lambda: announce(scans, opened.events, CHANGED, _changed),
+            ],
         )
 
 

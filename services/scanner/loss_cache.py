@@ -10,14 +10,11 @@ bytes. Readers take all of them.
 from __future__ import annotations
 
 import hashlib
-import io
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from services.core import log
 from services.core.errors import ObjectNotFound
 from services.core.store import ObjectStore
+from services.scanner import plan
 from services.scanner.loss import FileLoss
 from services.scanner.rules import Rules
 
@@ -26,9 +23,6 @@ VERSION = 1
 MAX_SEGMENTS = 16
 """More than these are merged into one at the end of a scan."""
 
-_SCHEMA = pa.schema(
-    [("sha256", pa.string()), ("loss", pa.float64()), ("tokens", pa.int64()), ("sampled_tokens", pa.int64())]
-)
 logger = log.get(__name__)
 
 
@@ -81,19 +75,13 @@ class LossCache:
             if key != self._key(data):
                 logger.warning("a segment of the loss cache is damaged and left out", key=key)
                 continue
-            for row in pq.read_table(io.BytesIO(data), schema=_SCHEMA).to_pylist():
-                losses[row["sha256"]] = FileLoss(row["loss"], row["tokens"], row["sampled_tokens"])
+            losses |= plan.losses_from_parquet(data)
         return losses, keys
 
     async def _write(self, losses: dict[str, FileLoss]) -> str:
-        rows = [
-            {"sha256": sha256, "loss": loss.loss, "tokens": loss.tokens, "sampled_tokens": loss.sampled_tokens}
-            for sha256, loss in sorted(losses.items())
-        ]
-        buffer = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), buffer, compression="zstd")
-        key = self._key(buffer.getvalue())
-        await self._store.put(key, buffer.getvalue())
+        data = plan.losses_to_parquet(sorted(losses.items()))
+        key = self._key(data)
+        await self._store.put(key, data)
         return key
 
     def _key(self, data: bytes) -> str:

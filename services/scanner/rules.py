@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from codegraft.scanner.v1.scan_pb2 import SECRET_POLICY_REJECT, ScanSettings
+from codegraft.ingest.v1.snapshot_pb2 import SnapshotManifest
+from codegraft.scanner.v1.scan_pb2 import SECRET_POLICY_REJECT, Scan, ScanSettings
 from services.core.errors import InvalidArgument
 from services.core.masks import Masks
 from services.core.models import catalogue
@@ -108,6 +109,12 @@ def resolve(settings: ScanSettings, *, default_model: str = catalogue.DEFAULT_MO
         secrets=settings.secrets or SECRET_POLICY_REJECT,
         model=catalogue.find(settings.model or default_model).id,
     )
+
+
+def of_scan(scan: Scan, manifest: SnapshotManifest, *, default_model: str) -> tuple[Rules, list[str]]:
+    """The rules of a scan, with what its project leaves out; and which languages of that linguist does not know."""
+    settled = resolve(scan.settings, default_model=default_model)
+    return of_project(settled, manifest.languages_off, manifest.exclude_licenses)
 
 
 def of_project(rules: Rules, languages_off: Iterable[str], exclude_licenses: Iterable[str]) -> tuple[Rules, list[str]]:

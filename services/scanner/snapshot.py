@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from typing import cast
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from codegraft.ingest.v1.snapshot_pb2 import SnapshotManifest, SnapshotSource
@@ -16,6 +19,7 @@ from services.scanner.stage1 import SourceMasks
 from services.scanner.verdict import Split
 
 FILES = "files.parquet"
+_COLUMNS = ["source", "path", "size", "sha256", "split", "pack", "offset"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,22 +49,41 @@ async def manifest(artifacts: Artifacts, name: str) -> SnapshotManifest:
         ) from None
 
 
-async def files(artifacts: Artifacts, found: SnapshotManifest) -> list[File]:
-    """The files, by source and path."""
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A snapshot that is open."""
+
+    manifest: SnapshotManifest
+    table: pa.Table
+    """Its files, by source and path."""
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def files(self, begin: int = 0, end: int | None = None) -> list[File]:
+        """Some of its files."""
+        return _files(self.table.slice(begin, None if end is None else end - begin))
+
+    def named(self, source: str, name: str) -> list[File]:
+        """The files of a source that have this name, in whatever folder."""
+        path = self.table["path"]
+        is_named = pc.or_(pc.equal(path, name), pc.ends_with(path, "/" + name))
+        return _files(self.table.filter(pc.and_(pc.equal(self.table["source"], source), is_named)))
+
+
+async def fetch(artifacts: Artifacts, found: SnapshotManifest) -> Snapshot:
+    """Opens a snapshot."""
     folder = await artifacts.fetch(found.name, found.files, only=[FILES])
-    table = pq.read_table(folder / FILES, columns=["source", "path", "size", "sha256", "split", "pack", "offset"])
-    rows = [
-        File(
-            row["source"],
-            row["path"],
-            row["size"],
-            row["sha256"],
-            _split(row["split"]),
-            Place(row["pack"], row["offset"]),
-        )
-        for row in table.to_pylist()
+    table = await asyncio.to_thread(pq.read_table, folder / FILES, columns=_COLUMNS)
+    return Snapshot(found, table.sort_by([("source", "ascending"), ("path", "ascending")]))
+
+
+def _files(table: pa.Table) -> list[File]:
+    columns = (table[name].to_pylist() for name in _COLUMNS)
+    return [
+        File(source, path, size, sha256, _split(split), Place(pack, offset))
+        for source, path, size, sha256, split, pack, offset in zip(*columns, strict=True)
     ]
-    return sorted(rows, key=lambda file: (file.source, file.path))
 
 
 def masks(sources: list[SnapshotSource], rules: Rules) -> dict[str, SourceMasks]:

@@ -1,14 +1,16 @@
-"""Works on scans: reads the snapshot, runs the stages, stores verdicts and dataset."""
+"""Works on scans: has the parts of a snapshot examined and measured, decides, stores verdicts and dataset.
+
+The work itself is done in parts, by whatever replicas there are (part_worker.py); this puts the results together.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import tempfile
 import time
-from collections.abc import Awaitable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,7 +21,7 @@ from codegraft.scanner.v1.dataset_pb2 import Dataset, VerdictsManifest
 from codegraft.scanner.v1.scan_pb2 import Scan
 from services.core import log, names
 from services.core.errors import (
-    DigestMismatch,
+    CodegraftError,
     EmptyDataset,
     JobCancelled,
     ObjectNotFound,
@@ -27,28 +29,24 @@ from services.core.errors import (
     StateUnavailable,
 )
 from services.core.jobs import JobContext
+from services.core.jobs.parts import Parts, part_name
 from services.core.models import catalogue, weights
 from services.core.runtime import Runtime
 from services.core.state import Table
 from services.core.store import Packs
-from services.scanner import attributes, dataset, pipeline, report, rules, snapshot
-from services.scanner.attributes import Attributes
+from services.scanner import dataset, examined, pipeline, plan, report, rules, snapshot, text
 from services.scanner.config import ScannerSettings
 from services.scanner.loss import FileLoss, Threshold
 from services.scanner.loss_cache import LossCache
-from services.scanner.meter import Meter, Work
+from services.scanner.part_worker import EXAMINE, EXAMINE_FILES, KIND, MEASURE
 from services.scanner.pipeline import Entry
+from services.scanner.plan import Plan
 from services.scanner.rules import Rules
 from services.scanner.snapshot import File
-from services.scanner.stage1 import SourceMasks
 from services.scanner.verdict import Verdict
 
-MAX_ATTRIBUTES = 1 << 20
-"""Bytes of the largest .gitattributes that is read."""
-CHUNK = 64
-"""Files that are read and examined together."""
 FLUSH_SECONDS = 5.0
-"""What a killed worker's successor has to measure again, at most, beside the group that was under way."""
+"""Between two writes of new losses into the cache, from which other scans profit."""
 
 logger = log.get(__name__)
 T = TypeVar("T")
@@ -64,29 +62,16 @@ class Stage2:
     thresholds: Mapping[str, Threshold] = field(default_factory=dict)
 
 
-class Texts:
-    """Decoded texts by the SHA-256 of their file, in a folder: a repository's text need not fit into memory."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def put(self, sha256: str, text: str) -> None:
-        (self._folder / sha256).write_bytes(text.encode())
-
-    def get(self, sha256: str) -> str:
-        return (self._folder / sha256).read_bytes().decode()
-
-
 class ScanWorker:
     """The handler of scan jobs."""
 
     def __init__(
-        self, runtime: Runtime, settings: ScannerSettings, datasets: Table[Dataset], meter: Meter | None = None
+        self, runtime: Runtime, settings: ScannerSettings, scans: Table[Scan], datasets: Table[Dataset]
     ) -> None:
         self._runtime = runtime
         self._settings = settings
+        self._scans = scans
         self._datasets = datasets
-        self._meter = meter or Meter(settings)
 
     async def handle(self, context: JobContext[Scan]) -> None:
         """Runs one scan to its end.
@@ -96,21 +81,30 @@ class ScanWorker:
             JobCancelled: it was asked for.
             CodegraftError: the snapshot or the model is not there, or the store is away.
         """
-        settled = rules.resolve(context.job.settings, default_model=self._settings.scanner_model)
+        parts = Parts(self._runtime.store, self._runtime.jobs, KIND, context.name)
+        try:
+            await self._scan(context, parts)
+        except CodegraftError as error:
+            # Else it goes on in another attempt, from where this one was.
+            if error.is_callers_fault or (isinstance(error, JobCancelled) and await self._is_over(context.name)):
+                await parts.clear()
+            raise
+        await parts.clear()
+
+    async def _is_over(self, name: str) -> bool:
+        scan = await self._scans.find(name)
+        return scan is None or scan.status.cancel_requested
+
+    async def _scan(self, context: JobContext[Scan], parts: Parts) -> None:
         manifest = await snapshot.manifest(self._runtime.artifacts, context.job.snapshot)
-        settled, unknown = rules.of_project(settled, manifest.languages_off, manifest.exclude_licenses)
-        files = await snapshot.files(self._runtime.artifacts, manifest)
-        masks = snapshot.masks(list(manifest.sources), settled)
-        honouring = {source.source for source in manifest.sources if source.honour_gitattributes}
+        settled, unknown = rules.of_scan(context.job, manifest, default_model=self._settings.scanner_model)
+        began = time.monotonic()
+        entries = await self._stage1(context, parts, manifest.file_count, settled)
+        between = time.monotonic()
+        stage2 = await self._stage2(context, parts, entries, settled) if settled.loss_filter else Stage2()
+        ended = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="codegraft-scan-") as name:
             folder = Path(name)
-            (folder / "texts").mkdir()
-            texts = Texts(folder / "texts")
-            began = time.monotonic()
-            entries = await self._stage1(context, files, masks, honouring, settled, texts)
-            between = time.monotonic()
-            stage2 = await self._stage2(context, entries, settled, texts) if settled.loss_filter else Stage2()
-            ended = time.monotonic()
             verdicts = await self._store_verdicts(context, pipeline.conclude(entries, settled), folder)
             summary = report.summarize(
                 verdicts,
@@ -143,82 +137,28 @@ class ScanWorker:
                 stage2.model_digest,
                 rules.to_settings(settled),
             )
-            await self._store_dataset(context, origin, verdicts, texts, folder)
+            files = {entry.file.sha256: entry.file for entry in entries if entry.is_clean}
+            await self._store_dataset(context, origin, verdicts, files, folder)
 
-    async def _stage1(
-        self,
-        context: JobContext[Scan],
-        files: Sequence[File],
-        masks: Mapping[str, SourceMasks],
-        honouring: Collection[str],
-        settled: Rules,
-        texts: Texts,
-    ) -> list[Entry]:
-        """Every file by the rules; the texts of those that pass are kept."""
-
-        def examine(chunk: Sequence[File], contents: Sequence[bytes | None]) -> list[Entry]:
-            examined = []
-            for file, data in zip(chunk, contents, strict=True):
-                entry, text = pipeline.examine(file, data, settled, masks[file.source])
-                if entry.is_clean:
-                    texts.put(file.sha256, text)
-                examined.append(entry)
-            return examined
-
-        entries: list[Entry] = []
-        packs = Packs(self._runtime.blobs)
-        masks = {
-            source: replace(one, attributes=await self._attributes(source, files, packs))
-            if source in honouring
-            else one
-            for source, one in masks.items()
-        }
-        chunks = [files[at : at + CHUNK] for at in range(0, len(files), CHUNK)]
-        reading = asyncio.ensure_future(self._read(chunks[0] if chunks else [], settled, packs))
-        try:
-            for chunk, following in itertools.zip_longest(chunks, chunks[1:], fillvalue=()):
-                if context.is_cancelled():
-                    raise JobCancelled("the scan was cancelled")
-                contents = await reading
-                reading = asyncio.ensure_future(self._read(following, settled, packs))
-                entries += await asyncio.to_thread(examine, chunk, contents)
-                # With stage 2 to come nobody knows the end: no total, so no estimate.
-                total = 0 if settled.loss_filter else len(files)
-                await context.progress(len(entries), total, "files", f"stage 1: {len(entries)} of {len(files)} files")
-        finally:
-            reading.cancel()
-            await asyncio.gather(reading, return_exceptions=True)
+    async def _stage1(self, context: JobContext[Scan], parts: Parts, count: int, settled: Rules) -> list[Entry]:
+        """Every file by the rules, and against all others."""
+        done: dict[int, list[Entry]] = {}
+        files = 0
+        # With stage 2 to come nobody knows the end: no total, so no estimate.
+        total = 0 if settled.loss_filter else count
+        await context.progress(0, total, "files", f"stage 1: 0 of {count} files")
+        async with contextlib.aclosing(parts.run(EXAMINE, -(-count // EXAMINE_FILES), context.is_cancelled)) as ready:
+            async for index in ready:
+                if index is not None:
+                    done[index] = await asyncio.to_thread(examined.from_parquet, await parts.result(EXAMINE, index))
+                    files += len(done[index])
+                await context.progress(files, total, "files", f"stage 1: {files} of {count} files")
+        entries = [entry for index in sorted(done) for entry in done[index]]
         await asyncio.to_thread(pipeline.mark_duplicates, entries)
         return entries
 
-    async def _attributes(self, source: str, files: Sequence[File], packs: Packs) -> Attributes:
-        """What the .gitattributes of a source say; one that cannot be read says nothing."""
-        texts = {}
-        for file in files:
-            is_one = file.path == attributes.FILE or file.path.endswith("/" + attributes.FILE)
-            if file.source == source and is_one and file.size <= MAX_ATTRIBUTES:
-                with contextlib.suppress(ObjectNotFound, DigestMismatch):
-                    texts[file.path] = (await packs.get(file.place, file.size, file.sha256)).decode(errors="replace")
-        return Attributes(texts)
-
-    async def _read(self, files: Sequence[File], settled: Rules, packs: Packs) -> list[bytes | None]:
-        """The files' contents; None for those that are too large or damaged."""
-        limit = asyncio.Semaphore(self._settings.scanner_reads)
-
-        async def one(file: File) -> bytes | None:
-            if file.size > settled.max_file_bytes:
-                return None
-            async with limit:
-                try:
-                    return await packs.get(file.place, file.size, file.sha256)
-                except (ObjectNotFound, DigestMismatch) as error:
-                    logger.warning("a file cannot be read", path=file.path, source=file.source, error=str(error))
-                    return None
-
-        return await asyncio.gather(*map(one, files))
-
     async def _stage2(
-        self, context: JobContext[Scan], entries: Sequence[Entry], settled: Rules, texts: Texts
+        self, context: JobContext[Scan], parts: Parts, entries: Sequence[Entry], settled: Rules
     ) -> Stage2:
         """The loss of every file that stage 1 left, from the cache where it is known."""
         spec = catalogue.find(settled.model)
@@ -230,41 +170,66 @@ class ScanWorker:
         digest = await _unless_cancelled(context, asyncio.to_thread(weights.base_digest, folder))
         cache = LossCache(self._runtime.store, digest, settled)
         losses = await cache.load()
-        wanted = {entry.file.sha256: Work(entry.file.sha256, entry.characters) for entry in entries if entry.is_clean}
-        # By digest: no order of sizes or folders that would make the estimate wrong.
-        missing = [work for sha256, work in sorted(wanted.items()) if sha256 not in losses]
-        if missing:
-            await self._measure(context, folder, settled, missing, texts, cache, losses)
-        await cache.compact()
-        thresholds = pipeline.judge_losses(entries, losses, settled)
-        return Stage2(spec.id, digest, len(wanted) - len(missing), thresholds)
-
-    async def _measure(
-        self,
-        context: JobContext[Scan],
-        folder: Path,
-        settled: Rules,
-        missing: Sequence[Work],
-        texts: Texts,
-        cache: LossCache,
-        losses: dict[str, FileLoss],
-    ) -> None:
-        flushed = time.monotonic()
+        planned = await self._plan(context, entries, settled, Plan(spec.id, digest, (), 0), losses)
         try:
-            async with contextlib.aclosing(self._meter.measure(folder, settled, missing, texts.get)) as steps:
-                async for step in steps:
-                    for sha256, measured in step.losses.items():
-                        losses[sha256] = measured
-                        cache.add(sha256, measured)
-                    if context.is_cancelled():
-                        raise JobCancelled("the scan was cancelled")
-                    message = f"stage 2: {step.done_files} of {len(missing)} files"
-                    await context.progress(step.done_tokens, step.total_tokens, "tokens", message)
-                    if time.monotonic() - flushed >= FLUSH_SECONDS:
-                        await cache.flush()
-                        flushed = time.monotonic()
+            await self._measure(context, parts, planned, cache, losses)
         finally:
             await cache.flush()
+        await cache.compact()
+        thresholds = pipeline.judge_losses(entries, losses, settled)
+        return Stage2(spec.id, digest, planned.cached, thresholds)
+
+    async def _plan(
+        self,
+        context: JobContext[Scan],
+        entries: Sequence[Entry],
+        settled: Rules,
+        empty: Plan,
+        losses: Mapping[str, FileLoss],
+    ) -> Plan:
+        """What is to be measured: as an earlier attempt planned it, else what the cache does not have."""
+        key = part_name(context.name, plan.PHASE, 0)
+        with contextlib.suppress(ObjectNotFound):
+            return plan.from_parquet(await self._runtime.store.get(key))
+        wanted = {
+            entry.file.sha256: plan.work_of(entry.file, entry.characters, settled.max_tokens_per_file)
+            for entry in entries
+            if entry.is_clean
+        }
+        missing = [work for sha256, work in wanted.items() if sha256 not in losses]
+        made = plan.make(
+            empty.model,
+            empty.model_digest,
+            missing,
+            part_tokens=self._settings.part_tokens,
+            cached=len(wanted) - len(missing),
+        )
+        await self._runtime.store.put(key, plan.to_parquet(made), if_absent=True)
+        return made
+
+    async def _measure(
+        self, context: JobContext[Scan], parts: Parts, planned: Plan, cache: LossCache, losses: dict[str, FileLoss]
+    ) -> None:
+        files = sum(map(len, planned.parts))
+        done_files, read, estimated = 0, 0, 0.0
+        flushed = time.monotonic()
+        await context.progress(0, planned.tokens, "tokens", f"stage 2: 0 of {files} files")
+        async with contextlib.aclosing(parts.run(MEASURE, len(planned.parts), context.is_cancelled)) as ready:
+            async for index in ready:
+                if index is not None:
+                    found = plan.losses_from_parquet(await parts.result(MEASURE, index))
+                    for sha256, measured in found.items():
+                        losses[sha256] = measured
+                        cache.add(sha256, measured)
+                    done_files += len(found)
+                    read += sum(measured.sampled_tokens for measured in found.values())
+                    estimated += sum(work.tokens for work in planned.parts[index])
+                # The rest is as far off its estimate as what was read.
+                total = read + (planned.tokens - estimated) * (read / estimated if estimated else 1)
+                await context.progress(read, total, "tokens", f"stage 2: {done_files} of {files} files")
+                if time.monotonic() - flushed >= FLUSH_SECONDS:
+                    await cache.flush()
+                    flushed = time.monotonic()
 
     async def _store_verdicts(self, context: JobContext[Scan], verdicts: list[Verdict], folder: Path) -> list[Verdict]:
         """Stores the verdicts. Those of an attempt that ended right after storing its own win: they are readable."""
@@ -278,10 +243,16 @@ class ScanWorker:
         return verdicts
 
     async def _store_dataset(
-        self, context: JobContext[Scan], origin: dataset.Origin, verdicts: list[Verdict], texts: Texts, folder: Path
+        self,
+        context: JobContext[Scan],
+        origin: dataset.Origin,
+        verdicts: list[Verdict],
+        files: Mapping[str, File],
+        folder: Path,
     ) -> None:
         manifest = dataset.manifest(origin, verdicts)
-        written = await asyncio.to_thread(dataset.write, verdicts, texts.get, folder)
+        text_of = self._texts(files)
+        written = await asyncio.to_thread(dataset.write, verdicts, text_of, folder)
         # Exists: an earlier scan made the same dataset; only last digits of losses can differ.
         with contextlib.suppress(ResourceExists):
             await self._runtime.artifacts.commit(manifest.name, manifest, written)
@@ -311,6 +282,18 @@ class ScanWorker:
             )
         except StateUnavailable as error:
             logger.warning("an event could not be published", dataset=manifest.name, error=str(error))
+
+    def _texts(self, files: Mapping[str, File]) -> Callable[[str], str]:
+        """Reads the text of an accepted file by its SHA-256, for a thread."""
+        packs = Packs(self._runtime.blobs)
+        loop = asyncio.get_running_loop()
+
+        def read(sha256: str) -> str:
+            file = files[sha256]
+            reading = asyncio.run_coroutine_threadsafe(packs.get(file.place, file.size, sha256), loop)
+            return text.decode(reading.result()).text
+
+        return read
 
 
 async def verdicts_file(runtime: Runtime, scan: str) -> Path:

@@ -23,12 +23,14 @@ from codegraft.scanner.v1.verdict_pb2 import VERDICT_REASON_DUPLICATE, VerdictFi
 from services.client import Addresses, AsyncCodegraft
 from services.core import errors
 from services.core.jobs import JobRunner
+from services.core.jobs.parts import PartRunner
 from services.core.rpc.interceptors import CallInterceptor
 from services.core.runtime import Runtime
 from services.core.state import Table
 from services.ingest import snapshot
+from services.scanner import part_worker
 from services.scanner.config import ScannerSettings
-from services.scanner.meter import Meter
+from services.scanner.part_worker import PartWorker
 from services.scanner.servicer import KIND, ScanServicer
 from services.scanner.worker import ScanWorker
 from tests.contents import stored
@@ -58,11 +60,12 @@ async def serving(runtime: Runtime, model: str, *, workers: int = 1) -> AsyncIte
     state = runtime.state("scanner")
     scans = Table(state, Scan, missing=errors.ScanNotFound)
     datasets = Table(state, Dataset, missing=errors.DatasetNotFound)
-    worker = ScanWorker(runtime, settings, datasets, Meter(settings))
-    running = [
-        asyncio.create_task(JobRunner(KIND, scans, runtime.jobs, worker.handle, worker_id=f"w{number}").run())
-        for number in range(workers)
-    ]
+    running = []
+    for number in range(workers):
+        worker, maker = ScanWorker(runtime, settings, scans, datasets), PartWorker(runtime, settings, scans)
+        runner = JobRunner(KIND, scans, runtime.jobs, worker.handle, worker_id=f"w{number}")
+        parts = PartRunner(part_worker.KIND, runtime.store, runtime.jobs, maker.make)
+        running += [asyncio.create_task(runner.run()), asyncio.create_task(parts.run())]
     server = grpc.aio.server(interceptors=[CallInterceptor()])
     scan_pb2_grpc.add_ScanServiceServicer_to_server(ScanServicer(runtime, settings, scans, datasets), server)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from services.core.backoff import Backoff
 from services.core.events import Event
 from services.core.jobs import JobRunner, is_final, new_status, request_cancel
 from services.core.jobs.announcer import announce
+from services.core.jobs.parts import PartRunner
 from services.core.models import catalogue, weights
 from services.core.runtime import Runtime
 from services.core.state import Table
@@ -31,7 +33,8 @@ from services.scanner import __main__ as service
 from services.scanner import worker as worker_module
 from services.scanner.config import ScannerSettings
 from services.scanner.loss import FileLoss
-from services.scanner.meter import Meter, Step, Work
+from services.scanner.meter import Meter
+from services.scanner.part_worker import PartWorker
 from services.scanner.rules import Rules
 from services.scanner.worker import ScanWorker, stored_verdicts
 from tests.contents import stored
@@ -40,7 +43,7 @@ SCAN = "projects/demo/scans/one"
 
 
 class FakeMeter(Meter):
-    """Measures one file a step: as many as it is allowed to, then it waits for ever."""
+    """Measures as many files as it is allowed to, then waits until it is told to stop."""
 
     def __init__(self, allowed: int) -> None:
         super().__init__(ScannerSettings())
@@ -49,18 +52,18 @@ class FakeMeter(Meter):
         self.left = False
 
     async def measure(
-        self, folder: Path, rules: Rules, work: Sequence[Work], text_of: Callable[[str], str]
-    ) -> AsyncGenerator[Step, None]:
+        self, folder: Path, rules: Rules, files: Sequence[tuple[str, str]], stop: threading.Event
+    ) -> list[tuple[str, FileLoss]]:
         try:
-            for number, item in enumerate(work):
-                while len(self.measured) >= self.allowed:
-                    await asyncio.sleep(0.05)
-                    yield Step({}, number, len(work), number)
-                assert text_of(item.sha256)
-                self.measured.append(item.sha256)
-                yield Step({item.sha256: FileLoss(1.0, 50, 50)}, number + 1, len(work), number + 1)
+            while len(self.measured) + len(files) > self.allowed:
+                await asyncio.sleep(0.02)
+                if stop.is_set():
+                    raise errors.JobCancelled("told to stop")
         finally:
             self.left = True
+        assert all(text for _, text in files)
+        self.measured += [sha256 for sha256, _ in files]
+        return [(sha256, FileLoss(1.0, 50, 50)) for sha256, _ in files]
 
 
 @pytest.fixture
@@ -89,16 +92,20 @@ async def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespa
 
 
 @contextlib.asynccontextmanager
-async def working(desk: SimpleNamespace, meter: Meter, name: str = "w") -> AsyncIterator[asyncio.Task[None]]:
+async def working(desk: SimpleNamespace, meter: Meter, name: str = "w") -> AsyncIterator[None]:
     datasets = Table(desk.runtime.state("scanner"), Dataset, missing=errors.DatasetNotFound)
-    handler = ScanWorker(desk.runtime, ScannerSettings(), datasets, meter).handle
+    settings = ScannerSettings(scanner_part_tokens=1)  # every file is a part of its own
+    handler = ScanWorker(desk.runtime, settings, desk.scans, datasets).handle
+    maker = PartWorker(desk.runtime, settings, desk.scans, meter)
     runner = JobRunner("scan", desk.scans, desk.runtime.jobs, handler, worker_id=name, retry=Backoff())
-    task = asyncio.create_task(runner.run())
+    parts = PartRunner("scan-part", desk.runtime.store, desk.runtime.jobs, maker.make, retry=Backoff())
+    tasks = [asyncio.create_task(runner.run()), asyncio.create_task(parts.run())]
     try:
-        yield task
+        yield
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -131,13 +138,13 @@ async def test_another_worker_goes_on_where_the_first_stopped(desk: SimpleNamesp
     first, second = FakeMeter(allowed=6), FakeMeter(allowed=100)
     async with working(desk, first, "first"):
         await until(lambda: len(first.measured) == 6)
-        await until(lambda: sum(key.startswith("losses/") for key in desk.runtime.store.data) == 6)
+        await until(lambda: sum("/parts/measure-" in key for key in desk.runtime.store.data) == 6)
     assert (await desk.scans.get(SCAN)).status.state == JOB_STATE_QUEUED
     async with working(desk, second, "second"):
         scan = await ended(desk)
     assert scan.status.state == JOB_STATE_SUCCEEDED and scan.report.accepted_count == 10
-    assert scan.report.cached_losses == 6
     assert len(second.measured) == 4 and not set(first.measured) & set(second.measured)
+    assert not [key for key in desk.runtime.store.data if "/parts/" in key], "nothing is left of the parts"
 
 
 async def test_a_file_whose_blob_is_gone_is_rejected_and_the_rest_goes_on(desk: SimpleNamespace) -> None:
@@ -154,10 +161,11 @@ async def test_progress_counts_tokens_and_names_files(desk: SimpleNamespace) -> 
     async with working(desk, meter):
         async with asyncio.timeout(10):
             async for scan in desk.scans.watch(SCAN):
-                if scan.status.progress.done == 5:
+                if scan.status.progress.done == 250:
                     break
         progress = scan.status.progress
-        assert (progress.unit, progress.total, progress.message) == ("tokens", 10, "stage 2: 5 of 10 files")
+        assert (progress.unit, progress.message) == ("tokens", "stage 2: 5 of 10 files")
+        assert progress.total == pytest.approx(500, rel=0.1), "the rest is estimated by what was read"
 
 
 async def test_every_state_is_announced_once(desk: SimpleNamespace) -> None:

@@ -1,0 +1,97 @@
+"""What stage 1 found out about files, as Parquet: the result of one part of a scan."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from services.core.store import Place
+from services.scanner.languages import Traits
+from services.scanner.pipeline import Entry
+from services.scanner.snapshot import File
+from services.scanner.verdict import Finding, Reason
+
+_SCHEMA = pa.schema(
+    [
+        ("source", pa.string()),
+        ("path", pa.string()),
+        ("sha256", pa.string()),
+        ("size", pa.int64()),
+        ("split", pa.string()),
+        ("pack", pa.string()),
+        ("offset", pa.int64()),
+        ("language", pa.string()),
+        ("generated", pa.bool_()),
+        ("vendored", pa.bool_()),
+        ("documentation", pa.bool_()),
+        ("encoding", pa.string()),
+        ("license", pa.string()),
+        ("fingerprint", pa.string()),
+        ("characters", pa.int64()),
+        ("utf8_bytes", pa.int64()),
+        ("forced", pa.bool_()),
+        ("reasons", pa.list_(pa.string())),
+        ("details", pa.list_(pa.string())),
+    ]
+)
+
+
+def to_parquet(entries: Sequence[Entry]) -> bytes:
+    """The entries; the same ones give the same bytes."""
+    rows = [
+        {
+            "source": entry.file.source,
+            "path": entry.file.path,
+            "sha256": entry.file.sha256,
+            "size": entry.file.size,
+            "split": entry.file.split,
+            "pack": entry.file.place.pack,
+            "offset": entry.file.place.offset,
+            "language": entry.traits.language,
+            "generated": entry.traits.generated,
+            "vendored": entry.traits.vendored,
+            "documentation": entry.traits.documentation,
+            "encoding": entry.encoding,
+            "license": entry.license,
+            "fingerprint": entry.fingerprint,
+            "characters": entry.characters,
+            "utf8_bytes": entry.utf8_bytes,
+            "forced": entry.forced,
+            "reasons": [finding.reason.name for finding in entry.findings],
+            "details": [finding.detail for finding in entry.findings],
+        }
+        for entry in entries
+    ]
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def from_parquet(data: bytes) -> list[Entry]:
+    """The entries that :func:`to_parquet` wrote."""
+    return [
+        Entry(
+            file=File(
+                source=row["source"],
+                path=row["path"],
+                size=row["size"],
+                sha256=row["sha256"],
+                split=row["split"],
+                place=Place(row["pack"], row["offset"]),
+            ),
+            traits=Traits(row["language"], row["generated"], row["vendored"], row["documentation"]),
+            encoding=row["encoding"],
+            license=row["license"],
+            fingerprint=row["fingerprint"],
+            characters=row["characters"],
+            utf8_bytes=row["utf8_bytes"],
+            forced=row["forced"],
+            findings=tuple(
+                Finding(Reason[reason], detail) for reason, detail in zip(row["reasons"], row["details"], strict=True)
+            ),
+        )
+        for row in pq.read_table(io.BytesIO(data), schema=_SCHEMA).to_pylist()
+    ]

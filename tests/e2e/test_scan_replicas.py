@@ -1,0 +1,135 @@
+"""One scan, several scanner processes: the same bytes, whoever did it, whoever was killed, whatever came twice."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import pytest
+
+from codegraft.common.v1.job_pb2 import JOB_STATE_SUCCEEDED
+from codegraft.ingest.v1.project_pb2 import Project
+from codegraft.ingest.v1.source_pb2 import Source
+from codegraft.scanner.v1.scan_pb2 import Scan, ScanSettings
+from services.core import errors
+from services.core.config import CoreSettings
+from services.core.jobs import is_final, new_status
+from services.core.jobs.parts import part_name
+from services.core.runtime import Runtime
+from services.core.state import Table
+from services.core.store.s3 import S3Address
+from services.ingest import snapshot
+from services.ingest.contents import Contents
+from services.ingest.files import FoundFile
+from services.ingest.listing import EMPTY, Listing
+from services.scanner import rules, worker
+from services.scanner.part_worker import KIND
+from tests.conftest import NatsServer
+from tests.unit.inference import tiny
+
+PROJECT = "projects/replicas"
+FILES = {f"pkg{n % 7}/m{n}.py": f"def f{n}(x):\n    return x * {n} + {n % 9}\n".encode() * 2 for n in range(1300)}
+FILES |= {"copy.py": FILES["pkg3/m3.py"], "words.md": b"# words\n"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = tiny.make_tokenizer()
+    tiny.make_model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return f"dir:{folder}"
+
+
+@contextmanager
+def scanners(count: int, settings: dict[str, str], folder: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+    running = []
+    for number in range(count):
+        environment = {**os.environ, **settings, "CODEGRAFT_CACHE_DIR": str(folder / f"cache-{number}")}
+        with (folder / f"scanner-{number}.log").open("ab") as log:
+            command = [sys.executable, "-m", "services.scanner"]
+            running.append(subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log))
+    try:
+        yield running
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+@asynccontextmanager
+async def desk(settings: dict[str, str], folder: Path) -> AsyncIterator[tuple[Runtime, Table[Scan], str]]:
+    given = {name.removeprefix("CODEGRAFT_").lower(): value for name, value in settings.items()}
+    known = {name: value for name, value in given.items() if name in CoreSettings.model_fields}
+    core = CoreSettings(cache_dir=folder / "mine", **known)  # type: ignore[arg-type]
+    async with Runtime.open("test", core) as runtime:
+        contents = Contents(runtime.blobs, EMPTY, 1)
+        await contents.add([FoundFile(path, data) for path, data in FILES.items()])
+        await contents.finish()
+        listed = Listing.of(contents.files)
+        source = Source(name=f"{PROJECT}/sources/s")
+        manifest, table = snapshot.build(PROJECT, [snapshot.Part(source, Project(name=PROJECT), listed)])
+        await runtime.artifacts.commit(manifest.name, manifest, {"files.parquet": table})
+        yield runtime, Table(runtime.state("scanner"), Scan, missing=errors.ScanNotFound), manifest.name
+
+
+async def scanned(runtime: Runtime, scans: Table[Scan], taken: str, model: str, name: str) -> Scan:
+    """Queues a scan with nothing in the cache and waits for its end."""
+    async for key in runtime.store.list("losses/"):
+        await runtime.store.delete(key)
+    settings = rules.to_settings(rules.resolve(ScanSettings(max_loss=1000, min_tokens=4, model=model)))
+    await scans.create(Scan(name=f"{PROJECT}/scans/{name}", snapshot=taken, settings=settings, status=new_status()))
+    await runtime.jobs.submit("scan", f"{PROJECT}/scans/{name}")
+    async with asyncio.timeout(120):
+        async for scan in scans.watch(f"{PROJECT}/scans/{name}"):
+            if is_final(scan.status):
+                return scan
+    raise AssertionError("unreachable")
+
+
+async def _two_parts(runtime: Runtime, prefix: str) -> None:
+    async with asyncio.timeout(60):
+        while len([key async for key in runtime.store.list(prefix)]) < 2:  # noqa: ASYNC110  the store tells nobody
+            await asyncio.sleep(0.05)
+
+
+async def test_replicas_kills_and_repeats_change_no_byte(
+    nats_server: NatsServer, s3_server: S3Address, model: str, tmp_path: Path
+) -> None:
+    settings = {
+        "CODEGRAFT_NATS_URL": nats_server.url,
+        "CODEGRAFT_NATS_USER": nats_server.user,
+        "CODEGRAFT_NATS_PASSWORD": nats_server.password,
+        "CODEGRAFT_S3_ENDPOINT": s3_server.endpoint,
+        "CODEGRAFT_S3_ACCESS_KEY": s3_server.access_key,
+        "CODEGRAFT_S3_SECRET_KEY": s3_server.secret_key,
+        "CODEGRAFT_S3_BUCKET": s3_server.bucket,
+        "CODEGRAFT_SCANNER_PART_TOKENS": "4000",
+        "CODEGRAFT_SCANNER_DEVICE": "cpu",
+        "CODEGRAFT_SCANNER_THREADS": "1",
+    }
+    digests = []
+    async with desk(settings, tmp_path) as (runtime, scans, taken):
+        for name, count in (("alone", 1), ("killed", 4)):
+            with scanners(count, settings, tmp_path) as running:
+                scanning = asyncio.create_task(scanned(runtime, scans, taken, model, name))
+                if name == "killed":
+                    prefix = f"{PROJECT}/scans/{name}/parts/measure-"
+                    await _two_parts(runtime, prefix)
+                    running[0].send_signal(signal.SIGKILL)
+                    for index in range(4):  # whoever has them, and whether they are made or not
+                        await runtime.jobs.submit(KIND, part_name(f"{PROJECT}/scans/{name}", "measure", index))
+                scan = await scanning
+            assert scan.status.state == JOB_STATE_SUCCEEDED, scan.status.failure
+            assert (scan.report.file_count, scan.report.cached_losses) == (1302, 0)
+            log = await worker.verdicts_file(runtime, scan.name)
+            digests.append((hashlib.sha256(log.read_bytes()).hexdigest(), scan.dataset))
+            assert not [key async for key in runtime.store.list(f"{scan.name}/parts/")]
+    assert len(set(digests)) == 1, digests
