@@ -18,14 +18,18 @@ MAX_ENCODED_RUN = 1024
 MAX_ENCODED_SHARE = 0.5
 
 # StarCoder 2 and The Stack v2 (arXiv:2402.19173), section 4.1: line and encoded-data filters.
-_BASE64 = re.compile(r"[a-zA-Z0-9+/\n=]{64,}")
+_BASE64 = re.compile(rb"#{64,}")
+"""Of the marks below: a run of [a-zA-Z0-9+/\\n=]."""
 _HEXADECIMAL = re.compile(r"(?:\b(?:0x|\\x)?[0-9a-fA-F]{2}(?:,|\b\s*)){8,}")
 _ESCAPES = re.compile(r"(?:\\u[0-9a-fA-F]{4}){8,}")
 _BASE64_CHARACTERS = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789+/\n="
 _HEXADECIMAL_CHARACTERS = b"0123456789abcdefABCDEFx,\\"
 _BASE64_MARKS = bytes(ord("#") if code in _BASE64_CHARACTERS else ord(".") for code in range(256))
 _HEXADECIMAL_MARKS = bytes(ord("#") if code in _HEXADECIMAL_CHARACTERS else ord(".") for code in range(256))
+_REGION = re.compile(rb"#{16,}")
+"""Of the marks below: characters that hexadecimal data and the blanks in it are made of."""
 _BLANKS = b" \t\n\v\f\r\x1c\x1d\x1e\x1f"  # what str.split() takes for blank
+_REGION_MARKS = bytes(ord("#") if code in _HEXADECIMAL_CHARACTERS + _BLANKS else ord(".") for code in range(256))
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, whose mark it begins with
@@ -109,17 +113,20 @@ def long_lines(text: str) -> str:
 
 def encoded_data(text: str) -> str:
     """What encoded data (base64, hexadecimal, escapes) dominates the file; empty when none does."""
-    kinds: list[tuple[re.Pattern[str], str]] = []
+    kinds: list[tuple[list[int], str]] = []
     # The expressions alone would be three quarters of stage 1; finding a run of equal bytes costs next to nothing.
-    data = text.encode()
-    if b"#" * 64 in data.translate(_BASE64_MARKS):
-        kinds.append((_BASE64, "base64"))
+    data = text.encode("ascii", "replace")  # a byte for every character; what is not ASCII divides runs
+    marks = data.translate(_BASE64_MARKS)
+    if b"#" * 64 in marks:
+        kinds.append(([len(run.group()) for run in _BASE64.finditer(marks)], "base64"))
     if b"#" * 16 in data.translate(_HEXADECIMAL_MARKS, _BLANKS):
-        kinds.append((_HEXADECIMAL, "hexadecimal"))
+        regions = [region.span() for region in _REGION.finditer(data.translate(_REGION_MARKS))]
+        # One character more, so that the expression sees where a word ends.
+        found = [run for begin, end in regions for run in _HEXADECIMAL.finditer(text, begin, end + 1)]
+        kinds.append(([len(run.group()) for run in found], "hexadecimal"))
     if "\\u" in text:
-        kinds.append((_ESCAPES, "escapes"))
-    for pattern, what in kinds:
-        runs = [len(match.group()) for match in pattern.finditer(text)]
+        kinds.append(([len(run.group()) for run in _ESCAPES.finditer(text)], "escapes"))
+    for runs, what in kinds:
         if runs and max(runs) > MAX_ENCODED_RUN:
             return f"a run of {max(runs)} characters of {what}"
         if sum(runs) > MAX_ENCODED_SHARE * len(text):

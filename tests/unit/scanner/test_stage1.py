@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codegraft.scanner.v1.scan_pb2 import ScanSettings
@@ -70,6 +72,33 @@ def test_languages_and_licences_that_are_left_out() -> None:
 def test_a_project_that_names_no_language_is_told() -> None:
     settled, unknown = rules_module.of_project(Rules(languages_off=frozenset({"C"})), ["Go", "Klingon"], ["MIT"])
     assert (settled.languages_off, settled.exclude_licenses, unknown) == ({"C", "Go", "Klingon"}, ("MIT",), ["Klingon"])
+
+
+RUNS = st.lists(
+    st.one_of(
+        st.text("0123456789abcdefABCDEFx\\, \n", max_size=80),
+        st.text("abcxyz0159+/=\n ", max_size=90),
+        st.sampled_from(["0x1f, ", "\\x1f", "de ad be ef ", "é", "word", "_", "\\u00e9"]),
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(RUNS)
+def test_encoded_data_is_what_starcoder_calls_so(parts: list[str]) -> None:
+    """Against the published expressions over the whole text; but blanks beyond ASCII divide a run with us."""
+    content = "".join(parts)
+    problem = ""
+    for pattern, what in (
+        (r"[a-zA-Z0-9+/\n=]{64,}", "base64"),
+        (r"(?:\b(?:0x|\\x)?[0-9a-fA-F]{2}(?:,|\b\s*)){8,}", "hexadecimal"),
+        (r"(?:\\u[0-9a-fA-F]{4}){8,}", "escapes"),
+    ):
+        runs = [len(found.group()) for found in re.finditer(pattern, content)]
+        if not problem and runs and (max(runs) > 1024 or sum(runs) > 0.5 * len(content)):
+            problem = what
+    assert text.encoded_data(content).endswith(problem) and bool(text.encoded_data(content)) == bool(problem)
 
 
 def test_size_at_the_bound_is_accepted() -> None:
