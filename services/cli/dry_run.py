@@ -58,12 +58,10 @@ def dry_run(
         sizes[verdict.reason] += verdict.size
         if rejected and verdict.accepted:
             continue
-        # A path that is no UTF-8 is shown with its bytes escaped.
-        name = verdict.path.encode(errors="backslashreplace").decode()
         if json:
             print_json(
                 {
-                    "path": name,
+                    "path": verdict.path,
                     "size": verdict.size,
                     "sha256": verdict.sha256,
                     "language": verdict.language,
@@ -77,7 +75,7 @@ def dry_run(
                 }
             )
         else:
-            out.print(f"{verdict.reason:17} {name}" + (f"  ({verdict.detail})" if verdict.detail else ""))
+            out.print(f"{verdict.reason:17} {verdict.path}" + (f"  ({verdict.detail})" if verdict.detail else ""))
     if not json:
         rows = [[reason, count, sizes[reason]] for reason, count in counts.most_common()]
         print_table(["REASON", "FILES", "BYTES"], rows, empty=f"{path} holds no file")

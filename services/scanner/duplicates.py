@@ -1,44 +1,82 @@
-"""Exact duplicates: the same bytes, or the same but for line ends and trailing blanks."""
+"""Duplicates among all files of a scan, on disk: the same text, and near-duplicates (near_groups.py).
+
+Works on the Parquet files of stage 1's parts; of a million files only what is found is in memory.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+
+from services.scanner import near_groups
+
+_FILES = """
+create table files as
+select key, fingerprint, sha256, len(reasons) = 0 as clean, split <> 'TEST' as learned, source, path
+from read_parquet(?) where fingerprint <> ''
+"""
+_EXACT = """
+create table exact as
+select file.key, survivor.key as survivor, file.sha256 = survivor.sha256 as same_bytes from files as file join (
+    select fingerprint, min_by(key, (learned, source, path)) as key, min_by(sha256, (learned, source, path)) as sha256
+    from files where clean group by fingerprint
+) as survivor using (fingerprint) where file.key <> survivor.key
+"""
+_NEAR = """
+select file.key, min_by(file.key, (learned, source, path)) over (partition by grouped.first) as survivor
+from files as file join grouped using (key) where clean and file.key not in (select key from exact)
+order by file.key
+"""
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """A file with text."""
+class Duplicate:
+    """A file that another one stands for."""
 
-    source: str
-    path: str
-    sha256: str
-    fingerprint: str
-    """Equal for files that differ in line ends and trailing blanks only."""
-    is_test: bool
-    """Whether its source marks it as test."""
-    is_clean: bool
-    """Whether nothing else speaks against it: only then can it be the survivor."""
+    survivor: int
+    """Key of the other."""
+    similarity: float
+    """1 for the same text, else the estimated Jaccard similarity of the two."""
+    how: str
+    """In what they are the same."""
 
 
-def find(files: Sequence[Candidate]) -> dict[int, tuple[int, str]]:
-    """Duplicates by index, each with the index of its survivor and in what they are the same.
+def find(shards: Sequence[Path], *, threshold: float) -> dict[int, Duplicate]:
+    """Duplicates by their key.
 
     The survivor of a group is its first clean file by (test before train, source, path): it does not depend on the
-    order of the files, and what a test file holds never stays in train.
+    order of the files or the shards, and what a test file holds never stays in train.
+
+    Args:
+        shards: as examined.py writes them.
+        threshold: least similarity of near-duplicates.
     """
-    groups: defaultdict[str, list[int]] = defaultdict(list)
-    for index, file in enumerate(files):
-        groups[file.fingerprint].append(index)
-    found: dict[int, tuple[int, str]] = {}
-    for members in groups.values():
-        clean = [index for index in members if files[index].is_clean]
-        if len(members) < 2 or not clean:
-            continue
-        survivor = min(clean, key=lambda index: (not files[index].is_test, files[index].source, files[index].path))
-        for index in members:
-            if index != survivor:
-                same = files[index].sha256 == files[survivor].sha256
-                found[index] = (survivor, "same bytes" if same else "same but for line ends and blanks")
+    if not shards:
+        return {}
+    with tempfile.TemporaryDirectory(prefix="codegraft-duplicates-") as name:
+        folder = Path(name)
+        with duckdb.connect(
+            folder / "files.duckdb",
+            config={"memory_limit": near_groups.MEMORY_LIMIT, "temp_directory": str(folder / "spilled")},
+        ) as database:
+            database.execute("set enable_progress_bar = false")
+            database.execute(_FILES, [[str(shard) for shard in shards]])
+            database.execute(_EXACT)
+            found = {
+                key: Duplicate(survivor, 1.0, "same bytes" if same else "same but for line ends and blanks")
+                for key, survivor, same in database.execute("select * from exact").fetchall()
+            }
+            (folder / "near").mkdir()
+            with near_groups.opened(shards, folder / "near", threshold=threshold) as search:
+                database.execute("create table grouped (key bigint, first bigint)")
+                if groups := list(search.groups()):
+                    database.executemany("insert into grouped values (?, ?)", groups)
+                members = [pair for pair in database.execute(_NEAR).fetchall() if pair[0] != pair[1]]
+                for (key, survivor), similarity in zip(members, search.similarities(members).tolist(), strict=True):
+                    how = "near-duplicate" if similarity >= threshold else "linked by near-duplicates"
+                    found[key] = Duplicate(survivor, similarity, f"{how} ({similarity:.0%} alike)")
     return found

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from services.core.store import Place
+from services.scanner import near, near_groups
 from services.scanner.languages import Traits
 from services.scanner.pipeline import Entry
 from services.scanner.snapshot import File
@@ -16,6 +18,7 @@ from services.scanner.verdict import Finding, Reason
 
 _SCHEMA = pa.schema(
     [
+        near_groups.KEY,
         ("source", pa.string()),
         ("path", pa.string()),
         ("sha256", pa.string()),
@@ -35,14 +38,24 @@ _SCHEMA = pa.schema(
         ("forced", pa.bool_()),
         ("reasons", pa.list_(pa.string())),
         ("details", pa.list_(pa.string())),
+        near_groups.SIGNATURE,
     ]
 )
 
 
-def to_parquet(entries: Sequence[Entry]) -> bytes:
-    """The entries; the same ones give the same bytes."""
+def to_parquet(entries: Sequence[Entry], texts: Sequence[str], *, first: int) -> bytes:
+    """The entries; the same ones give the same bytes.
+
+    Args:
+        texts: of each entry.
+        first: the key of the first entry; the others' follow.
+    """
+    clean = [number for number, entry in enumerate(entries) if entry.is_clean]
+    signatures = near_groups.signature_column(near.signatures([texts[number] for number in clean]))
+    by_number = dict(zip(clean, signatures.to_pylist(), strict=True))
     rows = [
         {
+            "key": first + number,
             "source": entry.file.source,
             "path": entry.file.path,
             "sha256": entry.file.sha256,
@@ -62,16 +75,17 @@ def to_parquet(entries: Sequence[Entry]) -> bytes:
             "forced": entry.forced,
             "reasons": [finding.reason.name for finding in entry.findings],
             "details": [finding.detail for finding in entry.findings],
+            "signature": by_number.get(number),
         }
-        for entry in entries
+        for number, entry in enumerate(entries)
     ]
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), buffer, compression="zstd")
     return buffer.getvalue()
 
 
-def from_parquet(data: bytes) -> list[Entry]:
-    """The entries that :func:`to_parquet` wrote."""
+def from_parquet(path: Path) -> list[Entry]:
+    """The entries that :func:`to_parquet` wrote, in their order."""
     return [
         Entry(
             file=File(
@@ -93,5 +107,5 @@ def from_parquet(data: bytes) -> list[Entry]:
                 Finding(Reason[reason], detail) for reason, detail in zip(row["reasons"], row["details"], strict=True)
             ),
         )
-        for row in pq.read_table(io.BytesIO(data), schema=_SCHEMA).to_pylist()
+        for row in pq.read_table(path, columns=_SCHEMA.names[1:-1]).to_pylist()
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from hashlib import file_digest, sha256
@@ -12,15 +13,18 @@ from pathlib import Path
 from services.core.errors import InvalidArgument
 from services.core.masks import Masks
 from services.core.store import Place
-from services.scanner import attributes, languages, pipeline
+from services.scanner import attributes, examined, languages, pipeline
 from services.scanner.attributes import Attributes
 from services.scanner.languages import Traits
+from services.scanner.pipeline import Entry
 from services.scanner.rules import Rules
 from services.scanner.snapshot import File
 from services.scanner.stage1 import SourceMasks
 from services.scanner.verdict import Verdict
 
 _NOWHERE = Place("", 0)
+_SHARD_FILES = 512
+"""Files whose texts are in memory at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +55,29 @@ def scan(folder: Path, rules: Rules, *, honour_gitattributes: bool = False) -> I
         force=Masks(rules.force_include, field="force_include"),
         attributes=found,
     )
-    entries, binary = [], []
-    for path in paths:
-        file = folder / path
-        if file.is_symlink() or not file.is_file():
-            continue
-        size = file.stat().st_size
-        digest, head, content = _read(file, size <= rules.max_file_bytes)
-        entry, _ = pipeline.examine(File("", path, size, digest, "AUTO", _NOWHERE), content, rules, masks)
-        entries.append(entry)
-        binary.append(languages.is_binary(head))
-    pipeline.mark_duplicates(entries)
+    entries: list[Entry] = []
+    binary: list[bool] = []
+    with tempfile.TemporaryDirectory(prefix="codegraft-dry-run-") as name:
+        shards: list[Path] = []
+        for begin in range(0, len(paths), _SHARD_FILES):
+            shard: list[Entry] = []
+            texts: list[str] = []
+            for path in paths[begin : begin + _SHARD_FILES]:
+                file = folder / path
+                if file.is_symlink() or not file.is_file():
+                    continue
+                size = file.stat().st_size
+                digest, head, content = _read(file, size <= rules.max_file_bytes)
+                # A name that is no UTF-8 is told with its bytes escaped.
+                told = path.encode(errors="backslashreplace").decode()
+                entry, text = pipeline.examine(File("", told, size, digest, "AUTO", _NOWHERE), content, rules, masks)
+                shard.append(entry)
+                texts.append(text)
+                binary.append(languages.is_binary(head))
+            shards.append(Path(name) / f"{len(shards):05}.parquet")
+            shards[-1].write_bytes(examined.to_parquet(shard, texts, first=len(entries)))
+            entries += shard
+        pipeline.mark_duplicates(entries, shards, rules)
     verdicts = pipeline.conclude(entries, replace(rules, loss_filter=False))
     for entry, verdict, is_binary in zip(entries, verdicts, binary, strict=True):
         yield Local(verdict, entry.traits, is_binary)

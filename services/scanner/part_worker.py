@@ -121,12 +121,14 @@ class PartWorker:
 
         def examine() -> bytes:
             entries: list[Entry] = []
+            texts: list[str] = []
             for file, data in zip(files, contents, strict=True):
                 if stop.is_set():
                     raise JobCancelled("the scan was cancelled")
-                entry, _ = pipeline.examine(file, data, prepared.rules, prepared.masks[file.source])
+                entry, content = pipeline.examine(file, data, prepared.rules, prepared.masks[file.source])
                 entries.append(entry)
-            return examined.to_parquet(entries)
+                texts.append(content)
+            return examined.to_parquet(entries, texts, first=index * EXAMINE_FILES)
 
         return await asyncio.to_thread(examine)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from services.scanner import duplicates, loss, split, stage1
 from services.scanner.languages import Traits
@@ -32,6 +33,8 @@ class Entry:
     forced: bool
     findings: tuple[Finding, ...]
     """What speaks against it so far, the primary reason first."""
+    group: str = ""
+    """Fingerprint of the file that stands for it in the split; empty for its own."""
     duplicate_of: str = ""
     similarity: float = 0.0
     loss: FileLoss | None = None
@@ -68,25 +71,21 @@ def examine(file: File, data: bytes | None, rules: Rules, masks: SourceMasks) ->
     return entry, found.text
 
 
-def mark_duplicates(entries: Sequence[Entry]) -> None:
-    """Rejects all but one of the files with the same text."""
-    with_text = [entry for entry in entries if entry.fingerprint]
-    candidates = [
-        duplicates.Candidate(
-            source=entry.file.source,
-            path=entry.file.path,
-            sha256=entry.file.sha256,
-            fingerprint=entry.fingerprint,
-            is_test=entry.file.split == "TEST",
-            is_clean=entry.is_clean,
-        )
-        for entry in with_text
-    ]
-    for index, (survivor, same) in duplicates.find(candidates).items():
-        kept = with_text[survivor].file
-        with_text[index].add(Finding(Reason.DUPLICATE, f"{same} as {kept.path} of {kept.source}"))
-        with_text[index].duplicate_of = f"{kept.source}:{kept.path}"
-        with_text[index].similarity = 1.0
+def mark_duplicates(entries: Sequence[Entry], shards: Sequence[Path], rules: Rules) -> None:
+    """Rejects all but one of the files with the same or nearly the same text.
+
+    Args:
+        entries: by their keys.
+        shards: the same, as stage 1's parts wrote them.
+    """
+    for key, duplicate in duplicates.find(shards, threshold=rules.near_threshold).items():
+        entry, kept = entries[key], entries[duplicate.survivor]
+        entry.group = kept.fingerprint
+        if duplicate.similarity < 1 and not rules.near_duplicates:
+            continue  # they stay, but on one side of the split
+        entry.add(Finding(Reason.DUPLICATE, f"{duplicate.how} as {kept.file.path} of {kept.file.source}"))
+        entry.duplicate_of = f"{kept.file.source}:{kept.file.path}"
+        entry.similarity = duplicate.similarity
 
 
 def judge_losses(entries: Sequence[Entry], losses: Mapping[str, FileLoss], rules: Rules) -> dict[str, Threshold]:
@@ -109,7 +108,9 @@ def conclude(entries: Sequence[Entry], rules: Rules) -> list[Verdict]:
     accepted = [entry for entry in entries if entry.is_clean]
     items = [
         split.Item(
-            entry.fingerprint, entry.file.split, split.stratum(entry.language, entry.file.source, entry.file.path)
+            group=entry.group or entry.fingerprint,
+            asked=entry.file.split,
+            stratum=split.stratum(entry.language, entry.file.source, entry.file.path),
         )
         for entry in accepted
     ]

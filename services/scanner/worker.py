@@ -99,7 +99,8 @@ class ScanWorker:
         manifest = await snapshot.manifest(self._runtime.artifacts, context.job.snapshot)
         settled, unknown = rules.of_scan(context.job, manifest, default_model=self._settings.scanner_model)
         began = time.monotonic()
-        entries = await self._stage1(context, parts, manifest.file_count, settled)
+        with tempfile.TemporaryDirectory(prefix="codegraft-scan-") as name:
+            entries = await self._stage1(context, parts, manifest.file_count, settled, Path(name))
         between = time.monotonic()
         stage2 = await self._stage2(context, parts, entries, settled) if settled.loss_filter else Stage2()
         ended = time.monotonic()
@@ -140,22 +141,29 @@ class ScanWorker:
             files = {entry.file.sha256: entry.file for entry in entries if entry.is_clean}
             await self._store_dataset(context, origin, verdicts, files, folder)
 
-    async def _stage1(self, context: JobContext[Scan], parts: Parts, count: int, settled: Rules) -> list[Entry]:
+    async def _stage1(
+        self, context: JobContext[Scan], parts: Parts, count: int, settled: Rules, folder: Path
+    ) -> list[Entry]:
         """Every file by the rules, and against all others."""
-        done: dict[int, list[Entry]] = {}
+        shards = [folder / f"{index:05}.parquet" for index in range(-(-count // EXAMINE_FILES))]
         files = 0
         # With stage 2 to come nobody knows the end: no total, so no estimate.
         total = 0 if settled.loss_filter else count
         await context.progress(0, total, "files", f"stage 1: 0 of {count} files")
-        async with contextlib.aclosing(parts.run(EXAMINE, -(-count // EXAMINE_FILES), context.is_cancelled)) as ready:
+        async with contextlib.aclosing(parts.run(EXAMINE, len(shards), context.is_cancelled)) as ready:
             async for index in ready:
                 if index is not None:
-                    done[index] = await asyncio.to_thread(examined.from_parquet, await parts.result(EXAMINE, index))
-                    files += len(done[index])
+                    await parts.fetch(EXAMINE, index, shards[index])
+                    files = min(count, files + EXAMINE_FILES)
                 await context.progress(files, total, "files", f"stage 1: {files} of {count} files")
-        entries = [entry for index in sorted(done) for entry in done[index]]
-        await asyncio.to_thread(pipeline.mark_duplicates, entries)
-        return entries
+        await context.progress(files, total, "files", "stage 1: duplicates")
+
+        def join() -> list[Entry]:
+            entries = [entry for shard in shards for entry in examined.from_parquet(shard)]
+            pipeline.mark_duplicates(entries, shards, settled)
+            return entries
+
+        return await _unless_cancelled(context, asyncio.to_thread(join))
 
     async def _stage2(
         self, context: JobContext[Scan], parts: Parts, entries: Sequence[Entry], settled: Rules

@@ -16,6 +16,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from pathlib import Path
 from typing import NoReturn
 
 from services.core import log
@@ -100,6 +101,10 @@ class Parts:
             ObjectNotFound: it has no result yet.
         """
         return await self._store.get(part_name(self._job, phase, index))
+
+    async def fetch(self, phase: str, index: int, to: Path) -> None:
+        """Writes what a part resulted in to a file."""
+        await self._store.get_file(part_name(self._job, phase, index), to)
 
     async def clear(self) -> None:
         """Removes all results: the job has ended."""
