@@ -46,8 +46,9 @@ sshd:
 	  test "$$(id -u)" = 0 || { echo "The tests need OpenSSH's server: sudo apt-get install openssh-server" >&2; exit 1; }; \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends openssh-server; } >/dev/null
 
-bench: proto sshd ## Benchmarks against named peers; the figures are in bench/RESULTS.md (ARGS="clone upload files bombs")
-	@$(BIN)/python -m bench.ingest $(ARGS)
+bench: proto sshd ## Benchmarks against named peers; the figures are in bench/RESULTS.md
+	@$(BIN)/python -m bench.ingest
+	@$(BIN)/python -m bench.near
 
 FUZZ_INPUTS ?= 100000
 fuzz: proto ## Hostile inputs against every reader of ingest (FUZZ_INPUTS=100000)
