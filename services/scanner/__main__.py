@@ -45,7 +45,8 @@ async def main(settings: ScannerSettings) -> None:
             for number in range(settings.scanner_workers)
         ]
         part_runners = [
-            PartRunner(part_worker.KIND, opened.store, opened.jobs, maker.make) for _ in range(settings.scanner_workers)
+            PartRunner(part_worker.KIND, opened.store, opened.jobs, maker.make)
+            for _ in range(2 * settings.scanner_workers)  # while one waits for the store, the other works
         ]
         await serve(
             settings,

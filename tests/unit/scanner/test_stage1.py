@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 
 import pytest
@@ -72,6 +73,13 @@ def test_languages_and_licences_that_are_left_out() -> None:
 def test_a_project_that_names_no_language_is_told() -> None:
     settled, unknown = rules_module.of_project(Rules(languages_off=frozenset({"C"})), ["Go", "Klingon"], ["MIT"])
     assert (settled.languages_off, settled.exclude_licenses, unknown) == ({"C", "Go", "Klingon"}, ("MIT",), ["Klingon"])
+
+
+@given(st.text("ab \t\n\r\f\v\x1c\x1f\x85\u2028é", max_size=30))
+def test_a_fingerprint_passes_over_line_ends_and_trailing_blanks_alone(content: str) -> None:
+    lines = content.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    plain = "\n".join(line.rstrip() for line in lines).rstrip("\n")
+    assert text.fingerprint(content) == hashlib.sha256(plain.encode()).hexdigest()
 
 
 RUNS = st.lists(
