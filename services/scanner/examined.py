@@ -43,16 +43,21 @@ _SCHEMA = pa.schema(
 )
 
 
-def to_parquet(entries: Sequence[Entry], texts: Sequence[str], *, first: int) -> bytes:
+def signatures(entries: Sequence[Entry], texts: Sequence[str]) -> list[bytes | None]:
+    """What near-duplicates are found by: of each text that nothing speaks against; None for the others."""
+    clean = [number for number, entry in enumerate(entries) if entry.is_clean]
+    column = near_groups.signature_column(near.signatures([texts[number] for number in clean]))
+    by_number = dict(zip(clean, column.to_pylist(), strict=True))
+    return [by_number.get(number) for number in range(len(entries))]
+
+
+def to_parquet(entries: Sequence[Entry], signatures: Sequence[bytes | None], *, first: int) -> bytes:
     """The entries; the same ones give the same bytes.
 
     Args:
-        texts: of each entry.
+        signatures: of each entry.
         first: the key of the first entry; the others' follow.
     """
-    clean = [number for number, entry in enumerate(entries) if entry.is_clean]
-    signatures = near_groups.signature_column(near.signatures([texts[number] for number in clean]))
-    by_number = dict(zip(clean, signatures.to_pylist(), strict=True))
     rows = [
         {
             "key": first + number,
@@ -75,7 +80,7 @@ def to_parquet(entries: Sequence[Entry], texts: Sequence[str], *, first: int) ->
             "forced": entry.forced,
             "reasons": [finding.reason.name for finding in entry.findings],
             "details": [finding.detail for finding in entry.findings],
-            "signature": by_number.get(number),
+            "signature": signatures[number],
         }
         for number, entry in enumerate(entries)
     ]

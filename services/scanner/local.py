@@ -75,7 +75,7 @@ def scan(folder: Path, rules: Rules, *, honour_gitattributes: bool = False) -> I
                 texts.append(text)
                 binary.append(languages.is_binary(head))
             shards.append(Path(name) / f"{len(shards):05}.parquet")
-            shards[-1].write_bytes(examined.to_parquet(shard, texts, first=len(entries)))
+            shards[-1].write_bytes(examined.to_parquet(shard, examined.signatures(shard, texts), first=len(entries)))
             entries += shard
         pipeline.mark_duplicates(entries, shards, rules)
     verdicts = pipeline.conclude(entries, replace(rules, loss_filter=False))

@@ -35,6 +35,8 @@ EXAMINE, MEASURE = "examine", "measure"
 """Phases of a scan."""
 EXAMINE_FILES = 512
 """Files of one part of stage 1: less than a second."""
+CHUNK = 64
+"""Files whose contents are in memory at once."""
 MAX_ATTRIBUTES = 1 << 20
 """Bytes of the largest .gitattributes that is read."""
 
@@ -117,24 +119,27 @@ class PartWorker:
 
     async def _examine(self, prepared: Prepared, index: int, stop: threading.Event) -> bytes:
         files = prepared.snapshot.files(index * EXAMINE_FILES, (index + 1) * EXAMINE_FILES)
-        contents = await self._read(files, prepared.rules.max_file_bytes)
+        packs = Packs(self._runtime.blobs)
+        entries: list[Entry] = []
+        signatures: list[bytes | None] = []
 
-        def examine() -> bytes:
-            entries: list[Entry] = []
+        def examine(some: Sequence[File], contents: Sequence[bytes | None]) -> None:
             texts: list[str] = []
-            for file, data in zip(files, contents, strict=True):
+            for file, data in zip(some, contents, strict=True):
                 if stop.is_set():
                     raise JobCancelled("the scan was cancelled")
                 entry, content = pipeline.examine(file, data, prepared.rules, prepared.masks[file.source])
                 entries.append(entry)
                 texts.append(content)
-            return examined.to_parquet(entries, texts, first=index * EXAMINE_FILES)
+            signatures.extend(examined.signatures(entries[-len(texts) :], texts))
 
-        return await asyncio.to_thread(examine)
+        for begin in range(0, len(files), CHUNK):
+            some = files[begin : begin + CHUNK]
+            await asyncio.to_thread(examine, some, await self._read(some, prepared.rules.max_file_bytes, packs))
+        return await asyncio.to_thread(examined.to_parquet, entries, signatures, first=index * EXAMINE_FILES)
 
-    async def _read(self, files: Sequence[File], most_bytes: int) -> list[bytes | None]:
+    async def _read(self, files: Sequence[File], most_bytes: int, packs: Packs) -> list[bytes | None]:
         """The files' contents; None for those that are too large or damaged."""
-        packs = Packs(self._runtime.blobs)
         contents: list[bytes | None] = []
         for file in files:  # one after the other: they lie in a few packs, in this order
             data = None

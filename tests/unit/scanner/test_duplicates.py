@@ -45,7 +45,7 @@ def marked(files: list[tuple[Entry, str]], folder: Path, shard: int = 100, rules
     for begin in range(0, len(files), shard):
         some, texts = zip(*files[begin : begin + shard], strict=True)
         shards.append(folder / f"{begin}.parquet")
-        shards[-1].write_bytes(examined.to_parquet(some, texts, first=begin))
+        shards[-1].write_bytes(examined.to_parquet(some, examined.signatures(some, texts), first=begin))
     entries = [entry for path in shards for entry in examined.from_parquet(path)]
     pipeline.mark_duplicates(entries, shards, rules or Rules())
     return entries
