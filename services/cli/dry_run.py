@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,14 @@ import typer
 from codegraft.scanner.v1 import scan_pb2
 from services.cli.output import Json, out, print_json, print_table
 from services.core.errors import FailedPrecondition
+
+
+class Secrets(StrEnum):
+    """What happens to a file that holds a secret."""
+
+    REJECT = "reject"
+    REDACT = "redact"
+    IGNORE = "ignore"
 
 
 def dry_run(
@@ -25,6 +34,7 @@ def dry_run(
     near_duplicates: Annotated[
         bool | None, typer.Option("--near-duplicates/--no-near-duplicates", help="Reject near-duplicates.")
     ] = None,
+    secrets: Annotated[Secrets | None, typer.Option(help="What happens to files with secrets.")] = None,
     gitattributes: Annotated[bool, typer.Option("--gitattributes", help="Honour .gitattributes.")] = False,
     rejected: Annotated[bool, typer.Option("--rejected", help="Only rejected files.")] = False,
     json: Json = False,
@@ -37,7 +47,9 @@ def dry_run(
     Example: codegraft scan dry-run . --rejected
     """
     try:
+        from services.core.config import CoreSettings, load
         from services.scanner import local, rules
+        from services.scanner.secrets import finder
     except ImportError as error:
         raise FailedPrecondition(f"{error.name} is not installed", hint="pip install 'codegraft[scanner]'") from error
     settings = scan_pb2.ScanSettings(
@@ -49,10 +61,12 @@ def dry_run(
         max_file_bytes=max_file_bytes,
         max_digit_share=max_digit_share,
         near_duplicates=near_duplicates,
+        secrets=f"SECRET_POLICY_{secrets.name}" if secrets else None,
     )
+    found_by = None if secrets == Secrets.IGNORE else finder(load(CoreSettings).cache_dir)
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
-    for found in local.scan(path, rules.resolve(settings), honour_gitattributes=gitattributes):
+    for found in local.scan(path, rules.resolve(settings), found_by, honour_gitattributes=gitattributes):
         verdict = found.verdict
         counts[verdict.reason] += 1
         sizes[verdict.reason] += verdict.size

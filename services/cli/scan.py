@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -13,6 +12,7 @@ from codegraft.scanner.v1 import scan_pb2
 from codegraft.scanner.v1.verdict_pb2 import Verdict, VerdictFilter, VerdictReason
 from services.cli import dry_run, scan_report
 from services.cli.connect import Project, connect, full_name, id_of
+from services.cli.dry_run import Secrets
 from services.cli.output import Json, err, out, print_json, print_table
 from services.cli.progress import JobBar, state_word
 from services.cli.scan_report import ScanId, newest_or, reason_word
@@ -21,14 +21,6 @@ from services.client.jobs import raise_failure
 from services.core import names
 
 app = typer.Typer(help="Scans: which files are worth training on, and why the others are not.", no_args_is_help=True)
-
-
-class Secrets(StrEnum):
-    """What happens to a file that holds a secret."""
-
-    REJECT = "reject"
-    REDACT = "redact"
-    IGNORE = "ignore"
 
 
 @app.command()

@@ -36,6 +36,8 @@ _SCHEMA = pa.schema(
         ("characters", pa.int64()),
         ("utf8_bytes", pa.int64()),
         ("forced", pa.bool_()),
+        ("text_sha256", pa.string()),
+        ("redacted", pa.string()),
         ("reasons", pa.list_(pa.string())),
         ("details", pa.list_(pa.string())),
         near_groups.SIGNATURE,
@@ -78,6 +80,8 @@ def to_parquet(entries: Sequence[Entry], signatures: Sequence[bytes | None], *, 
             "characters": entry.characters,
             "utf8_bytes": entry.utf8_bytes,
             "forced": entry.forced,
+            "text_sha256": entry.text_sha256,
+            "redacted": entry.redacted,
             "reasons": [finding.reason.name for finding in entry.findings],
             "details": [finding.detail for finding in entry.findings],
             "signature": signatures[number],
@@ -111,6 +115,8 @@ def from_parquet(path: Path) -> list[Entry]:
             findings=tuple(
                 Finding(Reason[reason], detail) for reason, detail in zip(row["reasons"], row["details"], strict=True)
             ),
+            text_sha256=row["text_sha256"],
+            redacted=row["redacted"],
         )
         for row in pq.read_table(path, columns=_SCHEMA.names[1:-1]).to_pylist()
     ]

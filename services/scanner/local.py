@@ -18,6 +18,7 @@ from services.scanner.attributes import Attributes
 from services.scanner.languages import Traits
 from services.scanner.pipeline import Entry
 from services.scanner.rules import Rules
+from services.scanner.secrets import Finder
 from services.scanner.snapshot import File
 from services.scanner.stage1 import SourceMasks
 from services.scanner.verdict import Verdict
@@ -36,11 +37,14 @@ class Local:
     is_binary: bool
 
 
-def scan(folder: Path, rules: Rules, *, honour_gitattributes: bool = False) -> Iterator[Local]:
+def scan(
+    folder: Path, rules: Rules, finder: Finder | None = None, *, honour_gitattributes: bool = False
+) -> Iterator[Local]:
     """The verdict of every file of a folder, by path; of a git work tree, of those that git tracks.
 
     Args:
         rules: stage 2 does not run, whatever they say of it.
+        finder: of secrets; None looks for none.
 
     Raises:
         InvalidArgument: the path is no folder.
@@ -70,7 +74,8 @@ def scan(folder: Path, rules: Rules, *, honour_gitattributes: bool = False) -> I
                 digest, head, content = _read(file, size <= rules.max_file_bytes)
                 # A name that is no UTF-8 is told with its bytes escaped.
                 told = path.encode(errors="backslashreplace").decode()
-                entry, text = pipeline.examine(File("", told, size, digest, "AUTO", _NOWHERE), content, rules, masks)
+                listed = File("", told, size, digest, "AUTO", _NOWHERE)
+                entry, text = pipeline.examine(listed, content, rules, masks, finder)
                 shard.append(entry)
                 texts.append(text)
                 binary.append(languages.is_binary(head))

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from codegraft.scanner.v1.scan_pb2 import Scan
+from codegraft.scanner.v1.scan_pb2 import SECRET_POLICY_IGNORE, Scan
 from services.core import log
 from services.core.errors import CodegraftError, DigestMismatch, FailedPrecondition, JobCancelled, ObjectNotFound
 from services.core.jobs import is_final
@@ -21,12 +21,13 @@ from services.core.models import catalogue, weights
 from services.core.runtime import Runtime
 from services.core.state import Table
 from services.core.store import Packs
-from services.scanner import attributes, examined, pipeline, plan, rules, snapshot, text
+from services.scanner import attributes, examined, pipeline, plan, rules, secrets, snapshot, text
 from services.scanner.attributes import Attributes
 from services.scanner.config import ScannerSettings
 from services.scanner.meter import Meter
 from services.scanner.pipeline import Entry
 from services.scanner.rules import Rules
+from services.scanner.secrets import Finder
 from services.scanner.snapshot import File, Snapshot
 from services.scanner.stage1 import SourceMasks
 
@@ -51,6 +52,7 @@ class Prepared:
     rules: Rules
     snapshot: Snapshot
     masks: Mapping[str, SourceMasks]
+    finder: Finder | None
 
 
 class PartWorker:
@@ -104,7 +106,10 @@ class PartWorker:
                 if source.honour_gitattributes:
                     found = await self._attributes(opened, source.source)
                     masks[source.source] = replace(masks[source.source], attributes=found)
-            self._prepared = Prepared(scan.name, settled, opened, masks)
+            finder = None
+            if settled.secrets != SECRET_POLICY_IGNORE:
+                finder = await asyncio.to_thread(secrets.finder, self._settings.cache_dir)
+            self._prepared = Prepared(scan.name, settled, opened, masks, finder)
         return self._prepared
 
     async def _attributes(self, opened: Snapshot, source: str) -> Attributes:
@@ -128,7 +133,8 @@ class PartWorker:
             for file, data in zip(some, contents, strict=True):
                 if stop.is_set():
                     raise JobCancelled("the scan was cancelled")
-                entry, content = pipeline.examine(file, data, prepared.rules, prepared.masks[file.source])
+                masks = prepared.masks[file.source]
+                entry, content = pipeline.examine(file, data, prepared.rules, masks, prepared.finder)
                 entries.append(entry)
                 texts.append(content)
             signatures.extend(examined.signatures(entries[-len(texts) :], texts))
@@ -171,6 +177,10 @@ class PartWorker:
             except (ObjectNotFound, DigestMismatch) as error:
                 logger.warning("a file cannot be read any more", sha256=work.sha256, error=str(error))
                 data = b""
-            texts.append((work.sha256, text.decode(data).text))
+            content = text.decode(data).text
+            if work.is_redacted:
+                finder = await asyncio.to_thread(secrets.finder, self._settings.cache_dir)
+                content = await asyncio.to_thread(finder.redacted, content)
+            texts.append((work.text_sha256, content))
         measured = await self._meter.measure(folder, settled, texts, stop)
         return plan.losses_to_parquet(measured)

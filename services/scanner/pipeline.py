@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from services.scanner import duplicates, loss, split, stage1
 from services.scanner.languages import Traits
 from services.scanner.loss import FileLoss, Threshold
 from services.scanner.rules import Rules
+from services.scanner.secrets import Finder
 from services.scanner.snapshot import File
 from services.scanner.stage1 import SourceMasks
 from services.scanner.verdict import Finding, Reason, Split, Verdict, by_precedence
@@ -33,6 +35,10 @@ class Entry:
     forced: bool
     findings: tuple[Finding, ...]
     """What speaks against it so far, the primary reason first."""
+    text_sha256: str
+    """Of its text where secrets were redacted, else of its content: what a loss belongs to."""
+    redacted: str = ""
+    """See :class:`~services.scanner.stage1.Examined`."""
     group: str = ""
     """Fingerprint of the file that stands for it in the split; empty for its own."""
     duplicate_of: str = ""
@@ -54,9 +60,12 @@ class Entry:
         self.findings = by_precedence([*self.findings, finding])
 
 
-def examine(file: File, data: bytes | None, rules: Rules, masks: SourceMasks) -> tuple[Entry, str]:
+def examine(
+    file: File, data: bytes | None, rules: Rules, masks: SourceMasks, finder: Finder | None = None
+) -> tuple[Entry, str]:
     """Stage 1 for one file; its text comes back apart, so that nobody keeps all texts in memory."""
-    found = stage1.examine(file.path, data, rules, masks, size=file.size)
+    found = stage1.examine(file.path, data, rules, masks, finder, size=file.size)
+    utf8 = found.text.encode()
     entry = Entry(
         file=file,
         traits=found.traits,
@@ -64,9 +73,11 @@ def examine(file: File, data: bytes | None, rules: Rules, masks: SourceMasks) ->
         license=found.license,
         fingerprint=found.fingerprint,
         characters=len(found.text),
-        utf8_bytes=len(found.text.encode()),
+        utf8_bytes=len(utf8),
         forced=found.forced,
         findings=found.findings,
+        text_sha256=hashlib.sha256(utf8).hexdigest() if found.redacted else file.sha256,
+        redacted=found.redacted,
     )
     return entry, found.text
 
@@ -92,9 +103,9 @@ def judge_losses(entries: Sequence[Entry], losses: Mapping[str, FileLoss], rules
     """Stage 2 for every file that stage 1 left; returns what was asked of each language.
 
     Args:
-        losses: by SHA-256 of the content; has all of them.
+        losses: by ``text_sha256``; has all of them.
     """
-    measured = [(entry, losses[entry.file.sha256]) for entry in entries if entry.is_clean]
+    measured = [(entry, losses[entry.text_sha256]) for entry in entries if entry.is_clean]
     thresholds = loss.thresholds([(entry.language, found) for entry, found in measured], rules)
     for entry, found in measured:
         entry.loss = found
@@ -120,7 +131,8 @@ def conclude(entries: Sequence[Entry], rules: Rules) -> list[Verdict]:
 
 def _verdict(entry: Entry, part: Split) -> Verdict:
     told: dict[str, list[str]] = {}
-    for finding in entry.findings or (Finding(Reason.ACCEPTED),):
+    accepted = Finding(Reason.ACCEPTED, f"redacted: {entry.redacted}" if entry.redacted else "")
+    for finding in entry.findings or (accepted,):
         told.setdefault(finding.reason.name, []).append(finding.detail)
     measured = entry.loss
     is_finite = measured is not None and math.isfinite(measured.loss)

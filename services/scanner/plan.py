@@ -23,6 +23,7 @@ MOST_FILES = 512
 _PLAN = pa.schema(
     [
         ("part", pa.int32()),
+        ("text_sha256", pa.string()),
         ("sha256", pa.string()),
         ("size", pa.int64()),
         ("pack", pa.string()),
@@ -39,12 +40,19 @@ _LOSSES = pa.schema(
 class Work:
     """One content to measure."""
 
+    text_sha256: str
+    """What the loss belongs to: of the text without its secrets where they were redacted, else of the content."""
     sha256: str
     size: int
     """In bytes."""
     place: Place
     tokens: float
     """Estimate of those that will be read."""
+
+    @property
+    def is_redacted(self) -> bool:
+        """Whether it is measured without its secrets."""
+        return self.text_sha256 != self.sha256
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +91,9 @@ def _cut(ordered: Sequence[Work], part_tokens: int) -> Iterator[list[Work]]:
         yield part
 
 
-def work_of(file: File, characters: int, max_tokens: int) -> Work:
+def work_of(file: File, text_sha256: str, characters: int, max_tokens: int) -> Work:
     """The work that a file means."""
-    return Work(file.sha256, file.size, file.place, estimate(characters, max_tokens))
+    return Work(text_sha256, file.sha256, file.size, file.place, estimate(characters, max_tokens))
 
 
 def to_parquet(plan: Plan) -> bytes:
@@ -93,6 +101,7 @@ def to_parquet(plan: Plan) -> bytes:
     rows = [
         {
             "part": number,
+            "text_sha256": work.text_sha256,
             "sha256": work.sha256,
             "size": work.size,
             "pack": work.place.pack,
@@ -116,13 +125,13 @@ def from_parquet(data: bytes) -> Plan:
         if row["part"] == len(parts):
             parts.append([])
         place = Place(row["pack"], row["offset"])
-        parts[row["part"]].append(Work(row["sha256"], row["size"], place, row["tokens"]))
+        parts[row["part"]].append(Work(row["text_sha256"], row["sha256"], row["size"], place, row["tokens"]))
     told = table.schema.metadata
     return Plan(told[b"model"].decode(), told[b"model_digest"].decode(), parts, int(told[b"cached"]))
 
 
 def losses_to_parquet(losses: Sequence[tuple[str, FileLoss]]) -> bytes:
-    """What was measured, by SHA-256."""
+    """What was measured, by ``text_sha256``."""
     rows = [
         {"sha256": sha256, "loss": loss.loss, "tokens": loss.tokens, "sampled_tokens": loss.sampled_tokens}
         for sha256, loss in losses

@@ -6,15 +6,20 @@ finding by precedence is the primary reason. Duplicates need all files at once a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from codegraft.scanner.v1.scan_pb2 import SECRET_POLICY_REDACT
 from services.core.masks import Masks
 from services.scanner import languages, licenses, text
 from services.scanner.attributes import NONE, Attributes
 from services.scanner.languages import Traits
 from services.scanner.rules import Rules
+from services.scanner.secrets import Finder, Secret
 from services.scanner.verdict import FORGIVABLE, Finding, Reason, by_precedence
+
+TOLD_SECRETS = 5
+"""The others of a file are only counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +44,22 @@ class Examined:
     """Why it cannot be accepted, the primary reason first; empty when nothing speaks against it."""
     traits: Traits = languages.UNKNOWN
     text: str = ""
-    """The decoded file; empty when it could not be decoded or was not read."""
+    """The decoded file, without the secrets that were redacted; empty when it could not be decoded or was not read."""
     encoding: str = ""
     """What the text was stored in."""
     license: str = ""
     """See licenses.py."""
     fingerprint: str = ""
     """Equal for files that differ in line ends and trailing blanks only; empty without text."""
+    redacted: str = ""
+    """What stands in the text for secrets, by rule and line; empty when nothing does."""
     forced: bool = False
     """Whether a force-include mask matches."""
 
 
-def examine(path: str, data: bytes | None, rules: Rules, masks: SourceMasks, *, size: int) -> Examined:
+def examine(
+    path: str, data: bytes | None, rules: Rules, masks: SourceMasks, finder: Finder | None = None, *, size: int
+) -> Examined:
     """Examines one file.
 
     Args:
@@ -58,6 +67,7 @@ def examine(path: str, data: bytes | None, rules: Rules, masks: SourceMasks, *, 
         data: its content; None when it could not be read, or is over the size limit and was not read.
         rules: the scan's settings.
         masks: the masks of its source.
+        finder: of secrets; None looks for none.
         size: its size in bytes.
     """
     forced = masks.force.match(path) is not None
@@ -80,13 +90,20 @@ def examine(path: str, data: bytes | None, rules: Rules, masks: SourceMasks, *, 
     traits = masks.attributes.apply(path, languages.identify(path, readable))
     license = licenses.detect(decoded.text)
     found = [*_by_path(path, traits, rules, masks), *_by_content(decoded.text, traits, license, rules)]
+    content, redacted = decoded.text, ""
+    if finder and (secrets := finder.find(content)):
+        if forced or rules.secrets == SECRET_POLICY_REDACT:
+            content, redacted = finder.redacted(content), _told(secrets)
+        else:
+            found.append(Finding(Reason.SECRET, _told(secrets)))
     return Examined(
         findings=_unforgiven(found, forced),
         traits=traits,
-        text=decoded.text,
+        text=content,
         encoding=decoded.encoding,
         license=license,
-        fingerprint=text.fingerprint(decoded.text),
+        fingerprint=text.fingerprint(content),
+        redacted=redacted,
         forced=forced,
     )
 
@@ -121,6 +138,13 @@ def _by_content(content: str, traits: Traits, license: str, rules: Rules) -> Ite
         yield Finding(Reason.FILTER_EMPTY, "no text")
     if left_out := licenses.excluded(license, rules.exclude_licenses):
         yield Finding(Reason.LICENSE, left_out)
+
+
+def _told(secrets: Sequence[Secret]) -> str:
+    """Rules and lines, never the secrets."""
+    told = [f"{secret.rule} in line {secret.line}" for secret in secrets[:TOLD_SECRETS]]
+    rest = len(secrets) - len(told)
+    return ", ".join(told) + (f" and {rest} more" if rest else "")
 
 
 def _unforgiven(findings: list[Finding], forced: bool) -> tuple[Finding, ...]:

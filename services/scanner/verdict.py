@@ -41,11 +41,13 @@ FORGIVABLE = frozenset(
         Reason.LOTS_OF_DIGITS,
         Reason.LONG_LINES,
         Reason.ENCODED_DATA,
+        Reason.SECRET,
         Reason.HIGH_LOSS,
         Reason.LICENSE,
     }
 )
-"""What a force-include mask overrules. What linguist decides is final, and so are duplicates and files without text."""
+"""What a force-include mask overrules. What linguist decides is final, and so are duplicates and files without text.
+Secrets are redacted instead."""
 
 Split = Literal["TRAIN", "TEST", "AUTO", ""]
 

@@ -34,7 +34,7 @@ from services.core.models import catalogue, weights
 from services.core.runtime import Runtime
 from services.core.state import Table
 from services.core.store import Packs
-from services.scanner import dataset, examined, pipeline, plan, report, rules, snapshot, text
+from services.scanner import dataset, examined, pipeline, plan, report, rules, secrets, snapshot, text
 from services.scanner.config import ScannerSettings
 from services.scanner.loss import FileLoss, Threshold
 from services.scanner.loss_cache import LossCache
@@ -42,7 +42,6 @@ from services.scanner.part_worker import EXAMINE, EXAMINE_FILES, KIND, MEASURE
 from services.scanner.pipeline import Entry
 from services.scanner.plan import Plan
 from services.scanner.rules import Rules
-from services.scanner.snapshot import File
 from services.scanner.verdict import Verdict
 
 FLUSH_SECONDS = 5.0
@@ -138,8 +137,8 @@ class ScanWorker:
                 stage2.model_digest,
                 rules.to_settings(settled),
             )
-            files = {entry.file.sha256: entry.file for entry in entries if entry.is_clean}
-            await self._store_dataset(context, origin, verdicts, files, folder)
+            accepted = {entry.file.sha256: entry for entry in entries if entry.is_clean}
+            await self._store_dataset(context, origin, verdicts, accepted, folder)
 
     async def _stage1(
         self, context: JobContext[Scan], parts: Parts, count: int, settled: Rules, folder: Path
@@ -200,11 +199,13 @@ class ScanWorker:
         with contextlib.suppress(ObjectNotFound):
             return plan.from_parquet(await self._runtime.store.get(key))
         wanted = {
-            entry.file.sha256: plan.work_of(entry.file, entry.characters, settled.max_tokens_per_file)
+            entry.text_sha256: plan.work_of(
+                entry.file, entry.text_sha256, entry.characters, settled.max_tokens_per_file
+            )
             for entry in entries
             if entry.is_clean
         }
-        missing = [work for sha256, work in wanted.items() if sha256 not in losses]
+        missing = [work for key, work in wanted.items() if key not in losses]
         made = plan.make(
             empty.model,
             empty.model_digest,
@@ -255,11 +256,11 @@ class ScanWorker:
         context: JobContext[Scan],
         origin: dataset.Origin,
         verdicts: list[Verdict],
-        files: Mapping[str, File],
+        accepted: Mapping[str, Entry],
         folder: Path,
     ) -> None:
         manifest = dataset.manifest(origin, verdicts)
-        text_of = self._texts(files)
+        text_of = self._texts(accepted)
         written = await asyncio.to_thread(dataset.write, verdicts, text_of, folder)
         # Exists: an earlier scan made the same dataset; only last digits of losses can differ.
         with contextlib.suppress(ResourceExists):
@@ -291,15 +292,17 @@ class ScanWorker:
         except StateUnavailable as error:
             logger.warning("an event could not be published", dataset=manifest.name, error=str(error))
 
-    def _texts(self, files: Mapping[str, File]) -> Callable[[str], str]:
-        """Reads the text of an accepted file by its SHA-256, for a thread."""
+    def _texts(self, accepted: Mapping[str, Entry]) -> Callable[[str], str]:
+        """Reads the text of an accepted file by its SHA-256, without its secrets, for a thread."""
         packs = Packs(self._runtime.blobs)
         loop = asyncio.get_running_loop()
 
         def read(sha256: str) -> str:
-            file = files[sha256]
+            entry = accepted[sha256]
+            file = entry.file
             reading = asyncio.run_coroutine_threadsafe(packs.get(file.place, file.size, sha256), loop)
-            return text.decode(reading.result()).text
+            content = text.decode(reading.result()).text
+            return secrets.finder(self._settings.cache_dir).redacted(content) if entry.redacted else content
 
         return read
 

@@ -10,14 +10,15 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow.parquet as pq
 import pytest
 
 from codegraft.common.v1.job_pb2 import JOB_STATE_CANCELLED, JOB_STATE_QUEUED, JOB_STATE_RUNNING, JOB_STATE_SUCCEEDED
 from codegraft.event.v1.events_pb2 import ScanChanged
 from codegraft.ingest.v1.project_pb2 import Project
 from codegraft.ingest.v1.source_pb2 import Source
-from codegraft.scanner.v1.dataset_pb2 import Dataset
-from codegraft.scanner.v1.scan_pb2 import Scan, ScanSettings
+from codegraft.scanner.v1.dataset_pb2 import Dataset, DatasetManifest
+from codegraft.scanner.v1.scan_pb2 import SECRET_POLICY_REDACT, Scan, ScanSettings
 from services.core import errors
 from services.core.backoff import Backoff
 from services.core.events import Event
@@ -49,6 +50,7 @@ class FakeMeter(Meter):
         super().__init__(ScannerSettings())
         self.allowed = allowed
         self.measured: list[str] = []
+        self.texts: list[str] = []
         self.left = False
 
     async def measure(
@@ -62,6 +64,7 @@ class FakeMeter(Meter):
         finally:
             self.left = True
         assert all(text for _, text in files)
+        self.texts += [text for _, text in files]
         self.measured += [sha256 for sha256, _ in files]
         return [(sha256, FileLoss(1.0, 50, 50)) for sha256, _ in files]
 
@@ -195,3 +198,43 @@ async def test_every_state_is_announced_once(desk: SimpleNamespace) -> None:
 
 def changes(published: Sequence[Event]) -> list[Event]:
     return [event for event in published if event.type == "codegraft.scanner.scan.changed.v1"]
+
+
+async def test_a_redacted_secret_reaches_neither_model_nor_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = "glp" + "at-" + "Zq7Lw2Xk9Rt4Vb6Nm1Pc"
+    files = {
+        "a.py": f'TOKEN = "{token}"\n\n\ndef ask(server):\n    return server.get(TOKEN)\n'.encode(),
+        "b.py": b"def area(width, height):\n    return width * height\n",
+    }
+    monkeypatch.setattr(weights, "ensure_weights", lambda _spec, _cache: tmp_path)
+    monkeypatch.setattr(weights, "base_digest", lambda _folder: "d" * 64)
+    runtime = Runtime.memory(tmp_path)
+    listed = await stored(runtime.blobs, files)
+    manifest, table = snapshot.build(
+        "projects/demo", [snapshot.Part(Source(name="projects/demo/sources/s"), Project(), listed)]
+    )
+    await runtime.artifacts.commit(manifest.name, manifest, {"files.parquet": table})
+    scans = Table(runtime.state("scanner"), Scan, missing=errors.ScanNotFound)
+    await scans.create(
+        Scan(
+            name=SCAN,
+            snapshot=manifest.name,
+            settings=ScanSettings(model=catalogue.DEFAULT_MODEL, secrets=SECRET_POLICY_REDACT),
+            status=new_status(),
+        )
+    )
+    desk = SimpleNamespace(runtime=runtime, scans=scans)
+    meter = FakeMeter(allowed=10)
+    async with working(desk, meter):
+        scan = await ended(desk)
+    assert scan.status.state == JOB_STATE_SUCCEEDED, scan.status
+    made = await runtime.artifacts.manifest(scan.dataset, DatasetManifest)
+    folder = await runtime.artifacts.fetch(scan.dataset, made.files)
+    texts = {row["path"]: row["text"] for row in pq.read_table(folder).to_pylist()}
+    assert texts["a.py"] == files["a.py"].decode().replace(token, "<redacted:gitlab-pat>")
+    assert texts["b.py"] == files["b.py"].decode()
+    assert sorted(meter.texts) == sorted(texts.values())
+    rejected = await stored_verdicts(runtime, SCAN)
+    assert [row.detail for row in rejected] == ["redacted: gitlab-pat in line 1", ""]
