@@ -14,6 +14,7 @@ import sys
 import sysconfig
 import tarfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -27,6 +28,8 @@ from services.client import Addresses, Codegraft
 from services.core.errors import Unavailable
 
 FILES = 12_000
+NO_SOURCE = {".so", ".a", ".pyc", ".gz", ".mo", ".png", ".debug", ".jar", ".bc"}
+"""What a repository hardly has."""
 ROUNDS = 3
 LINGUIST = """
 ARGF.each_line(chomp: true) do |path|
@@ -37,15 +40,18 @@ end
 
 
 def tree() -> list[Path]:
-    """Files of many languages: what Python packages bring, and the C headers of this machine."""
-    found: list[Path] = []
-    for top in (Path(sysconfig.get_paths()["purelib"]), Path("/usr/include"), Path("/usr/share/doc")):
+    """Files of many languages, as packages of this machine bring them; none has more than a tenth of the files."""
+    by_suffix: dict[str, list[Path]] = defaultdict(list)
+    for top in (Path(sysconfig.get_paths()["purelib"]), Path("/usr/include"), Path("/usr/lib"), Path("/usr/share")):
         for path in sorted(top.rglob("*")):
-            is_file = path.is_file() and not path.is_symlink() and path.suffix not in (".so", ".pyc")
+            is_file = path.is_file() and not path.is_symlink() and path.suffix not in NO_SOURCE
             if is_file and 0 < path.stat().st_size <= 512 * 1024:
-                found.append(path)
-    step = max(1, len(found) // FILES)
-    return found[::step][:FILES]
+                by_suffix[path.suffix].append(path)
+    chosen: list[Path] = []
+    for paths in by_suffix.values():
+        step = max(1, -(-len(paths) // (FILES // 10)))
+        chosen += paths[::step]
+    return sorted(chosen[:: max(1, len(chosen) // FILES)][:FILES])
 
 
 @contextmanager

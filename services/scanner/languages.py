@@ -6,6 +6,7 @@ must spawn them.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,6 +18,20 @@ ALSO_CODE = frozenset({"SQL", "Vue", "Svelte", "Astro"})
 _TEXT_BOMS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")
 _HEAD = 8000
 """Bytes in which git and linguist look for a NUL."""
+_CONSIDERED = 50 * 1024
+"""Bytes in which linguist looks for what tells languages with the same extension apart."""
+
+# Linguist's heuristics for .h, where go-enry needs 20 times as long. All of them begin with a character that makes the
+# search fast.
+_OBJECTIVE_C = re.compile(
+    rb"\n\s*(?:@(?:interface|class|protocol|property|end|synchronised|selector|implementation)\b|#import\s+.+\.h[\">])"
+)
+_CPP = re.compile(
+    rb"\n(?:\s*#\s*include <(?:cstdint|string|vector|map|list|array|bitset|queue|stack|forward_list|unordered_map"
+    rb"|unordered_set|(?:i|o|io)stream)>|\s*template\s*<|[ \t]*(?:try|constexpr|catch\s*\("
+    rb"|(?:class|(?:using[ \t]+)?namespace)\s+\w|(?:private|public|protected):\n))"
+)
+_CPP_ANYWHERE = re.compile(rb"__has_cpp_attribute|__cplusplus >|std::\w")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +57,33 @@ def identify(path: str, content: bytes) -> Traits:
     """
     name = _safe(path)
     return Traits(
-        language=enry.get_language(name, content),
+        language=_language(name, content[:_CONSIDERED]),
         generated=bool(enry.is_generated(name, content)),
         vendored=bool(enry.is_vendor(name)),
         documentation=bool(enry.is_documentation(name)),
     )
+
+
+def _language(name: str, content: bytes) -> str:
+    if name.endswith(".h") and not content.startswith(b"#!"):
+        return _by_modeline(content) or _of_header(content)
+    if name.endswith(".json") and b'"swagger"' not in content and b'"openapi"' not in content:
+        named = enry.get_language_by_filename(name).language
+        return str(named or _by_modeline(content) or "JSON")
+    return str(enry.get_language(name, content))
+
+
+def _by_modeline(content: bytes) -> str:
+    if not any(mark in content for mark in (b"-*-", b"vim", b"vi:", b"ex:")):
+        return ""
+    return str(enry.get_language_by_modeline(content).language)
+
+
+def _of_header(content: bytes) -> str:
+    lines = b"\n" + content + b"\n"
+    if (b"@" in lines or b"#import" in lines) and _OBJECTIVE_C.search(lines):
+        return "Objective-C"
+    return "C++" if _CPP.search(lines) or _CPP_ANYWHERE.search(lines) else "C"
 
 
 def from_path(path: str) -> Traits:

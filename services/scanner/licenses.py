@@ -20,20 +20,25 @@ _GNU = re.compile(
     r".{0,60}?(?:version|v\.?) ?(?P<version>[123](?:\.\d)?)"
 )
 _GNU_IDS = {None: "GPL", "Lesser ": "LGPL", "Library ": "LGPL", "Affero ": "AGPL"}
+# With what the text must have in lower case: to look for that is ten times as fast as the expression.
 _WORDINGS = (
-    ("Apache-2.0", re.compile(r"Licensed under the Apache License, Version 2\.0|apache\.org licenses LICENSE 2\.0")),
-    ("MPL-2.0", re.compile(r"Mozilla Public License, (?:v\.|version) 2\.0", re.IGNORECASE)),
-    ("EPL-2.0", re.compile(r"Eclipse Public License (?:v|version )?\.? ?2\.0", re.IGNORECASE)),
-    ("EPL-1.0", re.compile(r"Eclipse Public License (?:v|version )?\.? ?1\.0", re.IGNORECASE)),
-    ("BSL-1.0", re.compile(r"Boost Software License,? Version 1\.0", re.IGNORECASE)),
-    ("CDDL-1.0", re.compile(r"Common Development and Distribution License", re.IGNORECASE)),
-    ("Unlicense", re.compile(r"This is free and unencumbered software released into the public domain")),
-    ("CC0-1.0", re.compile(r"CC0 1\.0|Creative Commons Zero", re.IGNORECASE)),
-    ("ISC", re.compile(r"Permission to use, copy, modify, and(?: or)? distribute this software for any purpose")),
-    ("MIT", re.compile(r"Permission is hereby granted, free of charge, to any person obtaining a copy|MIT License")),
+    ("Apache-2.0", "licen", r"licensed under the apache license, version 2\.0|apache\.org licenses license 2\.0"),
+    ("MPL-2.0", "mozilla public", r"mozilla public license, (?:v\.|version) 2\.0"),
+    ("EPL-2.0", "eclipse public", r"eclipse public license (?:v|version )?\.? ?2\.0"),
+    ("EPL-1.0", "eclipse public", r"eclipse public license (?:v|version )?\.? ?1\.0"),
+    ("BSL-1.0", "boost software", r"boost software license,? version 1\.0"),
+    ("CDDL-1.0", "common dev", r"common development and distribution license"),
+    ("Unlicense", "unencumbered", r"this is free and unencumbered software released into the public domain"),
+    ("CC0-1.0", "cc", r"cc0 1\.0"),
+    ("CC0-1.0", "creative commons", r"creative commons zero"),
+    ("ISC", "permission to", r"permission to use, copy, modify, and(?: or)? distribute this software for any purpose"),
+    ("MIT", "permission is", r"permission is hereby granted, free of charge, to any person obtaining a copy"),
+    ("MIT", "mit license", r"\bmit license"),
+    ("BSD", "redistribution", r"redistribution and use in source and binary forms"),
+    ("BSD", "bsd", r"bsd [23] clause"),
 )
-_BSD = re.compile(r"Redistribution and use in source and binary forms|BSD (?P<clauses>[23]) Clause", re.IGNORECASE)
-_THIRD_CLAUSE = re.compile(r"Neither the names? of|may not be used to endorse", re.IGNORECASE)
+_PATTERNS = [(name, mark, re.compile(wording)) for name, mark, wording in _WORDINGS]
+_THIRD_CLAUSE = re.compile(r"bsd 3 clause|neither the names? of|may not be used to endorse")
 
 
 def detect(text: str) -> str:
@@ -51,12 +56,12 @@ def detect(text: str) -> str:
         version = gnu["version"] if "." in gnu["version"] else gnu["version"] + ".0"
         later = re.search(r"any later version|or later", plain[gnu.end() : gnu.end() + 200])
         return f"{_GNU_IDS[gnu['kind']]}-{version}-{'or-later' if later else 'only'}"
-    for name, wording in _WORDINGS:
-        if wording.search(plain):
-            return name
-    if bsd := _BSD.search(plain):
-        three = bsd["clauses"] == "3" or _THIRD_CLAUSE.search(plain[bsd.start() :])
-        return "BSD-3-Clause" if three else "BSD-2-Clause"
+    lowered = plain.lower()
+    for name, mark, pattern in _PATTERNS:
+        if mark in lowered and (found := pattern.search(lowered)):
+            if name != "BSD":
+                return name
+            return "BSD-3-Clause" if _THIRD_CLAUSE.search(lowered, found.start()) else "BSD-2-Clause"
     return ""
 
 

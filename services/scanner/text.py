@@ -7,6 +7,8 @@ import hashlib
 import re
 from dataclasses import dataclass
 
+import numpy as np
+
 MIN_CHARACTERS = 64
 """Shorter files are exempt from shares: three constants are not "lots of digits"."""
 MAX_CONTROL_SHARE = 0.03
@@ -18,18 +20,14 @@ MAX_ENCODED_RUN = 1024
 MAX_ENCODED_SHARE = 0.5
 
 # StarCoder 2 and The Stack v2 (arXiv:2402.19173), section 4.1: line and encoded-data filters.
-_BASE64 = re.compile(rb"#{64,}")
-"""Of the marks below: a run of [a-zA-Z0-9+/\\n=]."""
 _HEXADECIMAL = re.compile(r"(?:\b(?:0x|\\x)?[0-9a-fA-F]{2}(?:,|\b\s*)){8,}")
-_ESCAPES = re.compile(r"(?:\\u[0-9a-fA-F]{4}){8,}")
+_ESCAPES = re.compile(r"\\u[0-9a-fA-F]{4}(?:\\u[0-9a-fA-F]{4}){7,}")  # what it begins with makes the search fast
 _BASE64_CHARACTERS = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789+/\n="
 _HEXADECIMAL_CHARACTERS = b"0123456789abcdefABCDEFx,\\"
 _BASE64_MARKS = bytes(ord("#") if code in _BASE64_CHARACTERS else ord(".") for code in range(256))
 _HEXADECIMAL_MARKS = bytes(ord("#") if code in _HEXADECIMAL_CHARACTERS else ord(".") for code in range(256))
-_REGION = re.compile(rb"#{16,}")
-"""Of the marks below: characters that hexadecimal data and the blanks in it are made of."""
 _BLANKS = b" \t\n\v\f\r\x1c\x1d\x1e\x1f"  # what str.split() takes for blank
-_REGION_MARKS = bytes(ord("#") if code in _HEXADECIMAL_CHARACTERS + _BLANKS else ord(".") for code in range(256))
+_IS_NO_BLANK = bytes(code not in _BLANKS for code in range(256))
 _RARE_BLANKS = [chr(code) for code in _BLANKS if chr(code) not in " \t\n\r"]
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -119,11 +117,12 @@ def encoded_data(text: str) -> str:
     data = text.encode("ascii", "replace")  # a byte for every character; what is not ASCII divides runs
     marks = data.translate(_BASE64_MARKS)
     if b"#" * 64 in marks:
-        kinds.append(([len(run.group()) for run in _BASE64.finditer(marks)], "base64"))
-    if b"#" * 16 in data.translate(_HEXADECIMAL_MARKS, _BLANKS):
-        regions = [region.span() for region in _REGION.finditer(data.translate(_REGION_MARKS))]
-        # Indentation is no data.
-        regions = [(begin, end) for begin, end in regions if len(data[begin:end].translate(None, _BLANKS)) >= 16]
+        kinds.append(([end - begin for begin, end in _runs(marks, 64)], "base64"))
+    if b"#" * 16 in (dense := data.translate(_HEXADECIMAL_MARKS, _BLANKS)):
+        # Where the runs would be with the blanks, up to the next character of another kind.
+        places = np.flatnonzero(np.frombuffer(data.translate(_IS_NO_BLANK), np.bool_))
+        places = np.append(places, len(data))
+        regions = [(places[begin], places[end]) for begin, end in _runs(dense, 16)]
         # One character more, so that the expression sees where a word ends.
         found = [run for begin, end in regions for run in _HEXADECIMAL.finditer(text, begin, end + 1)]
         kinds.append(([len(run.group()) for run in found], "hexadecimal"))
@@ -135,6 +134,14 @@ def encoded_data(text: str) -> str:
         if sum(runs) > MAX_ENCODED_SHARE * len(text):
             return f"{sum(runs) / len(text):.0%} {what}"
     return ""
+
+
+def _runs(marks: bytes, least: int) -> list[tuple[int, int]]:
+    """Where the runs of marked characters begin and end that have at least so many."""
+    others = np.flatnonzero(np.frombuffer(marks, np.uint8) != ord("#"))
+    begins, ends = np.append(0, others + 1), np.append(others, len(marks))
+    chosen = ends - begins >= least
+    return list(zip(begins[chosen].tolist(), ends[chosen].tolist(), strict=True))
 
 
 def fingerprint(text: str) -> str:
