@@ -81,7 +81,7 @@ def dry_run(
                     "language": verdict.language,
                     "generated": found.traits.generated,
                     "vendored": found.traits.vendored,
-                    "documentation": found.traits.documentation,
+                    "documentation": found.is_documentation,
                     "binary": found.is_binary,
                     "reason": verdict.reason,
                     "reasons": list(verdict.reasons),

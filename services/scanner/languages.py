@@ -6,20 +6,47 @@ must spawn them.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from functools import lru_cache
 
 import enry
 
+from services.scanner import amendments, generated
+
 ALSO_CODE = frozenset({"SQL", "Vue", "Svelte", "Astro"})
 """Languages that linguist files under data or markup, and that people write, and complete, as programs."""
 
 _TEXT_BOMS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")
-_HEAD = 8000
-"""Bytes in which git and linguist look for a NUL."""
+_BINARY = (b"%PDF-", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"\xff\xd8\xff")
+_LOOKED_AT = 1 << 20
+"""Bytes in which linguist looks for a NUL."""
 _CONSIDERED = 50 * 1024
 """Bytes in which linguist looks for what tells languages with the same extension apart."""
+
+_ONLY = {
+    ".c": "C",
+    ".cc": "C++",
+    ".cpp": "C++",
+    ".css": "CSS",
+    ".dart": "Dart",
+    ".go": "Go",
+    ".java": "Java",
+    ".js": "JavaScript",
+    ".jsx": "JavaScript",
+    ".kt": "Kotlin",
+    ".py": "Python",
+    ".rb": "Ruby",
+    ".scala": "Scala",
+    ".scss": "SCSS",
+    ".sh": "Shell",
+    ".swift": "Swift",
+    ".toml": "TOML",
+    ".vue": "Vue",
+    ".xml": "XML",
+}
+"""Frequent extensions of one language only, where nothing more has to be asked."""
 
 # Linguist's heuristics for .h, where go-enry needs 20 times as long. All of them begin with a character that makes the
 # search fast.
@@ -42,14 +69,17 @@ class Traits:
     """Linguist's name; empty when unknown."""
     generated: bool
     vendored: bool
-    documentation: bool = False
+    documentation: bool | None = None
+    """As .gitattributes say; None: see :func:`is_documentation`."""
+    detectable: bool | None = None
+    """Whether .gitattributes say that it counts as code; None when they are silent."""
 
 
 UNKNOWN = Traits("", generated=False, vendored=False)
 
 
 def identify(path: str, content: bytes) -> Traits:
-    """Language and kind of a text file.
+    """Language and kind of a file; an empty one has no language.
 
     Args:
         path: path within the source; need not be valid Unicode.
@@ -57,26 +87,55 @@ def identify(path: str, content: bytes) -> Traits:
     """
     name = _safe(path)
     return Traits(
-        language=_language(name, content[:_CONSIDERED]),
-        generated=bool(enry.is_generated(name, content)),
+        language=_language(name, content) if content else "",
+        generated=generated.is_generated(name, content),
         vendored=bool(enry.is_vendor(name)),
-        documentation=bool(enry.is_documentation(name)),
     )
 
 
 def _language(name: str, content: bytes) -> str:
-    if name.endswith(".h") and not content.startswith(b"#!"):
-        return _by_modeline(content) or _of_header(content)
-    if name.endswith(".json") and b'"swagger"' not in content and b'"openapi"' not in content:
-        named = enry.get_language_by_filename(name).language
-        return str(named or _by_modeline(content) or "JSON")
-    return str(enry.get_language(name, content))
+    """In linguist's order: modeline, filename, shebang, extension, and then what the content says."""
+    begin = content[:_CONSIDERED]
+    if language := _by_modeline(content):
+        return language
+    base = name.rpartition("/")[2]
+    if language := _by_filename(base):
+        return language
+    extension = os.path.splitext(base)[1].lower()
+    if (amended := amendments.language(name, extension, begin)) is not None:
+        return amended
+    if not content.startswith(b"#!"):
+        if language := _by_extension(base):
+            return language
+        if extension == ".h":
+            return _of_header(begin)
+        if extension == ".json" and b'"swagger"' not in begin and b'"openapi"' not in begin:
+            return "JSON with Comments" if base.lower().endswith(".tsconfig.json") else "JSON"
+    return str(enry.get_language(name, begin))
 
 
 def _by_modeline(content: bytes) -> str:
-    if not any(mark in content for mark in (b"-*-", b"vim", b"vi:", b"ex:")):
+    """As an editor's line among the first or the last five says, like ``vim: ft=ruby``."""
+    first, last = content.split(b"\n", 5), content.rsplit(b"\n", 6)
+    lines = b"\n".join(first if len(first) < 6 else [*first[:5], *last[1:]])
+    if not any(mark in lines for mark in (b"-*-", b"vim", b"Vim", b"vi:", b"ex:")) or b"UseVimball" in lines:
         return ""
-    return str(enry.get_language_by_modeline(content).language)
+    return str(enry.get_language_by_modeline(lines).language)
+
+
+@lru_cache(maxsize=1 << 14)
+def _by_filename(base: str) -> str:
+    if base.lower() == "hosts":
+        return ""  # of two languages: the content decides
+    return amendments.FILENAMES.get(base) or str(enry.get_language_by_filename(base).language)
+
+
+@lru_cache(maxsize=1 << 14)
+def _by_extension(base: str) -> str:
+    """The language of an extension that only one has; empty for others, and for the rarer."""
+    language = _ONLY.get(os.path.splitext(base)[1], "")
+    # Of several dots an earlier one may begin a longer extension, such as .blade.php.
+    return language if base.count(".") == 1 or enry.get_language_by_extension(base).language == language else ""
 
 
 def _of_header(content: bytes) -> str:
@@ -86,39 +145,60 @@ def _of_header(content: bytes) -> str:
     return "C++" if _CPP.search(lines) or _CPP_ANYWHERE.search(lines) else "C"
 
 
+def is_documentation(path: str) -> bool:
+    """Whether linguist takes the path for documentation."""
+    return bool(enry.is_documentation(_safe(path)))
+
+
 def from_path(path: str) -> Traits:
     """What can be said without the content."""
     name = _safe(path)
-    language = enry.get_language_by_filename(name).language or enry.get_language_by_extension(name).language
+    base = name.rpartition("/")[2]
+    extension = os.path.splitext(base)[1].lower()
+    language = (
+        _by_filename(base) or amendments.EXTENSIONS.get(extension) or str(enry.get_language_by_extension(name).language)
+    )
     return Traits(
         language=language,
-        generated=False,
+        generated=generated.by_path(name),
         vendored=bool(enry.is_vendor(name)),
-        documentation=bool(enry.is_documentation(name)),
     )
 
 
 def is_binary(content: bytes) -> bool:
-    """Linguist's rule: UTF-16 and UTF-32 with a byte order mark are text; else a NUL near the begin means binary."""
-    return not content.startswith(_TEXT_BOMS) and b"\0" in content[:_HEAD]
+    """Linguist's rule: a byte order mark of UTF-16 or UTF-32 means text; else some signatures, and any NUL, binary."""
+    if content.startswith(_TEXT_BOMS):
+        return False
+    return content.startswith(_BINARY) or b"\0" in content[:_LOOKED_AT]
 
 
 @lru_cache(maxsize=2048)
 def is_code(language: str) -> bool:
     """Whether linguist's language is one to learn from."""
-    return language in ALSO_CODE or str(enry.get_language_type(language)) == "programming"
+    return language in ALSO_CODE or _type(language) == "programming"
 
 
 @lru_cache(maxsize=2048)
 def by_name(name: str) -> str:
-    """Linguist's spelling of a language that .gitattributes name ("java", "Common-Lisp"); empty when there is none."""
-    spaced = name.replace("-", " ")
-    return next((known for known in (name, spaced, spaced.title(), name.upper()) if is_known(known)), "")
+    """The language of a name or alias in any case ("golang", "Common-Lisp"); empty when there is none."""
+    for alias in (name, name.partition(",")[0]):
+        for spelled in (alias, alias.replace("-", "_"), alias.replace("-", " ")):
+            # A modeline is the only place where go-enry looks an alias up.
+            if known := re.fullmatch(r"[^:;\s]+", spelled) and _by_modeline(f"-*- mode: {spelled}; -*-".encode()):
+                return known
+            if newer := next((each for each in amendments.TYPES if each.lower() == spelled.lower()), ""):
+                return newer
+    return ""
 
 
 def is_known(language: str) -> bool:
     """Whether linguist has a language of that name."""
-    return str(enry.get_language_type(language)) != "unknown"
+    return _type(language) != "unknown"
+
+
+@lru_cache(maxsize=2048)
+def _type(language: str) -> str:
+    return amendments.TYPES.get(language) or str(enry.get_language_type(language))
 
 
 def _safe(path: str) -> str:

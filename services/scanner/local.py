@@ -26,6 +26,8 @@ from services.scanner.verdict import Verdict
 _NOWHERE = Place("", 0)
 _SHARD_FILES = 512
 """Files whose texts are in memory at once."""
+_READ_BYTES = 16 << 20
+"""The largest file whose content is looked at, be it too large or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,7 @@ class Local:
     verdict: Verdict
     traits: Traits
     is_binary: bool
+    is_documentation: bool
 
 
 def scan(
@@ -71,7 +74,7 @@ def scan(
                 if file.is_symlink() or not file.is_file():
                     continue
                 size = file.stat().st_size
-                digest, head, content = _read(file, size <= rules.max_file_bytes)
+                digest, head, content = _read(file, size <= max(rules.max_file_bytes, _READ_BYTES))
                 # A name that is no UTF-8 is told with its bytes escaped.
                 told = path.encode(errors="backslashreplace").decode()
                 listed = File("", told, size, digest, "AUTO", _NOWHERE)
@@ -85,7 +88,10 @@ def scan(
         pipeline.mark_duplicates(entries, shards, rules)
     verdicts = pipeline.conclude(entries, replace(rules, loss_filter=False))
     for entry, verdict, is_binary in zip(entries, verdicts, binary, strict=True):
-        yield Local(verdict, entry.traits, is_binary)
+        documentation = entry.traits.documentation
+        if documentation is None:
+            documentation = languages.is_documentation(entry.file.path)
+        yield Local(verdict, entry.traits, is_binary, documentation)
 
 
 def _tracked(folder: Path) -> list[str]:

@@ -7,7 +7,7 @@ finding by precedence is the primary reason. Duplicates need all files at once a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from codegraft.scanner.v1.scan_pb2 import SECRET_POLICY_REDACT
 from services.core.masks import Masks
@@ -64,30 +64,26 @@ def examine(
 
     Args:
         path: path within its source.
-        data: its content; None when it could not be read, or is over the size limit and was not read.
+        data: its content; None when it could not be read, or was not, as it is over the size limit.
         rules: the scan's settings.
         masks: the masks of its source.
         finder: of secrets; None looks for none.
         size: its size in bytes.
     """
     forced = masks.force.match(path) is not None
-    if size > rules.max_file_bytes:
-        traits = masks.attributes.apply(path, languages.from_path(path))
-        found = [Finding(Reason.TOO_LARGE, f"{size} bytes"), *_by_path(path, traits, rules, masks)]
-        return Examined(_unforgiven(found, forced), traits, forced=forced)
-    if data is None:
+    is_large = size > rules.max_file_bytes
+    if data is None and not is_large:
         return Examined((Finding(Reason.LINGUIST_ERROR, "the content could not be read"),))
-    if languages.is_binary(data):
-        traits = masks.attributes.apply(path, languages.from_path(path))
-        found = [Finding(Reason.NOT_TEXT, "binary"), *_by_path(path, traits, rules, masks)]
-        return Examined(_unforgiven(found, forced), traits, forced=forced)
+    is_binary = data is not None and languages.is_binary(data)
     try:
-        decoded = text.decode(data)
+        decoded = None if is_binary or data is None else text.decode(data)
     except text.Undecodable as error:
         return Examined((Finding(Reason.LINGUIST_ERROR, str(error)),))
-    # Linguist's heuristics read bytes: UTF-16 would hide every keyword from them.
-    readable = decoded.text.encode() if decoded.encoding.startswith("utf-") else data
-    traits = masks.attributes.apply(path, languages.identify(path, readable))
+    traits = masks.attributes.apply(path, _traits(path, data, decoded))
+    if is_large or decoded is None:
+        unfit = Finding(Reason.TOO_LARGE, f"{size} bytes") if is_large else Finding(Reason.NOT_TEXT, "binary")
+        found = [unfit, *_by_path(path, traits, rules, masks)]
+        return Examined(_unforgiven(found, forced), traits, forced=forced)
     license = licenses.detect(decoded.text)
     found = [*_by_path(path, traits, rules, masks), *_by_content(decoded.text, traits, license, rules)]
     content, redacted = decoded.text, ""
@@ -108,6 +104,15 @@ def examine(
     )
 
 
+def _traits(path: str, data: bytes | None, decoded: text.Text | None) -> Traits:
+    if data is None:
+        return languages.from_path(path)
+    if decoded is None:
+        return replace(languages.identify(path, data), language="")
+    # Linguist's heuristics read bytes: UTF-16 would hide every keyword from them.
+    return languages.identify(path, decoded.text.encode() if decoded.encoding in text.WIDE else data)
+
+
 def _by_path(path: str, traits: Traits, rules: Rules, masks: SourceMasks) -> Iterator[Finding]:
     if traits.vendored and rules.reject_vendored:
         yield Finding(Reason.VENDORED)
@@ -121,8 +126,9 @@ def _by_content(content: str, traits: Traits, license: str, rules: Rules) -> Ite
     language = traits.language
     if language in rules.languages_off:
         yield Finding(Reason.LANGUAGE_OFF, language)
-    elif language not in rules.languages:
-        if not languages.is_code(language):
+    elif language not in rules.languages and content:
+        is_code = languages.is_code(language) if traits.detectable is None else traits.detectable and bool(language)
+        if not is_code:
             yield Finding(Reason.NOT_CODE, language or "of no known language")
         elif rules.languages:
             yield Finding(Reason.LANGUAGE_OFF, language)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import codecs
 import hashlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import chardet
 import numpy as np
 
 MIN_CHARACTERS = 64
@@ -36,6 +38,18 @@ _BOMS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
+_WESTERN = "cp1252"
+_ENCODINGS = (
+    *(_WESTERN, "cp1250", "cp1251", "cp1253", "cp1254", "iso8859-2", "iso8859-7", "koi8-r"),
+    *("cp932", "euc-jp", "gb18030", "big5", "cp949"),
+)
+"""What code is stored in besides UTF-8. With all that chardet knows, short texts would be taken for the rarest."""
+_SURE = 0.1
+"""Least confidence in anything but Windows-1252: a few accents resemble many alphabets."""
+_TELLING = 1 << 14
+"""Bytes of lines beyond ASCII that are enough to tell the encoding."""
+WIDE = frozenset(encoding for _, encoding in _BOMS) - {"utf-8"}
+"""Encodings in which ASCII is not one byte."""
 _CONTROLS = bytes(code for code in (*range(0x20), 0x7F) if chr(code) not in "\b\t\n\v\f\r\x1b")
 _DIGITS = b"0123456789"
 
@@ -55,7 +69,7 @@ class Text:
 
 
 def decode(data: bytes) -> Text:
-    """Decodes a file: by its byte order mark, else as UTF-8, else as Windows-1252 or Latin-1.
+    """Decodes a file: by its byte order mark, else as UTF-8, as its letters suggest, or as Latin-1.
 
     Raises:
         Undecodable: the bytes contradict their byte order mark, or are mostly control characters.
@@ -75,12 +89,25 @@ def _decode(data: bytes) -> Text:
                 return Text(data[len(mark) :].decode(encoding), encoding)
             except UnicodeDecodeError as error:
                 raise Undecodable(f"the byte order mark says {encoding}: {error.reason}") from None
-    for encoding in ("utf-8", "cp1252"):
+    for encoding in _candidates(data):
         try:
             return Text(data.decode(encoding), encoding)
         except UnicodeDecodeError:
             continue
     return Text(data.decode("latin-1"), "latin-1")
+
+
+def _candidates(data: bytes) -> Iterator[str]:
+    yield "utf-8"
+    yield _suggested(data)
+    yield _WESTERN
+
+
+def _suggested(data: bytes) -> str:
+    """The 8-bit or multi-byte encoding in which the letters beyond ASCII make words."""
+    telling = b"\n".join(line for line in data.split(b"\n") if not line.isascii())
+    found = chardet.detect(telling[:_TELLING], include_encodings=_ENCODINGS)
+    return found["encoding"].lower() if found["encoding"] and found["confidence"] >= _SURE else _WESTERN
 
 
 def digit_share(text: str) -> float:

@@ -39,7 +39,7 @@ def reasons(path: str, **texts: str) -> list[Reason]:
         ("vendor/** linguist-vendored=false", "vendor/b.py", []),
         ("*.py linguist-detectable=false", "b.py", [Reason.NOT_CODE]),
         ("*.py linguist-language=Markdown", "b.py", [Reason.NOT_CODE]),
-        ("*.py linguist-language=Nonsense", "b.py", []),
+        ("*.py linguist-language=Nonsense", "b.py", [Reason.NOT_CODE]),
         ('"a b.py" linguist-generated', "a b.py", [Reason.GENERATED]),
     ],
 )
