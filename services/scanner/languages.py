@@ -48,6 +48,9 @@ _ONLY = {
 }
 """Frequent extensions of one language only, where nothing more has to be asked."""
 
+_MODELINE = re.compile(rb"-\*-.*-\*-|(?:^|[ \t])(?:[vV]im?[<=>\d]*|ex):.*(?:filetype|ft|syntax)[ \t]*=", re.MULTILINE)
+"""Without a match there is no modeline; go-enry takes milliseconds to find none in long lines."""
+
 # Linguist's heuristics for .h, where go-enry needs 20 times as long. All of them begin with a character that makes the
 # search fast.
 _OBJECTIVE_C = re.compile(
@@ -118,7 +121,7 @@ def _by_modeline(content: bytes) -> str:
     """As an editor's line among the first or the last five says, like ``vim: ft=ruby``."""
     first, last = content.split(b"\n", 5), content.rsplit(b"\n", 6)
     lines = b"\n".join(first if len(first) < 6 else [*first[:5], *last[1:]])
-    if not any(mark in lines for mark in (b"-*-", b"vim", b"Vim", b"vi:", b"ex:")) or b"UseVimball" in lines:
+    if _MODELINE.search(lines) is None or b"UseVimball" in lines:
         return ""
     return str(enry.get_language_by_modeline(lines).language)
 
