@@ -1,6 +1,7 @@
-"""Benchmarks of the scanner: ``python -m bench.scanner [rules]``.
+"""Benchmarks of the scanner: ``python -m bench.scanner [rules] [FOLDER]``.
 
-Through the whole service: real NATS and S3 servers, one and two scanner processes.
+FOLDER holds checkouts of real repositories; without it, files of this machine's packages stand for them. Through the
+whole service: real NATS and S3 servers, one and two scanner processes.
 """
 
 from __future__ import annotations
@@ -39,8 +40,14 @@ end
 """
 
 
-def tree() -> list[Path]:
-    """Files of many languages, as packages of this machine bring them; none has more than a tenth of the files."""
+def tree(folder: Path | None = None) -> list[Path]:
+    """The files of a folder.
+
+    Without one, files of many languages, as packages of this machine bring them: of each at most a tenth.
+    """
+    if folder is not None:
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
+        return files[:: -(-len(files) // FILES)]
     by_suffix: dict[str, list[Path]] = defaultdict(list)
     for top in (Path(sysconfig.get_paths()["purelib"]), Path("/usr/include"), Path("/usr/lib"), Path("/usr/share")):
         for path in sorted(top.rglob("*")):
@@ -98,9 +105,9 @@ def _peak(child: Child) -> float:
     return int(Path(f"/proc/{child.pid}/status").read_text().split("VmHWM:")[1].split()[0]) / 1000
 
 
-def rules() -> None:
+def rules(folder: Path | None) -> None:
     """Stage 1: files a second of one process and of two, against Ruby's github-linguist alone."""
-    paths = tree()
+    paths = tree(folder)
     size = sum(path.stat().st_size for path in paths)
     print(f"rules: {len(paths):,} files, {size / 1e6:.0f} MB, {ROUNDS} rounds, medians")
     if shutil.which("github-linguist"):
@@ -132,5 +139,6 @@ def rules() -> None:
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     known = {"rules": rules}
-    for name in sys.argv[1:] or known:
-        known[name]()
+    folders = [Path(name) for name in sys.argv[1:] if name not in known]
+    for name in [name for name in sys.argv[1:] if name in known] or known:
+        known[name](folders[0] if folders else None)
