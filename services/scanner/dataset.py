@@ -12,7 +12,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,8 @@ def write_verdicts(verdicts: Sequence[Verdict], path: Path) -> None:
     ordered = sorted(verdicts, key=lambda verdict: (verdict.source, verdict.path))
     with pq.ParquetWriter(path, VERDICT_SCHEMA, compression="zstd") as writer:
         for some in _chunks(ordered):
-            writer.write_table(pa.Table.from_pylist([asdict(verdict) for verdict in some], schema=VERDICT_SCHEMA))
+            columns = {name: [getattr(verdict, name) for verdict in some] for name in VERDICT_SCHEMA.names}
+            writer.write_table(pa.Table.from_pydict(columns, schema=VERDICT_SCHEMA))
 
 
 def _accepted(verdicts: Sequence[Verdict]) -> list[Verdict]:
