@@ -53,6 +53,8 @@ class Prepared:
     snapshot: Snapshot
     masks: Mapping[str, SourceMasks]
     finder: Finder | None
+    packs: Packs
+    """A pack has the files of several parts."""
 
 
 class PartWorker:
@@ -101,20 +103,20 @@ class PartWorker:
             manifest = await snapshot.manifest(self._runtime.artifacts, scan.snapshot)
             settled, _ = rules.of_scan(scan, manifest, default_model=self._settings.scanner_model)
             opened = await snapshot.fetch(self._runtime.artifacts, manifest)
+            packs = Packs(self._runtime.blobs)
             masks = snapshot.masks(list(manifest.sources), settled)
             for source in manifest.sources:
                 if source.honour_gitattributes:
-                    found = await self._attributes(opened, source.source)
+                    found = await self._attributes(opened, source.source, packs)
                     masks[source.source] = replace(masks[source.source], attributes=found)
             finder = None
             if settled.secrets != SECRET_POLICY_IGNORE:
                 finder = await asyncio.to_thread(secrets.finder, self._settings.cache_dir)
-            self._prepared = Prepared(scan.name, settled, opened, masks, finder)
+            self._prepared = Prepared(scan.name, settled, opened, masks, finder, packs)
         return self._prepared
 
-    async def _attributes(self, opened: Snapshot, source: str) -> Attributes:
+    async def _attributes(self, opened: Snapshot, source: str, packs: Packs) -> Attributes:
         """What the .gitattributes of a source say; one that cannot be read says nothing."""
-        packs = Packs(self._runtime.blobs)
         texts = {}
         for file in opened.named(source, attributes.FILE):
             if file.size <= MAX_ATTRIBUTES:
@@ -124,7 +126,6 @@ class PartWorker:
 
     async def _examine(self, prepared: Prepared, index: int, stop: threading.Event) -> bytes:
         files = prepared.snapshot.files(index * EXAMINE_FILES, (index + 1) * EXAMINE_FILES)
-        packs = Packs(self._runtime.blobs)
         entries: list[Entry] = []
         signatures: list[bytes | None] = []
 
@@ -141,7 +142,9 @@ class PartWorker:
 
         for begin in range(0, len(files), CHUNK):
             some = files[begin : begin + CHUNK]
-            await asyncio.to_thread(examine, some, await self._read(some, prepared.rules.max_file_bytes, packs))
+            await asyncio.to_thread(
+                examine, some, await self._read(some, prepared.rules.max_file_bytes, prepared.packs)
+            )
         return await asyncio.to_thread(examined.to_parquet, entries, signatures, first=index * EXAMINE_FILES)
 
     async def _read(self, files: Sequence[File], most_bytes: int, packs: Packs) -> list[bytes | None]:
