@@ -49,6 +49,7 @@ sshd:
 bench: proto sshd ## Benchmarks against named peers; the figures are in bench/RESULTS.md
 	@$(BIN)/python -m bench.ingest
 	@$(BIN)/python -m bench.near
+	@$(BIN)/python -m bench.scanner
 
 FUZZ_INPUTS ?= 100000
 fuzz: proto ## Hostile inputs against every reader of ingest (FUZZ_INPUTS=100000)

@@ -1,4 +1,4 @@
-"""Benchmarks of the scanner: ``python -m bench.scanner [rules] [FOLDER]``.
+"""Benchmarks of the scanner: ``python -m bench.scanner [rules] [losses] [FOLDER]``; both when none is named.
 
 FOLDER holds checkouts of real repositories; without it, files of this machine's packages stand for them. Through the
 whole service: real NATS and S3 servers, one and two scanner processes.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -16,10 +17,11 @@ import sysconfig
 import tarfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench.stage import Stage, stage
 from codegraft.scanner.v1.scan_pb2 import Scan, ScanSettings
@@ -27,11 +29,20 @@ from services.cli.local import ports
 from services.cli.local.process import Child
 from services.client import Addresses, Codegraft
 from services.core.errors import Unavailable
+from services.core.models import catalogue, weights
+from services.scanner.loss import LossMeter
+from services.scanner.meter import CPU_BATCH_TOKENS
+from services.scanner.rules import Rules
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FILES = 12_000
 NO_SOURCE = {".so", ".a", ".pyc", ".gz", ".mo", ".png", ".debug", ".jar", ".bc"}
 """What a repository hardly has."""
 ROUNDS = 3
+LOSS_TOKENS = 30_000
+MATMUL_SIZE = 2048
 LINGUIST = """
 ARGF.each_line(chomp: true) do |path|
   blob = Linguist::FileBlob.new(path)
@@ -136,9 +147,90 @@ def rules(folder: Path | None) -> None:
         print(f"  verdicts: {counts}")
 
 
+def losses(folder: Path | None) -> None:
+    """Stage 2: tokens a second, against a plain loop and this machine's matrix products; and the cache."""
+    import torch
+
+    base = weights.ensure_weights(catalogue.find(catalogue.DEFAULT_MODEL), Path.home() / ".cache/codegraft")
+    model, tokenizer = weights.load_model(base), weights.load_tokenizer(base)
+    rules = Rules()
+    paths = _sample(folder, tokenizer)
+    texts = [(str(path), path.read_text()) for path in paths]
+    tokens = sum(min(len(tokenizer(text).input_ids), rules.max_tokens_per_file) for _, text in texts)
+    print(f"losses: {len(texts)} files, {tokens:,} tokens, {ROUNDS} rounds, medians")
+    meter = LossMeter(
+        model,
+        tokenizer,
+        window_tokens=rules.window_tokens,
+        max_tokens=rules.max_tokens_per_file,
+        batch_tokens=CPU_BATCH_TOKENS,
+    )
+
+    def plainly() -> None:
+        """The peer: file by file, window by window, the loss that transformers computes itself."""
+        for _, text in texts:
+            ids = tokenizer(text, return_tensors="pt").input_ids[:, : rules.max_tokens_per_file]
+            for part in ids.split(rules.window_tokens, dim=1):
+                with torch.inference_mode():
+                    model(input_ids=part, labels=part).loss.item()
+
+    a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, dtype=torch.bfloat16) for _ in range(2))
+    seconds: dict[str, list[float]] = defaultdict(list)
+    read = 0
+    for _ in range(ROUNDS):
+        seconds["matmul"].append(min(_seconds(lambda: a @ b) for _ in range(20)))
+        seconds["plain"].append(_seconds(plainly))
+        counted: list[int] = []
+        seconds["ours"].append(_seconds(lambda: list(meter.measure(texts, on_batch=counted.append))))  # noqa: B023
+        read = sum(counted)
+    matmul = 2 * MATMUL_SIZE**3 / statistics.median(seconds["matmul"])
+    parameters = sum(weight.numel() for weight in model.parameters())
+    rate = 2 * parameters * read / statistics.median(seconds["ours"])
+    ratios = [plain / ours for plain, ours in zip(seconds["plain"], seconds["ours"], strict=True)]
+    print(f"  matrix products in bf16    {matmul / 1e9:7.0f} GFLOP/s")
+    print(f"  a plain transformers loop  {tokens / statistics.median(seconds['plain']):7.0f} tokens/s")
+    print(f"  stage 2                    {read / statistics.median(seconds['ours']):7.0f} tokens/s")
+    print(f"  of the products' rate      {rate / matmul:7.0%} (asked: 60 %)")
+    print(f"  against the plain loop     {statistics.median(ratios):7.2f} (asked: 1.5)")
+    with stage() as on, scanners(on, 1) as (client, _):
+        taken = _snapshot(on, paths)
+        for name, settings in {
+            "first scan": ScanSettings(),
+            "another threshold": ScanSettings(max_loss=2.0),
+        }.items():
+            report = _scan(client, taken, settings).report
+            measured = sum(language.files for language in report.losses.values())
+            print(f"  {name:18} {report.stage2_seconds:6.1f} s, {report.cached_losses} of {measured} from the cache")
+
+
+def _sample(folder: Path | None, tokenizer: PreTrainedTokenizerBase) -> list[Path]:
+    """Files of all lengths up to some number of tokens."""
+    paths = [path for path in tree(folder) if path.suffix not in {".json", ".svg", ".lock", ".txt", ".md"}]
+    random.Random(0).shuffle(paths)
+    chosen, tokens = [], 0
+    for path in paths:
+        try:
+            text = path.read_text()
+        except UnicodeDecodeError:
+            continue
+        count = len(tokenizer(text).input_ids) if len(text) <= 100_000 else 0
+        if count >= 64:
+            chosen.append(path)
+            tokens += count
+        if tokens >= LOSS_TOKENS:
+            break
+    return sorted(chosen)
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    known = {"rules": rules}
+    known = {"rules": rules, "losses": losses}
     folders = [Path(name) for name in sys.argv[1:] if name not in known]
     for name in [name for name in sys.argv[1:] if name in known] or known:
         known[name](folders[0] if folders else None)
