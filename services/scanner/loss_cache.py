@@ -18,7 +18,7 @@ from services.scanner import plan
 from services.scanner.loss import FileLoss
 from services.scanner.rules import Rules
 
-VERSION = 1
+VERSION = 2
 """Raised when the same file, model and window would give another loss than before."""
 MAX_SEGMENTS = 16
 """More than these are merged into one at the end of a scan."""

@@ -67,6 +67,8 @@ class Meter:
     def _load(self, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         import torch
 
+        from services.scanner import attention
+
         if self._loaded is None or self._loaded[0] != folder:
             self._loaded = None  # the old one goes before the new one comes
             if self._settings.scanner_threads:
@@ -76,5 +78,6 @@ class Meter:
                 device = "cuda" if torch.cuda.is_available() else "cpu"
             model = weights.load_model(folder)
             model.to(torch.device(device))  # type: ignore[arg-type]  # a decorator hides its signature
+            attention.use(model)
             self._loaded = (folder, model, weights.load_tokenizer(folder))
         return self._loaded[1], self._loaded[2]

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 _DIGEST_FILE = ".codegraft-digest.json"
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "merges.txt", "*.jinja"]
+ALIGNMENT = 64
+"""Bytes of a cache line and of an AVX-512 register."""
 _VOLATILE = ("transformers_version", "_name_or_path")
 
 
@@ -124,6 +126,10 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedMode
         ) from error
     loaded: PreTrainedModel = model
     loaded.train(False)
+    for parameter in loaded.parameters():
+        # In the mapped file they lie anywhere, which costs a tenth of every product on a CPU.
+        if parameter.data_ptr() % ALIGNMENT:
+            parameter.data = parameter.data.clone()
     return loaded
 
 
