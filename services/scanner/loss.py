@@ -34,8 +34,8 @@ CHARACTERS_PER_TOKEN = 3.3
 """Of code, roughly; for estimates only."""
 ROBUST_FILES = 20
 """Fewer files of a language say nothing of what is usual for it."""
-HEAD_ROWS = 128
-"""Positions whose logits exist at once: 49,152 of them per position are the largest tensor of all."""
+HEAD_COLUMNS = 1024
+"""Entries of the vocabulary whose logits exist at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,24 +247,46 @@ class LossMeter:
         return [float(part.sum()) for part in losses.split([end - first for first, end in scored])]
 
     def _cross_entropy(self, hidden: Any, targets: Any) -> torch.Tensor:
-        """Negative log-likelihoods [positions] in float32 of targets [positions] after hidden [positions, width]."""
+        """Negative log-likelihoods [positions] in float32 of targets [positions] after hidden [positions, width].
+
+        The vocabulary goes by in columns whose logits stay in the processor's cache; whole rows of it would be most of
+        the memory that stage 2 moves.
+        """
         import torch
-        from torch.nn.functional import cross_entropy
 
         head = self._model.get_output_embeddings()
+        bias = getattr(head, "bias", None)
+        logits = (hidden.float() * head.weight[targets].float()).sum(1)
+        wanted = self._scaled(logits if bias is None else logits + bias[targets].float())
+        products = hidden.new_empty(len(hidden), HEAD_COLUMNS)
+        logits = products.float()
+        shares = torch.empty_like(logits)
+        sums = []
+        for first in range(0, len(head.weight), HEAD_COLUMNS):
+            columns = head.weight[first : first + HEAD_COLUMNS]
+            if len(columns) < HEAD_COLUMNS:
+                products, logits, shares = (
+                    part.new_empty(len(hidden), len(columns)) for part in (products, logits, shares)
+                )
+            torch.mm(hidden, columns.t(), out=products)
+            logits.copy_(products)
+            if bias is not None:
+                logits += bias[first : first + HEAD_COLUMNS]
+            self._scaled(logits)
+            torch.log_softmax(logits, 1, out=shares)
+            sums.append(logits[:, 0] - shares[:, 0])
+        return torch.logsumexp(torch.stack(sums), 0) - wanted
+
+    def _scaled(self, logits: torch.Tensor) -> torch.Tensor:
+        """What Granite, Cohere and Gemma do between head and loss; in place."""
         config: Any = self._model.config
-        losses = []
-        for rows, wanted in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True):
-            logits = head(rows).float()
-            # What Granite, Cohere and Gemma do between head and loss.
-            if divisor := getattr(config, "logits_scaling", None):
-                logits /= divisor
-            if factor := getattr(config, "logit_scale", None):
-                logits *= factor
-            if cap := getattr(config, "final_logit_softcapping", None):
-                logits = cap * torch.tanh(logits / cap)
-            losses.append(cross_entropy(logits, wanted, reduction="none"))
-        return torch.cat(losses)
+        if divisor := getattr(config, "logits_scaling", None):
+            logits /= divisor
+        if factor := getattr(config, "logit_scale", None):
+            logits *= factor
+        if cap := getattr(config, "final_logit_softcapping", None):
+            logits.div_(cap).tanh_().mul_(cap)
+        return logits
 
 
 def _covered(parts: list[Window]) -> int:
