@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import services.scanner.allocators  # noqa: F401  # before Arrow is loaded and threads are started
+
+# isort: split
 import os
 import secrets
 import socket

@@ -9,6 +9,9 @@ import re
 
 import enry
 
+VENDORED = {"xvba_modules"}
+"""Folders."""
+
 FILENAMES = {
     ".eslint-ignore": "Ignore List",
     "Eask": "Emacs Lisp",

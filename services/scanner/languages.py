@@ -62,6 +62,20 @@ _CPP = re.compile(
     rb"|(?:class|(?:using[ \t]+)?namespace)\s+\w|(?:private|public|protected):\n))"
 )
 _CPP_ANYWHERE = re.compile(rb"__has_cpp_attribute|__cplusplus >|std::\w")
+_VENDORED = re.compile(
+    r"^(?:_esy|cache|configure|debian|dependencies|deps|dist|docs?|env|packages|rebar|vagrantfile|"
+    r"jenkinsfile|waf)$|[.]d[.]ts|[.]ds_store|[.]framework|[.]git|[.]google_apis|[.]imageset|[.]indent|"
+    r"[.]intellisense|[.]m4|[.]mk|[.]mvn|[.]obsidian|[.]osx|[.]sublime-|[.]teamcity|[.]vscode|[.]xctemplate|"
+    r"[.]yarn|ace-builds|activator|admin_media|angular|animate|awesome|bootbox|bootstrap|bourbon|bower|bulma|carthage|"
+    r"chart[.]js|ckeditor|codemirror|config[.]|controls[.]js|cordova|cpplint|d3|dojo|dotnet-install|dragdrop|"
+    r"effects[.]js|extdata|extern|extjs|fabfile|fixtures|flow-typed|fontello|foundation|fuelux|fullscreen|godeps|"
+    r"gradle|html5shiv|import[.]|jquery|knockout|leaflet|materialize|mathjax|microsoft|min[.]css|min[.]js|"
+    r"mochikit|modernizr|mootools|mvnw|node_modules|normalize|octicons|party|pdf[.]worker|proguard|prototype|"
+    r"puphpet|react|run[.]n|select2|shbrush|shcore|shlegacy|skeleton|slick[.]|sparkle|testdata|tiny_mce|vendor|"
+    r"vsdoc|yahoo-|yui"
+)
+"""One of these is in the name of a folder or file, in lower case, wherever one of linguist's 170 patterns matches: it
+is what the pattern spells out. The patterns themselves take 33 us a path."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +106,7 @@ def identify(path: str, content: bytes) -> Traits:
     return Traits(
         language=_language(name, content) if content else "",
         generated=generated.is_generated(name, content),
-        vendored=bool(enry.is_vendor(name)),
+        vendored=_is_vendored(name),
     )
 
 
@@ -164,7 +178,7 @@ def from_path(path: str) -> Traits:
     return Traits(
         language=language,
         generated=generated.by_path(name),
-        vendored=bool(enry.is_vendor(name)),
+        vendored=_is_vendored(name),
     )
 
 
@@ -173,6 +187,19 @@ def is_binary(content: bytes) -> bool:
     if content.startswith(_TEXT_BOMS):
         return False
     return content.startswith(_BINARY) or b"\0" in content[:_LOOKED_AT]
+
+
+def _is_vendored(path: str) -> bool:
+    """Whether linguist takes the path for vendored; asked only where a part of it can make it so."""
+    names = path.split("/")
+    if amendments.VENDORED & set(names[:-1]):
+        return True
+    return any(map(_hints_at_vendored, names)) and bool(enry.is_vendor(path))
+
+
+@lru_cache(maxsize=1 << 14)
+def _hints_at_vendored(name: str) -> bool:
+    return _VENDORED.search(name.lower()) is not None
 
 
 @lru_cache(maxsize=2048)

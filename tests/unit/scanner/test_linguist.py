@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
+import enry
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from services.scanner import generated, languages
+
+WORDS = """
+a.py docs doc theme _build static env cache dist deps debian configure config.guess config.sub aclocal.m4 ltsugar.m4
+lt~obsolete.m4 dotnet-install.sh cpplint.py node_modules .yarn releases sdks plugins _esy bower_components rebar
+erlang.mk Godeps _workspace testdata .indent.pro a.min.js a-min.css import.css bootstrap.min.js custom.bootstrap.css
+font-awesome.css fontawesome foundation.css normalize.css skeleton.css Bourbon b.scss animate.css materialize.js select2
+b.js bulma.css 3rd-party thirdparty vendor vendors Vvendor Extern Externals run.n bootstrap-datepicker jquery.js
+jquery-1.2.js jquery-ui.js jquery.fn.gantt.js fuelux.js bootbox.js pdf.worker.js slick.min.js leaflet.draw.css
+Leaflet.Coordinates-1.2.3.src.js Control.FullScreen.css wicket-leaflet.js .sublime-project .vscode prototype.js
+effects.js controls.js dragdrop.js a.d.ts mootools1.2.3.js dojo.js MochiKit.js yahoo-x.js yui.js ckeditor.js tiny_mce.js
+tiny_mce langs ace-builds fontello.css MathJax Chart.js CodeMirror lib mode shBrushA.js shCore.js shLegacy.js
+angular.js d3.v3.js react-dom.js flow-typed modernizr-1.2.js modernizr.custom.1.js knockout-1.2.3.js admin_media
+fabfile.py waf .osx a.xctemplate a.imageset Carthage Sparkle Crashlytics.framework Fabric.framework Realm.framework
+.gitattributes .gitignore .gitmodules gradlew gradlew.bat gradle wrapper mvnw mvnw.cmd .mvn a-vsdoc.js
+a.intellisense.js microsoftAjax.js Packages a.1 extjs a.xml html5shiv.js test Tests fixtures spec cordova.js
+foundation.js Vagrantfile .DS_Store inst extdata octicons.css sprockets-octicons.scss activator activator.bat
+proguard.pro proguard-rules.pro puphpet .google_apis Jenkinsfile .gitpod.Dockerfile .github .obsidian .teamcity src
+"""
+NAMES = WORDS.split()
 
 
 @pytest.mark.parametrize(
@@ -126,3 +148,20 @@ def test_binary_files_are_told_by_signature_or_nul() -> None:
     assert languages.is_binary(b"x" * 100_000 + b"\0")
     assert not languages.is_binary("héllo".encode("utf-16"))
     assert not languages.is_binary(b"plain")
+
+
+@given(st.lists(st.sampled_from(NAMES) | st.text("aeim.-/_1", max_size=4), min_size=1, max_size=4))
+def test_vendored_paths_are_those_of_enry(names: list[str]) -> None:
+    path = "/".join(names)
+    assert languages.from_path(path).vendored == bool(enry.is_vendor(path))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_vendored_name_is_missed(name: str) -> None:
+    for path in (name, f"{name}/a.c", f"src/{name}", f"src/{name}/fixtures.js"):
+        assert languages.from_path(path).vendored == bool(enry.is_vendor(path))
+
+
+def test_folders_that_are_newer_than_enry() -> None:
+    assert languages.from_path("src/xvba_modules/a.bas").vendored
+    assert not languages.from_path("src/xvba_modules").vendored
