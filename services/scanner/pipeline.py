@@ -94,7 +94,8 @@ def mark_duplicates(entries: Sequence[Entry], shards: Sequence[Path], rules: Rul
         entry.group = kept.fingerprint
         if duplicate.similarity < 1 and not rules.near_duplicates:
             continue  # they stay, but on one side of the split
-        entry.add(Finding(Reason.DUPLICATE, f"{duplicate.how} as {kept.file.path} of {kept.file.source}"))
+        where = f" of {kept.file.source}" if kept.file.source else ""  # a dry run has no sources
+        entry.add(Finding(Reason.DUPLICATE, f"{duplicate.how} as {kept.file.path}{where}"))
         entry.duplicate_of = f"{kept.file.source}:{kept.file.path}"
         entry.similarity = duplicate.similarity
 

@@ -51,6 +51,7 @@ def test_every_regular_file_has_a_verdict(folder: Path) -> None:
     assert list(found) == sorted(found)
     assert found["docs/example.py"].is_documentation and not found["src/copy.py"].is_documentation
     assert [path for path, one in found.items() if one.is_binary] == ["image.png", "large.bin"]
+    assert found["src/geometry.py"].verdict.detail == "same but for line ends and blanks as src/copy.py"
     assert found["large.bin"].verdict.sha256 == hashlib.sha256(bytes(600_000)).hexdigest()
 
 
