@@ -117,7 +117,7 @@ async def test_replicas_kills_and_repeats_change_no_byte(
     }
     digests = []
     async with desk(settings, tmp_path) as (runtime, scans, taken):
-        for name, count in (("alone", 1), ("killed", 4)):
+        for name, count in (("alone", 1), ("two", 2), ("killed", 4)):
             with scanners(count, settings, tmp_path) as running:
                 scanning = asyncio.create_task(scanned(runtime, scans, taken, model, name))
                 if name == "killed":
