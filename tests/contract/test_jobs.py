@@ -19,6 +19,7 @@ import pytest
 from codegraft.common.v1.job_pb2 import (
     JOB_STATE_CANCELLED,
     JOB_STATE_FAILED,
+    JOB_STATE_PAUSED,
     JOB_STATE_QUEUED,
     JOB_STATE_RUNNING,
     JOB_STATE_SUCCEEDED,
@@ -28,7 +29,17 @@ from codegraft.common.v1.job_pb2 import (
 from codegraft.trainer.v1.run_pb2 import Run
 from services.core import errors
 from services.core.backoff import Backoff
-from services.core.jobs import Delivery, JobContext, JobQueue, JobRunner, MemoryQueue, new_status, request_cancel
+from services.core.jobs import (
+    Delivery,
+    JobContext,
+    JobQueue,
+    JobRunner,
+    MemoryQueue,
+    new_status,
+    request_cancel,
+    request_pause,
+    request_resume,
+)
 from services.core.jobs.nats import DEAD_STREAM, STREAM, NatsQueue
 from services.core.jobs.states import claim, lease_expired
 from services.core.nats_connection import NatsConnection, connect
@@ -340,6 +351,88 @@ async def test_cancelled_while_running(world: World) -> None:
     async with asyncio.timeout(5):
         while await world.queued():  # noqa: ASYNC110
             await asyncio.sleep(0.05)
+
+
+async def test_a_paused_job_holds_no_worker_until_it_is_resumed(world: World) -> None:
+    handled: list[int] = []
+
+    async def handler(context: JobContext[Run]) -> None:
+        handled.append(context.epoch)
+        if (context.name, context.epoch) == (NAME, 1):
+            await context.cancelled.wait()
+            assert context.pausing
+            raise errors.JobCancelled("stopped")
+
+    await world.create()
+    async with world.working(handler):
+        await world.reaches(JOB_STATE_RUNNING)
+        await world.table.mutate(NAME, lambda run: request_pause(run.status))
+        status = await world.reaches(JOB_STATE_PAUSED)
+        assert (status.worker, status.attempt, status.pause_requested) == ("", 0, False)
+        # Another job gets the worker, and neither message nor reconciliation start the paused one.
+        await world.create("projects/p/runs/next")
+        await world.reaches(JOB_STATE_SUCCEEDED, "projects/p/runs/next")
+        await world.queue.submit(world.kind, NAME)
+        await asyncio.sleep(1.5 * LEASE.total_seconds())
+        assert (await world.table.get(NAME)).status.state == JOB_STATE_PAUSED and handled == [1, 1]
+        await world.table.mutate(NAME, lambda run: request_resume(run.status))
+        await world.queue.submit(world.kind, NAME)
+        status = await world.reaches(JOB_STATE_SUCCEEDED)
+    assert (status.epoch, status.attempt) == (2, 1)
+
+
+async def test_a_pause_that_is_taken_back_only_interrupts(world: World) -> None:
+    async def handler(context: JobContext[Run]) -> None:
+        if context.epoch == 1:
+            await context.cancelled.wait()
+            await world.table.mutate(NAME, lambda run: request_resume(run.status))
+            raise errors.JobCancelled("stopped")
+
+    await world.create()
+    async with world.working(handler):
+        await world.reaches(JOB_STATE_RUNNING)
+        await world.table.mutate(NAME, lambda run: request_pause(run.status))
+        status = await world.reaches(JOB_STATE_SUCCEEDED, seconds=3)
+    assert (status.epoch, status.attempt) == (2, 1)
+
+
+async def test_a_job_resumed_while_its_worker_lets_go_is_queued_again(world: World) -> None:
+    """Its message is still the old one, so that the new one is refused: the worker looks again."""
+
+    async def handler(context: JobContext[Run]) -> None:
+        if context.epoch == 1:
+            await context.cancelled.wait()
+            raise errors.JobCancelled("stopped")
+
+    async def resume() -> None:
+        await world.reaches(JOB_STATE_PAUSED)
+        await world.table.mutate(NAME, lambda run: request_resume(run.status))
+        await world.queue.submit(world.kind, NAME)
+
+    await world.create()
+    async with world.working(handler, lease=timedelta(seconds=30)):
+        await world.reaches(JOB_STATE_RUNNING)
+        resuming = asyncio.create_task(resume())
+        await asyncio.sleep(0.05)
+        await world.table.mutate(NAME, lambda run: request_pause(run.status))
+        await resuming
+        await world.reaches(JOB_STATE_SUCCEEDED, seconds=3)
+
+
+async def test_a_pause_survives_a_worker_that_vanished(world: World) -> None:
+    await world.create()
+    gone = datetime.now(UTC) - timedelta(minutes=1)
+
+    def vanish(run: Run) -> None:
+        claim(run.status, "gone", LEASE, gone)
+        request_pause(run.status)
+
+    async def handler(context: JobContext[Run]) -> None:
+        raise AssertionError("a paused job was started")
+
+    await world.table.mutate(NAME, vanish)
+    async with world.working(handler):
+        await world.reaches(JOB_STATE_PAUSED)
 
 
 async def test_a_handler_that_does_not_listen_is_interrupted(world: World) -> None:

@@ -4,7 +4,14 @@ from services.core.jobs.context import JobContext
 from services.core.jobs.memory import MemoryQueue
 from services.core.jobs.queue import Delivery, JobQueue
 from services.core.jobs.runner import JobRunner
-from services.core.jobs.states import advance, is_final, new_status, request_cancel
+from services.core.jobs.states import (
+    advance,
+    is_final,
+    new_status,
+    request_cancel,
+    request_pause,
+    request_resume,
+)
 
 __all__ = [
     "Delivery",
@@ -16,4 +23,6 @@ __all__ = [
     "is_final",
     "new_status",
     "request_cancel",
+    "request_pause",
+    "request_resume",
 ]

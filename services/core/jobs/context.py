@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 from google.protobuf.message import Message
 
-from codegraft.common.v1.job_pb2 import JOB_STATE_RUNNING, Progress
+from codegraft.common.v1.job_pb2 import JOB_STATE_RUNNING, JobStatus, Progress
 from services.core import log
 from services.core.backoff import Backoff
 from services.core.errors import Code, CodegraftError, LeaseLost, StateUnavailable
@@ -34,8 +34,9 @@ class JobContext(Generic[M]):
         job: the job as it was claimed.
         name: its resource name.
         epoch: fencing number of this attempt.
-        cancelled: set when the handler should stop: the user cancelled, the lease is lost, or the worker shuts down.
-            The handler then raises JobCancelled; which of the three it was, the runner knows.
+        cancelled: set when the handler should stop: the user cancelled or paused, the lease is lost, or the worker
+            shuts down. The handler then raises JobCancelled; which of them it was, the runner knows.
+        pausing: whether it should stop because of a pause, so that another attempt will go on from here.
         lost: whether the job is in other hands by now.
     """
 
@@ -44,6 +45,7 @@ class JobContext(Generic[M]):
         self.name = name
         self.epoch = status_of(job).epoch
         self.cancelled = asyncio.Event()
+        self.pausing = False
         self.lost = False
         self._table = table
         self._rate = RateEstimate()
@@ -77,7 +79,9 @@ class JobContext(Generic[M]):
             await asyncio.sleep(waits.delay(failures))
             failures += 1
 
-    async def progress(self, done: float, total: float, unit: str, message: str = "") -> None:
+    async def progress(
+        self, done: float, total: float, unit: str, message: str = "", *, seconds_left: float | None = None
+    ) -> None:
         """Says how far the job is; cheap enough for every step, for it writes at most twice a second.
 
         Args:
@@ -85,6 +89,7 @@ class JobContext(Generic[M]):
             total: units in all; 0 while unknown.
             unit: what is counted: "files", "steps". Another unit begins a new estimate.
             message: the phase in a few words.
+            seconds_left: until the end, where the caller knows better than the rate: not all units take as long.
 
         Raises:
             LeaseLost: as :meth:`update`.
@@ -92,7 +97,9 @@ class JobContext(Generic[M]):
         now = time.monotonic()
         rate = self._rate.add(unit, done, now)
         progress = Progress(done=done, total=total, unit=unit, message=message, rate=rate or 0.0)
-        if rate and total >= done:
+        if seconds_left is not None:
+            progress.eta_seconds = max(0.0, seconds_left)
+        elif rate and total >= done:
             progress.eta_seconds = (total - done) / rate
         self._pending = progress
         if now - self._written < PROGRESS_SECONDS:
@@ -103,6 +110,12 @@ class JobContext(Generic[M]):
         except StateUnavailable as error:
             # No reason to hold up the work.
             logger.warning("progress could not be written", job=self.name, error=str(error))
+
+    def heed(self, status: JobStatus) -> None:
+        """Tells the handler to stop when the job's status asks for it."""
+        self.pausing = self.pausing or status.pause_requested
+        if status.cancel_requested or status.pause_requested:
+            self.cancelled.set()
 
     def lose(self) -> None:
         """Notes that the job is in other hands."""
@@ -132,6 +145,5 @@ class JobContext(Generic[M]):
             raise LeaseLost(f"{self.name} was deleted") from error
         if self._pending is pending:
             self._pending = None
-        if status_of(stored).cancel_requested:
-            self.cancelled.set()
+        self.heed(status_of(stored))
         return stored

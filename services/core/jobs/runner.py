@@ -21,6 +21,7 @@ from google.protobuf.message import Message
 from codegraft.common.v1.job_pb2 import (
     JOB_STATE_CANCELLED,
     JOB_STATE_FAILED,
+    JOB_STATE_PAUSED,
     JOB_STATE_QUEUED,
     JOB_STATE_RUNNING,
     JOB_STATE_SUCCEEDED,
@@ -50,6 +51,8 @@ class JobRunner(Generic[M]):
 
     - the handler returns: SUCCEEDED;
     - it raises JobCancelled, or anything after a cancellation was asked for: CANCELLED;
+    - it raises JobCancelled after a pause was asked for: PAUSED, or QUEUED when it was resumed meanwhile. That does not
+      count as an attempt, and the handler has kept what the next one needs to go on;
     - it raises a CodegraftError that is the caller's fault: FAILED with its reason, without another attempt;
     - it raises anything else: back to QUEUED, and at the last attempt FAILED and a dead letter;
     - the worker vanishes: when the lease has expired another worker claims the job, and that counts as an attempt;
@@ -134,7 +137,7 @@ class JobRunner(Generic[M]):
             if found is not None and status_of(found).state == JOB_STATE_RUNNING:
                 await delivery.nak(max(0.0, lease_left(status_of(found)).total_seconds()) + random.uniform(0.0, 0.5))
             else:
-                await delivery.ack()
+                await self._acknowledge(delivery)
             return None
         except CodegraftError as error:
             if error.code is not Code.NOT_FOUND:
@@ -149,13 +152,23 @@ class JobRunner(Generic[M]):
             logger.error("job given up", kind=self._kind, why=status.failure.message)
             await delivery.dead_letter(status.failure.message)
         else:
-            await delivery.ack()
+            await self._acknowledge(delivery)
         return None
+
+    async def _acknowledge(self, delivery: Delivery) -> None:
+        """Takes the message of a job that needs no worker off the queue. A job that was resumed at that very moment
+        could not be queued beside it."""
+        await delivery.ack()
+        found = await self._table.find(delivery.name)
+        if found is not None and status_of(found).state == JOB_STATE_QUEUED:
+            await self._queue.submit(self._kind, delivery.name)
 
     def _claim_status(self, status: JobStatus) -> None:
         waiting = status.state == JOB_STATE_QUEUED or lease_expired(status)
         if waiting and status.cancel_requested:
             advance(status, JOB_STATE_CANCELLED)
+        elif waiting and status.pause_requested:
+            advance(status, JOB_STATE_PAUSED)
         elif lease_expired(status) and status.attempt >= self._max_attempts:
             # Out of memory, most likely: nothing else ends a worker so that it cannot say why.
             _fail(status, InternalError(f"its worker vanished {status.attempt} times", hint="See the workers' logs."))
@@ -208,15 +221,14 @@ class JobRunner(Generic[M]):
                 logger.warning("a heartbeat failed", error=str(error))
 
     async def _follow(self, context: JobContext[M]) -> None:
-        """Learns at once what the next heartbeat would learn, too: a cancellation, or that the job is lost."""
+        """Learns at once what the next heartbeat would learn, too: a cancellation, a pause, or that the job is lost."""
         try:
             async for job in self._table.watch(context.name):
                 status = status_of(job)
                 ended = status.epoch == context.epoch and status.state != JOB_STATE_RUNNING
                 if ended or status.epoch > context.epoch:
                     break
-                if status.cancel_requested:
-                    context.cancelled.set()
+                context.heed(status)
             context.lose()
         except CodegraftError as error:
             logger.warning("a job cannot be watched", error=str(error))
@@ -237,7 +249,7 @@ class JobRunner(Generic[M]):
             logger.warning("the job was lost to another worker", epoch=context.epoch)
             return
         try:
-            job = await context.update(lambda job: self._conclude(status_of(job), error))
+            job = await context.update(lambda job: self._conclude(status_of(job), error, context.pausing))
         except LeaseLost:
             logger.warning("the job was lost to another worker", epoch=context.epoch)
             return
@@ -249,21 +261,24 @@ class JobRunner(Generic[M]):
             unexpected = None if isinstance(error, CodegraftError | asyncio.CancelledError) else error
             logger.warning("attempt ended", state=state, attempt=status.attempt, error=str(error), exc_info=unexpected)
         if status.state == JOB_STATE_QUEUED:
-            await delivery.nak(self._retry.delay(status.attempt - 1))
+            await delivery.nak(0.0 if context.pausing else self._retry.delay(status.attempt - 1))
         elif status.state == JOB_STATE_FAILED and not _is_callers_fault(error):
             await delivery.dead_letter(f"{status.failure.reason}: {status.failure.message}")
         else:
-            await delivery.ack()
+            await self._acknowledge(delivery)
 
-    def _conclude(self, status: JobStatus, error: BaseException | None) -> None:
+    def _conclude(self, status: JobStatus, error: BaseException | None, pausing: bool) -> None:
         if error is None:
             advance(status, JOB_STATE_SUCCEEDED)
+        elif pausing and not status.cancel_requested and isinstance(error, JobCancelled | asyncio.CancelledError):
+            advance(status, JOB_STATE_PAUSED if status.pause_requested else JOB_STATE_QUEUED)
+            status.attempt -= 1  # a pause must not use up the attempts
         elif status.cancel_requested or isinstance(error, JobCancelled):
             advance(status, JOB_STATE_CANCELLED)
         elif _is_callers_fault(error) or status.attempt >= self._max_attempts:
             _fail(status, error)
         else:
-            advance(status, JOB_STATE_QUEUED)
+            advance(status, JOB_STATE_PAUSED if status.pause_requested else JOB_STATE_QUEUED)
 
     async def _give_back(self, context: JobContext[M], delivery: Delivery) -> None:
         def requeue(job: M) -> None:
@@ -271,7 +286,7 @@ class JobRunner(Generic[M]):
             if status.cancel_requested:
                 advance(status, JOB_STATE_CANCELLED)
             else:
-                advance(status, JOB_STATE_QUEUED)
+                advance(status, JOB_STATE_PAUSED if status.pause_requested else JOB_STATE_QUEUED)
                 status.attempt -= 1  # a rolling update must not use up the attempts
 
         if not context.lost:

@@ -12,6 +12,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from codegraft.common.v1.job_pb2 import (
     JOB_STATE_CANCELLED,
     JOB_STATE_FAILED,
+    JOB_STATE_PAUSED,
     JOB_STATE_QUEUED,
     JOB_STATE_RUNNING,
     JOB_STATE_SUCCEEDED,
@@ -24,9 +25,12 @@ from services.core.errors import InvalidTransition
 TRANSITIONS = MappingProxyType(
     {
         JOB_STATE_UNSPECIFIED: frozenset({JOB_STATE_QUEUED}),
-        JOB_STATE_QUEUED: frozenset({JOB_STATE_RUNNING, JOB_STATE_CANCELLED}),
+        JOB_STATE_QUEUED: frozenset({JOB_STATE_RUNNING, JOB_STATE_PAUSED, JOB_STATE_CANCELLED}),
         # Back to QUEUED: its worker was lost or shut down, or the attempt failed and another one is due.
-        JOB_STATE_RUNNING: frozenset({JOB_STATE_QUEUED, JOB_STATE_SUCCEEDED, JOB_STATE_FAILED, JOB_STATE_CANCELLED}),
+        JOB_STATE_RUNNING: frozenset(
+            {JOB_STATE_QUEUED, JOB_STATE_PAUSED, JOB_STATE_SUCCEEDED, JOB_STATE_FAILED, JOB_STATE_CANCELLED}
+        ),
+        JOB_STATE_PAUSED: frozenset({JOB_STATE_QUEUED, JOB_STATE_CANCELLED}),
         JOB_STATE_SUCCEEDED: frozenset[JobState](),
         JOB_STATE_FAILED: frozenset[JobState](),
         JOB_STATE_CANCELLED: frozenset[JobState](),
@@ -67,6 +71,8 @@ def advance(status: JobStatus, to: JobState, now: datetime | None = None) -> Non
     if to != JOB_STATE_RUNNING:
         status.ClearField("worker")
         status.ClearField("lease_expire_time")
+    if to == JOB_STATE_PAUSED or is_final(status):
+        status.pause_requested = False  # the wish is granted, or too late
     if is_final(status):
         status.end_time.CopyFrom(moment)
 
@@ -103,12 +109,47 @@ def lease_expired(status: JobStatus, now: datetime | None = None) -> bool:
 
 
 def request_cancel(status: JobStatus, now: datetime | None = None) -> None:
-    """Cancels a queued job at once, asks the worker of a running one to stop, and leaves one that has ended alone."""
-    if status.state == JOB_STATE_QUEUED:
+    """Cancels a waiting job at once, asks the worker of a running one to stop, and leaves one that has ended alone."""
+    if status.state in (JOB_STATE_QUEUED, JOB_STATE_PAUSED):
         status.cancel_requested = True
         advance(status, JOB_STATE_CANCELLED, now)
     elif not is_final(status):
         status.cancel_requested = True
+
+
+def request_pause(status: JobStatus, now: datetime | None = None) -> None:
+    """Pauses a queued job at once, asks the worker of a running one to stop, and leaves a paused one alone.
+
+    Raises:
+        InvalidTransition: the job has ended, or is about to be cancelled.
+    """
+    if status.state == JOB_STATE_RUNNING and not status.cancel_requested:
+        status.pause_requested = True
+    elif status.state != JOB_STATE_PAUSED:
+        _refuse_ended(status)
+        advance(status, JOB_STATE_PAUSED, now)
+
+
+def request_resume(status: JobStatus, now: datetime | None = None) -> None:
+    """Queues a paused job, and takes back a pause that was asked for; a job that waits or runs is left alone.
+
+    Raises:
+        InvalidTransition: the job has ended.
+    """
+    _refuse_ended(status)
+    status.pause_requested = False
+    if status.state == JOB_STATE_PAUSED:
+        advance(status, JOB_STATE_QUEUED, now)
+
+
+def _refuse_ended(status: JobStatus) -> None:
+    if is_final(status) or status.cancel_requested:
+        state = "about to be CANCELLED" if not is_final(status) else _word(status.state)
+        raise InvalidTransition(
+            f"the job is {state}: it can neither pause nor go on",
+            field="name",
+            hint="A job that has ended stays as it is; create a new one.",
+        )
 
 
 def status_of(job: Message) -> JobStatus:

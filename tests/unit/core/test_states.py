@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from codegraft.common.v1.job_pb2 import (
     JOB_STATE_CANCELLED,
     JOB_STATE_FAILED,
+    JOB_STATE_PAUSED,
     JOB_STATE_QUEUED,
     JOB_STATE_RUNNING,
     JOB_STATE_SUCCEEDED,
@@ -28,6 +29,8 @@ from services.core.jobs.states import (
     lease_expired,
     new_status,
     request_cancel,
+    request_pause,
+    request_resume,
 )
 
 STATES = JobState.values()
@@ -39,7 +42,11 @@ def test_the_table_is_the_documented_one() -> None:
     allowed = {
         (JOB_STATE_UNSPECIFIED, JOB_STATE_QUEUED),
         (JOB_STATE_QUEUED, JOB_STATE_RUNNING),
+        (JOB_STATE_QUEUED, JOB_STATE_PAUSED),
         (JOB_STATE_QUEUED, JOB_STATE_CANCELLED),
+        (JOB_STATE_PAUSED, JOB_STATE_QUEUED),
+        (JOB_STATE_PAUSED, JOB_STATE_CANCELLED),
+        (JOB_STATE_RUNNING, JOB_STATE_PAUSED),
         (JOB_STATE_RUNNING, JOB_STATE_QUEUED),
         (JOB_STATE_RUNNING, JOB_STATE_SUCCEEDED),
         (JOB_STATE_RUNNING, JOB_STATE_FAILED),
@@ -71,7 +78,9 @@ def test_any_sequence_of_wishes_keeps_the_invariants(wishes: list[tuple[JobState
             assert status.create_time.ToDatetime() <= status.end_time.ToDatetime()
 
 
-@given(st.lists(st.sampled_from(["claim", "wait", "finish", "cancel", "requeue"]), max_size=30))
+@given(
+    st.lists(st.sampled_from(["claim", "wait", "finish", "cancel", "requeue", "pause", "resume", "stop"]), max_size=30)
+)
 def test_one_owner_at_a_time(steps: list[str]) -> None:
     status, now = new_status(NOW), NOW
     for number, step in enumerate(steps):
@@ -79,7 +88,7 @@ def test_one_owner_at_a_time(steps: list[str]) -> None:
         ended = is_final(status)
         match step:
             case "claim":
-                if held or ended:
+                if held or ended or status.state == JOB_STATE_PAUSED:
                     with pytest.raises(InvalidTransition):
                         claim(status, f"w{number}", LEASE, now)
                     assert status.epoch == epoch
@@ -93,12 +102,27 @@ def test_one_owner_at_a_time(steps: list[str]) -> None:
             case "cancel":
                 request_cancel(status, now)
                 assert status.cancel_requested or ended
-                assert (status.state == JOB_STATE_QUEUED) is False
-            case _ if status.state == JOB_STATE_RUNNING:
+                assert status.state not in (JOB_STATE_QUEUED, JOB_STATE_PAUSED)
+            case "pause" | "resume" if ended or status.cancel_requested:
+                with pytest.raises(InvalidTransition):
+                    (request_pause if step == "pause" else request_resume)(status, now)
+            case "pause":
+                request_pause(status, now)
+                assert status.state == JOB_STATE_PAUSED or status.pause_requested
+                assert status.state != JOB_STATE_QUEUED
+            case "resume":
+                request_resume(status, now)
+                assert status.state in (JOB_STATE_QUEUED, JOB_STATE_RUNNING) and not status.pause_requested
+            case "stop" if status.state == JOB_STATE_RUNNING:
+                advance(status, JOB_STATE_CANCELLED if status.cancel_requested else JOB_STATE_PAUSED, now)
+                assert not status.worker
+            case "finish" | "requeue" if status.state == JOB_STATE_RUNNING:
                 advance(status, JOB_STATE_SUCCEEDED if step == "finish" else JOB_STATE_QUEUED, now)
                 assert not status.worker
                 assert not status.HasField("lease_expire_time")
         assert status.epoch >= epoch
+        if status.pause_requested:
+            assert status.state in (JOB_STATE_RUNNING, JOB_STATE_QUEUED)
 
 
 def test_cancelling_what_has_ended_changes_nothing() -> None:
