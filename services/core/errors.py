@@ -363,6 +363,18 @@ class BaseModelMismatch(AdapterRejected):
     reason = "BASE_MODEL_MISMATCH"
 
 
+class TrainingDiverged(FailedPrecondition):
+    """A loss or a gradient that is no number any more: the last checkpoint stays as it is."""
+
+    reason = "TRAINING_DIVERGED"
+
+
+class OutOfMemory(FailedPrecondition):
+    """A run that does not fit in its worker's memory, whatever is tried."""
+
+    reason = "OUT_OF_MEMORY"
+
+
 class ChatUnsupported(FailedPrecondition):
     """The served model has no chat template."""
 

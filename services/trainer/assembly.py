@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import socket
@@ -14,6 +15,7 @@ from services.core.jobs import JobRunner
 from services.core.jobs.announcer import announce
 from services.core.rpc.server import Background, Registration
 from services.core.runtime import Runtime
+from services.trainer import machine
 from services.trainer.config import TrainerSettings
 from services.trainer.datasets import Newest
 from services.trainer.records import BUCKET, Tables
@@ -28,20 +30,27 @@ class Trainer:
 
     Attributes:
         services: for services/core/rpc/server.
-        background: likewise: the workers, and the announcer of runs' states.
+        background: likewise: the workers, one a device, and the announcer of runs' states.
         tables: its records.
     """
 
     def __init__(self, runtime: Runtime, settings: TrainerSettings, newest: Newest) -> None:
         self.tables = tables = Tables.of(runtime.state(BUCKET))
-        worker = RunWorker(runtime, settings, tables, newest)
         me = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
-        runners = [
-            JobRunner(KIND, tables.runs, runtime.jobs, worker.handle, worker_id=f"{me}-{number}")
-            for number in range(settings.trainer_workers)
-        ]
+
+        async def work() -> None:
+            """One runner a device: two runs on one would only wait for each other, and share its memory."""
+            if settings.trainer_workers == 0:
+                return
+            found = await asyncio.to_thread(machine.devices, settings.trainer_device, settings.trainer_devices)
+            async with asyncio.TaskGroup() as runners:
+                for device in found[: settings.trainer_workers]:
+                    worker = RunWorker(runtime, settings, tables, newest, device)
+                    runner = JobRunner(KIND, tables.runs, runtime.jobs, worker.handle, worker_id=f"{me}-{device}")
+                    runners.create_task(runner.run())
+
         self.background: Sequence[Background] = [
-            *(runner.run for runner in runners),
+            work,
             lambda: announce(tables.runs, runtime.events, CHANGED, _changed),
         ]
         self.services: Sequence[Registration] = [

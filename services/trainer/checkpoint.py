@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from services.core.errors import AdapterRejected
 from services.trainer.loop import State
 from services.trainer.lora import CONFIG, WEIGHTS, Trainee
 
@@ -23,6 +25,9 @@ _NUMBERS = (
     "evaluations_without_gain",
     "evaluated_step",
     "ended",
+    "step_seconds",
+    "evaluation_seconds",
+    "commit_seconds",
 )
 
 
@@ -35,6 +40,32 @@ def save_adapter(trainee: Trainee, folder: Path, base_model: str) -> tuple[dict[
     files = {name: folder / name for name in (WEIGHTS, CONFIG)}
     with files[WEIGHTS].open("rb") as file:
         return files, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_adapter(trainee: Trainee, folder: Path) -> None:
+    """Puts an adapter's weights on the trainee; the optimizer's moments stay.
+
+    Args:
+        folder: a PEFT directory.
+
+    Raises:
+        AdapterRejected: it is not of the trainee's shape.
+    """
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise AdapterRejected(f"the adapter cannot be read: {error}", field="initial_checkpoint") from None
+    wanted = {name.replace(".default.", "."): master for name, master in trainee.masters.items()}  # as PEFT saves them
+    if {name: tensor.shape for name, tensor in tensors.items()} != {name: m.shape for name, m in wanted.items()}:
+        raise AdapterRejected(
+            "the adapter's weights are not of the shape that its manifest tells",
+            field="initial_checkpoint",
+            hint="Start from another checkpoint.",
+        )
+    with torch.no_grad():
+        for name, master in wanted.items():
+            master.copy_(tensors[name])
+    trainee.publish()
 
 
 def save_state(

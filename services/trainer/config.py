@@ -24,8 +24,12 @@ class TrainerSettings(CoreSettings):
     """Time limit of runs that ask for none; unset means that those have no limit."""
     trainer_nice: int = Field(default=10, ge=0, le=19)
     """By how much the process lowers its priority, so that completions on the same cores stay fast."""
-    trainer_workers: int = Field(default=1, ge=0)
-    """Runs that this process works on at once; 0 for a replica that only answers calls."""
+    trainer_devices: tuple[str, ...] = ()
+    """Devices by name, a JSON list such as ["cuda:0", "cuda:2"]; each trains one run at a time. Empty means every GPU,
+    or the CPU, as trainer_device says."""
+    trainer_workers: int | None = Field(default=None, ge=0)
+    """Runs that this process works on at once, at most one a device; unset means one on each, 0 is a replica that only
+    answers calls."""
 
     def with_defaults(self, requested: Hyperparameters) -> Hyperparameters:
         """What a run asks for, with what the deployment sets where it asks for nothing."""

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
+from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest
 from codegraft.trainer.v1.hyperparameters_pb2 import Hyperparameters, Plan
-from services.core.errors import EmptyDataset
+from services.core.errors import BaseModelMismatch, EmptyDataset, JobCancelled
 from services.core.models import catalogue, prompts, weights
 from services.core.models.catalogue import ModelSpec
-from services.trainer import checkpoint, data, loop, machine
+from services.core.models.prompts import Tokenizer
+from services.trainer import checkpoint, data, loop, machine, memory
 from services.trainer.config import TrainerSettings
 from services.trainer.data import Corpus
 from services.trainer.evaluate import HeldOut
+from services.trainer.fit import find_fit, limited, longest
+from services.trainer.initial import explain, inherited
 from services.trainer.loop import State
 from services.trainer.lora import Trainee
 from services.trainer.plan import plan
@@ -34,6 +41,16 @@ class Loaded:
     state: State
     base_digest: str
     prompt_format: str
+    put_initial: Callable[[], None] | None
+    """Puts the weights of the adapter that the run starts from on the trainee; None for a fresh one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Initial:
+    """The adapter that a run starts from."""
+
+    manifest: AdapterManifest
+    folder: Path
 
 
 def load(
@@ -43,31 +60,49 @@ def load(
     train: Path,
     test: Path,
     *,
+    device: str,
     planned: Plan | None,
     resume: Path | None,
+    initial: Initial | None,
+    is_cancelled: Callable[[], bool],
 ) -> Loaded:
     """Loads everything, measures the machine, and resolves the plan.
 
     Args:
+        device: where to train: "cpu", "cuda:1", "auto".
         planned: the plan of an earlier attempt, which is kept: the machine may be another one by now.
         resume: folder of the state to go on from.
 
     Raises:
         EmptyDataset: a part has no token to learn from.
+        BaseModelMismatch: the adapter to start from is another base model's.
+        OutOfMemory: it does not fit.
+        JobCancelled: it was asked for meanwhile.
         InvalidHyperparameter, ModelNotFound.
     """
     if config.trainer_threads:
         torch.set_num_threads(config.trainer_threads)
-    device = machine.device(config.trainer_device)
+    target = machine.device(device)
     folder = weights.ensure_weights(spec, config.cache_dir)
+    began = time.monotonic()  # a download is not the run's time
+    base_digest = weights.base_digest(folder)
+    asked = requested
+    if initial is not None:
+        if initial.manifest.base_digest != base_digest:
+            raise BaseModelMismatch(
+                f"{initial.manifest.name} was trained on other weights of {initial.manifest.base_model}",
+                field="initial_checkpoint",
+                hint="Start from a checkpoint of the base model as it is now, or from none.",
+            )
+        requested = inherited(requested, initial.manifest)
     if not spec.parameters:
         # A model of the Hub that the catalogue does not list: its folder tells what the plan needs.
         known = catalogue.find(f"dir:{folder}")
         spec = replace(known, id=spec.id, title=spec.title, source=spec.source)
-    tokenizer = weights.load_tokenizer(folder)
+    tokenizer = cast(Tokenizer, _Interruptible(weights.load_tokenizer(folder), is_cancelled))
     fmt = prompts.detect(tokenizer)
     train_part, test_part = data.read_part(train), data.read_part(test)
-    on_gpu = device.type == "cuda"
+    on_gpu = target.type == "cuda"
 
     def corpus_of(settings: Settings) -> Corpus:
         return Corpus(
@@ -78,6 +113,9 @@ def load(
             fim_rate=settings.fim_rate,
             seed=settings.seed,
         )
+
+    def make(settings: Settings) -> Trainee:
+        return Trainee(folder, settings, device=target)
 
     def resolve(tokens: int, test_tokens: int, speed: float) -> tuple[Settings, Plan]:
         facts = machine.facts(
@@ -95,17 +133,30 @@ def load(
     if planned is not None:
         settings, told = Settings.from_proto(planned.hyperparameters), planned
         corpus = corpus_of(settings)
-        trainee = Trainee(folder, settings, device=device)
+        trainee = make(settings)
     else:
         # The corpus tells the tokens, and one micro-batch the speed; the plan is made of both.
         settings, _ = resolve(1, 1, machine.guess_speed(spec, on_gpu=on_gpu))
         corpus = corpus_of(settings)
         counting = HeldOut(test_part.documents, tokenizer, fmt, window=settings.context_length, max_tokens=2**40)
         settings, _ = resolve(corpus.tokens, counting.tokens, machine.guess_speed(spec, on_gpu=on_gpu))
-        trainee = Trainee(folder, settings, device=device)
         _refuse_empty(corpus)
-        speed = machine.measure_speed(trainee, corpus, settings, machine.guess_speed(spec, on_gpu=on_gpu))
+        row = longest(corpus.batch(0, settings.batch_size), settings.context_length)
+        trainee, fit = find_fit(
+            make,
+            row,
+            settings,
+            may_save=not requested.HasField("low_gpu_memory_mode"),
+            is_cancelled=is_cancelled,
+            free=memory.free if not on_gpu and memory.is_known() else None,
+        )
+        tried = replace(settings, micro_batch_size=fit.rows)
+        guess = machine.guess_speed(spec, on_gpu=on_gpu)
+        speed = machine.measure_speed(trainee, corpus, tried, guess, is_cancelled)
         settings, told = resolve(corpus.tokens, counting.tokens, speed)
+        settings = limited(settings, told, fit)
+        if initial is not None:
+            explain(told, asked)
         told.trainable_parameters = trainee.trainable_parameters
     _refuse_empty(corpus)
     held_out = HeldOut(
@@ -115,6 +166,7 @@ def load(
         raise EmptyDataset("the test files have no token to predict", field="dataset", hint="Mark other files as test.")
     optimizer = loop.make_optimizer(trainee, settings)
     state = checkpoint.load_state(trainee, optimizer, resume) if resume is not None else State()
+    state.seconds += time.monotonic() - began
     return Loaded(
         settings=settings,
         plan=told,
@@ -123,9 +175,26 @@ def load(
         corpus=corpus,
         held_out=held_out,
         state=state,
-        base_digest=weights.base_digest(folder),
+        base_digest=base_digest,
         prompt_format=fmt.name,
+        put_initial=None if initial is None else lambda: checkpoint.load_adapter(trainee, initial.folder),
     )
+
+
+class _Interruptible:
+    """A tokenizer that stops when the run should: a large dataset is minutes of tokenizing."""
+
+    def __init__(self, tokenizer: Tokenizer, is_cancelled: Callable[[], bool]) -> None:
+        self._tokenizer = tokenizer
+        self._is_cancelled = is_cancelled
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        if self._is_cancelled():
+            raise JobCancelled("cancelled while the dataset was tokenized")
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
 
 
 def _refuse_empty(corpus: Corpus) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from services.core.errors import JobCancelled
 from services.core.models.catalogue import ModelSpec
 from services.trainer.plan import Facts
 
@@ -23,18 +26,37 @@ _BYTES_PER_TOKEN = 3.5
 """Of code, where a scan did not count tokens."""
 
 
-_PASSES = 4
-"""The first one allocates and tunes; of the others the fastest counts, for the machine may have had other work."""
+_PASSES = 3
+"""The fastest one counts: the first still tunes, and the machine may have had other work."""
 _PATIENCE_SECONDS = 30.0
 _LEAST_SHARE = 0.6
 """Of the guessed speed: a lower measurement is put down to other work."""
 
 
-def device(wanted: str) -> torch.device:
-    """The device to train on."""
+def devices(wanted: str, listed: Sequence[str]) -> list[str]:
+    """The devices of this process, each good for one run at a time.
+
+    Args:
+        wanted: "cpu", "cuda" or "auto".
+        listed: by name, if somebody chose them.
+    """
+    if listed:
+        return list(listed)
+    # Only where there is a driver is it worth the seconds of importing torch to ask it for GPUs.
+    if wanted == "cpu" or not Path("/proc/driver/nvidia").exists():
+        return [wanted]
     import torch
 
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+    return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or [wanted]
+
+
+def device(wanted: str) -> torch.device:
+    """The device to train on: the one of that name, and for "auto" a GPU when there is one."""
+    import torch
+
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda" if wanted == "auto" else wanted)
 
 
 def guess_speed(spec: ModelSpec, *, on_gpu: bool) -> float:
@@ -43,15 +65,20 @@ def guess_speed(spec: ModelSpec, *, on_gpu: bool) -> float:
     return flops / (4 * max(1, spec.parameters))
 
 
-def measure_speed(trainee: Trainee, corpus: Corpus, settings: Settings, guess: float) -> float:
+def measure_speed(
+    trainee: Trainee, corpus: Corpus, settings: Settings, guess: float, is_cancelled: Callable[[], bool]
+) -> float:
     """Tokens a second of one micro-batch, forward and backward; leaves the adapter as it was.
 
-    The first pass also shows whether a full row fits in memory at all, before a single step is taken.
+    Raises:
+        JobCancelled.
     """
     rows = corpus.batch(0, settings.batch_size)[: settings.micro_batch_size]
     tokens = sum(len(row.ids) for row in rows)
     best = float("inf")
     for _ in range(_PASSES):
+        if is_cancelled():
+            raise JobCancelled("cancelled while the speed was measured")
         began = time.monotonic()
         trainee.accumulate(rows, tokens)
         trainee.drop_gradients()

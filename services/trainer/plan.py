@@ -122,6 +122,7 @@ def plan(requested: Hyperparameters, facts: Facts) -> tuple[Settings, Plan]:
         checkpoint_steps=int(pick.choose("checkpoint_steps", max(eval_steps, 50), "little is lost with a worker")),
         max_eval_tokens=int(pick.choose("max_eval_tokens", eval_tokens, "a quarter of the training's time at most")),
         max_grad_norm=pick.choose("max_grad_norm", 1.0, "usual for language models"),
+        keep_checkpoints=int(pick.choose("keep_checkpoints", 3, "beside best, last and kept ones: a way back")),
     )
     pick.told.append(
         PlannedSetting(
@@ -136,6 +137,17 @@ def plan(requested: Hyperparameters, facts: Facts) -> tuple[Settings, Plan]:
     value = str(settings.low_gpu_memory_mode).lower()
     pick.told.append(PlannedSetting(name="low_gpu_memory_mode", value=value, given=given, why=why))
     return settings, _describe(settings, facts, sorted(pick.told, key=_name))
+
+
+def amend(plan: Plan, name: str, *, why: str, value: str = "") -> None:
+    """Tells of a setting that another reason decided than the plan's own.
+
+    Args:
+        value: its new value, as text; empty leaves it.
+    """
+    for setting in plan.settings:
+        if setting.name == name:
+            setting.given, setting.why, setting.value = False, why, value or setting.value
 
 
 def _describe(settings: Settings, facts: Facts, told: list[PlannedSetting]) -> Plan:

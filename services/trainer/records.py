@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from codegraft.trainer.v1.checkpoint_pb2 import Checkpoint
 from codegraft.trainer.v1.run_event_pb2 import RunEvent
 from codegraft.trainer.v1.run_pb2 import Run
+from services.core import names
 from services.core.errors import CheckpointNotFound, RunNotFound
 from services.core.state import StateStore, Table
 
 BUCKET = "trainer"
+BEST = "best"
+"""The id that names a run's best checkpoint."""
 _STORY = "RunEvent/"
 
 
@@ -30,6 +33,32 @@ class Tables:
             Table(state, Checkpoint, missing=CheckpointNotFound),
             Story(state),
         )
+
+    async def find_checkpoint(self, name: str, field: str = "name") -> Checkpoint:
+        """A checkpoint by its full name; the id "best" names its run's best one.
+
+        Args:
+            field: where the name came from.
+
+        Raises:
+            InvalidName, RunNotFound, CheckpointNotFound.
+        """
+        if names.parse(names.CHECKPOINT, name, field=field)["step"] == BEST:
+            run = await self.runs.get(name.removesuffix(f"/checkpoints/{BEST}"))
+            if not run.best_checkpoint:
+                raise CheckpointNotFound(
+                    f"{run.name} has no checkpoint that beats the base model", field=field, hint="Name a step."
+                )
+            name = run.best_checkpoint
+        return await self.checkpoints.get(name)
+
+    async def keep(self, name: str, *, kept: bool) -> Checkpoint:
+        """Marks a checkpoint so that retention leaves it alone, or takes the mark away."""
+
+        def change(record: Checkpoint) -> None:
+            record.kept = kept
+
+        return await self.checkpoints.mutate(name, change)
 
 
 class Story:

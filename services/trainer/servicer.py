@@ -8,14 +8,24 @@ from typing import Any
 
 import grpc
 
+from codegraft.common.v1.job_pb2 import JOB_STATE_QUEUED
 from codegraft.common.v1.model_pb2 import Model
 from codegraft.scanner.v1.dataset_pb2 import DatasetManifest
 from codegraft.trainer.v1 import run_pb2 as pb
+from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest
 from codegraft.trainer.v1.hyperparameters_pb2 import Hyperparameters
 from codegraft.trainer.v1.run_pb2_grpc import ModelServiceServicer, RunServiceServicer
 from services.core import names
-from services.core.errors import CheckpointNotFound, InvalidArgument, RequestIdReused, ResourceExists, RunNotFound
-from services.core.jobs import is_final, new_status, request_cancel
+from services.core.errors import (
+    BaseModelMismatch,
+    CheckpointNotFound,
+    InvalidArgument,
+    InvalidName,
+    RequestIdReused,
+    ResourceExists,
+    RunNotFound,
+)
+from services.core.jobs import is_final, new_status, request_cancel, request_pause, request_resume
 from services.core.models import catalogue, weights
 from services.core.models.catalogue import ModelSpec
 from services.core.pages import bounds, token
@@ -23,13 +33,14 @@ from services.core.runtime import Runtime
 from services.trainer import data, datasets, machine
 from services.trainer.config import TrainerSettings
 from services.trainer.datasets import Newest
+from services.trainer.initial import inherited
 from services.trainer.plan import Facts, plan
-from services.trainer.records import Tables
+from services.trainer.records import BEST, Tables
 from services.trainer.settings import check
 
 KIND = "run"
 """Of its jobs."""
-LATEST, BEST = "latest", "best"
+LATEST = "latest"
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -54,11 +65,12 @@ class RunServicer(RunServiceServicer):
 
     async def CreateRun(self, request: pb.CreateRunRequest, context: Context) -> pb.CreateRunResponse:
         names.parse(names.PROJECT, request.parent, field="parent")
-        spec = self._model(request.base_model, request.hyperparameters)
+        spec = self._model(await self._base_model(request), request.hyperparameters)
         run_id = names.new_id("r", request_id=request.request_id, scope=request.parent)
         if (there := await self._tables.runs.find(f"{request.parent}/runs/{run_id}")) is not None:
             return pb.CreateRunResponse(run=await self._again(there, request, spec))
         manifest = await datasets.find(self._runtime.artifacts, self._newest, request.parent, request.dataset)
+        initial = await self._initial(request, spec) if request.initial_checkpoint else ""
         run = pb.Run(
             name=f"{request.parent}/runs/{run_id}",
             dataset=manifest.name,
@@ -67,6 +79,7 @@ class RunServicer(RunServiceServicer):
             status=new_status(),
             title=request.title,
             request_id=request.request_id,
+            initial_checkpoint=initial,
         )
         try:
             run = await self._tables.runs.create(run)
@@ -79,11 +92,11 @@ class RunServicer(RunServiceServicer):
     async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.GetRunResponse:
         ids = names.parse(names.RUN, request.name)
         if ids["run"] != LATEST:
-            return pb.GetRunResponse(run=await self._tables.runs.get(request.name))
+            return pb.GetRunResponse(run=await self._placed(await self._tables.runs.get(request.name)))
         newest, _ = await self._tables.runs.page(names.project_of(request.name), 1, "", newest_first=True)
         if not newest:
             raise RunNotFound(f"{names.project_of(request.name)} has no run yet", field="name", hint="Create one.")
-        return pb.GetRunResponse(run=newest[0])
+        return pb.GetRunResponse(run=await self._placed(newest[0]))
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
         names.parse(names.PROJECT, request.parent, field="parent")
@@ -105,7 +118,7 @@ class RunServicer(RunServiceServicer):
                 yield pb.WatchRunResponse(run=run, event=event)
             told = max(told, run.last_sequence)
             if not events or is_final(run.status):
-                yield pb.WatchRunResponse(run=run)
+                yield pb.WatchRunResponse(run=await self._placed(run))
             if is_final(run.status):
                 return
 
@@ -113,6 +126,18 @@ class RunServicer(RunServiceServicer):
         names.parse(names.RUN, request.name)
         run = await self._tables.runs.mutate(request.name, lambda run: request_cancel(run.status))
         return pb.CancelRunResponse(run=run)
+
+    async def PauseRun(self, request: pb.PauseRunRequest, context: Context) -> pb.PauseRunResponse:
+        names.parse(names.RUN, request.name)
+        run = await self._tables.runs.mutate(request.name, lambda run: request_pause(run.status))
+        return pb.PauseRunResponse(run=run)
+
+    async def ResumeRun(self, request: pb.ResumeRunRequest, context: Context) -> pb.ResumeRunResponse:
+        names.parse(names.RUN, request.name)
+        run = await self._tables.runs.mutate(request.name, lambda run: request_resume(run.status))
+        if run.status.state == JOB_STATE_QUEUED:
+            await self._runtime.jobs.submit(KIND, run.name)
+        return pb.ResumeRunResponse(run=run)
 
     async def ListCheckpoints(self, request: pb.ListCheckpointsRequest, context: Context) -> pb.ListCheckpointsResponse:
         names.parse(names.RUN, request.parent, field="parent")
@@ -123,16 +148,11 @@ class RunServicer(RunServiceServicer):
         return pb.ListCheckpointsResponse(checkpoints=found[begin:end], next_page_token=next_token)
 
     async def GetCheckpoint(self, request: pb.GetCheckpointRequest, context: Context) -> pb.GetCheckpointResponse:
-        ids = names.parse(names.CHECKPOINT, request.name)
-        name = request.name
-        if ids["step"] == BEST:
-            run = await self._tables.runs.get(name.removesuffix(f"/checkpoints/{BEST}"))
-            if not run.best_checkpoint:
-                raise CheckpointNotFound(
-                    f"{run.name} has no checkpoint that beats the base model", field="name", hint="Name a step."
-                )
-            name = run.best_checkpoint
-        return pb.GetCheckpointResponse(checkpoint=await self._tables.checkpoints.get(name))
+        return pb.GetCheckpointResponse(checkpoint=await self._tables.find_checkpoint(request.name))
+
+    async def KeepCheckpoint(self, request: pb.KeepCheckpointRequest, context: Context) -> pb.KeepCheckpointResponse:
+        found = await self._tables.find_checkpoint(request.name)
+        return pb.KeepCheckpointResponse(checkpoint=await self._tables.keep(found.name, kept=request.kept))
 
     async def GetBestCheckpoint(
         self, request: pb.GetBestCheckpointRequest, context: Context
@@ -158,6 +178,7 @@ class RunServicer(RunServiceServicer):
             and there.title == request.title
             and request.dataset in ("", there.dataset)
             and (not request.base_model or spec.id == there.base_model)
+            and _same_checkpoint(request.initial_checkpoint, there.initial_checkpoint)
         )
         if not same:
             raise RequestIdReused(
@@ -168,6 +189,37 @@ class RunServicer(RunServiceServicer):
         if not is_final(there.status):
             await self._runtime.jobs.submit(KIND, there.name)
         return there
+
+    async def _base_model(self, request: pb.CreateRunRequest) -> str:
+        """The one asked for; of a run that starts from a checkpoint, that one's."""
+        if request.base_model or not request.initial_checkpoint:
+            return request.base_model
+        return (await self._tables.find_checkpoint(request.initial_checkpoint, field="initial_checkpoint")).base_model
+
+    async def _initial(self, request: pb.CreateRunRequest, spec: ModelSpec) -> str:
+        """The checkpoint that the run starts from, by its full name; kept from now on, for the run will need it."""
+        field = "initial_checkpoint"
+        found = await self._tables.find_checkpoint(request.initial_checkpoint, field=field)
+        if names.project_of(found.name) != request.parent:
+            raise InvalidName(f"{found.name} is of another project", field=field, hint="Name one of this project.")
+        if found.base_model != spec.id:
+            raise BaseModelMismatch(
+                f"{found.name} was trained on {found.base_model}, not on {spec.id}",
+                field=field,
+                hint="Leave base_model out: it comes from the checkpoint.",
+            )
+        await self._tables.keep(found.name, kept=True)
+        inherited(request.hyperparameters, await self._runtime.artifacts.manifest(found.name, AdapterManifest))
+        return found.name
+
+    async def _placed(self, run: pb.Run) -> pb.Run:
+        """The run; while it waits, its progress tells its place in the queue, which is the same for all projects."""
+        if run.status.state == JOB_STATE_QUEUED:
+            waiting = [one.status for one in await self._tables.runs.all() if one.status.state == JOB_STATE_QUEUED]
+            created = run.status.create_time.ToNanoseconds()
+            place = 1 + sum(one.create_time.ToNanoseconds() < created for one in waiting)
+            run.status.progress.message = f"waits, {_ordinal(place)} in the queue"
+        return run
 
     def _model(self, base_model: str, requested: Hyperparameters) -> ModelSpec:
         spec = catalogue.find(base_model or self._settings.trainer_model)
@@ -186,6 +238,17 @@ class RunServicer(RunServiceServicer):
             speed=machine.guess_speed(spec, on_gpu=on_gpu),
             on_gpu=on_gpu,
         )
+
+
+def _same_checkpoint(asked: str, there: str) -> bool:
+    """Whether a repeated request may have meant the checkpoint that the run starts from: "best" may have moved on."""
+    return asked == there or (asked.endswith(f"/{BEST}") and there.startswith(asked.removesuffix(BEST)))
+
+
+def _ordinal(number: int) -> str:
+    """``1st``, ``12th``."""
+    last = {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{'th' if number % 100 in (11, 12, 13) else last}"
 
 
 class ModelServicer(ModelServiceServicer):

@@ -30,6 +30,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "checkpoint_steps": (1, 1_000_000),
     "max_eval_tokens": (64, 1_000_000_000),
     "max_grad_norm": (1e-6, 1e6),
+    "keep_checkpoints": (0, 1000),
 }
 """Lowest and highest value of each setting, both allowed."""
 
@@ -62,6 +63,7 @@ class Settings:
     checkpoint_steps: int
     max_eval_tokens: int
     max_grad_norm: float
+    keep_checkpoints: int
 
     def to_proto(self) -> Hyperparameters:
         """The message with every field set (but those that are None)."""

@@ -42,6 +42,7 @@ class Runs:
         dataset: str = "",
         base_model: str = "",
         title: str = "",
+        initial_checkpoint: str = "",
         request_id: str = "",
     ) -> run_pb2.Run:
         """Queues a run.
@@ -50,10 +51,12 @@ class Runs:
             hyperparameters: settings; unset ones are chosen from the dataset.
             dataset: full name; empty means the project's newest one.
             base_model: empty means the deployment's default.
+            initial_checkpoint: full name of the checkpoint whose weights the adapter starts with; empty starts afresh.
             request_id: idempotency key; a fresh one when empty.
 
         Raises:
-            NoDataset, DatasetNotFound, EmptyDataset, InvalidHyperparameter, ModelNotFound.
+            NoDataset, DatasetNotFound, EmptyDataset, InvalidHyperparameter, ModelNotFound, CheckpointNotFound,
+            BaseModelMismatch.
         """
         request = run_pb2.CreateRunRequest(
             parent=project_name(project),
@@ -61,6 +64,7 @@ class Runs:
             base_model=base_model,
             hyperparameters=hyperparameters,
             title=title,
+            initial_checkpoint=initial_checkpoint,
             request_id=request_id or new_request_id(),
         )
         return (await self._caller.unary(self._stub.CreateRun, request, repeat=True)).run
@@ -104,6 +108,16 @@ class Runs:
         request = run_pb2.CancelRunRequest(name=name)
         return (await self._caller.unary(self._stub.CancelRun, request, repeat=True)).run
 
+    async def pause(self, name: str) -> run_pb2.Run:
+        """Stops a run until it is resumed; its device is free meanwhile. Raises InvalidTransition when it has ended."""
+        request = run_pb2.PauseRunRequest(name=name)
+        return (await self._caller.unary(self._stub.PauseRun, request, repeat=True)).run
+
+    async def resume(self, name: str) -> run_pb2.Run:
+        """Queues a paused run; it goes on after its last step. Raises InvalidTransition when it has ended."""
+        request = run_pb2.ResumeRunRequest(name=name)
+        return (await self._caller.unary(self._stub.ResumeRun, request, repeat=True)).run
+
     async def checkpoints(self, run: str, page_size: int = 0) -> AsyncIterator[checkpoint_pb2.Checkpoint]:
         """Every checkpoint of a run, by step."""
         request = run_pb2.ListCheckpointsRequest(parent=run, page_size=page_size)
@@ -115,6 +129,11 @@ class Runs:
         """One checkpoint by its full name; the id "best" names the run's best. Raises CheckpointNotFound."""
         request = run_pb2.GetCheckpointRequest(name=name)
         return (await self._caller.unary(self._stub.GetCheckpoint, request, repeat=True)).checkpoint
+
+    async def keep(self, name: str, kept: bool = True) -> checkpoint_pb2.Checkpoint:
+        """Keeps a checkpoint though its run has newer ones, or lets it go again. Raises CheckpointNotFound."""
+        request = run_pb2.KeepCheckpointRequest(name=name, kept=kept)
+        return (await self._caller.unary(self._stub.KeepCheckpoint, request, repeat=True)).checkpoint
 
     async def best(self, project: str, base_model: str = "") -> checkpoint_pb2.Checkpoint:
         """The best checkpoint of the latest run that has one. Raises CheckpointNotFound."""

@@ -43,6 +43,7 @@ class Runs:
         dataset: str = "",
         base_model: str = "",
         title: str = "",
+        initial_checkpoint: str = "",
         request_id: str = "",
     ) -> run_pb2.Run:
         """Queues a run.
@@ -51,10 +52,12 @@ class Runs:
             hyperparameters: settings; unset ones are chosen from the dataset.
             dataset: full name; empty means the project's newest one.
             base_model: empty means the deployment's default.
+            initial_checkpoint: full name of the checkpoint whose weights the adapter starts with; empty starts afresh.
             request_id: idempotency key; a fresh one when empty.
 
         Raises:
-            NoDataset, DatasetNotFound, EmptyDataset, InvalidHyperparameter, ModelNotFound.
+            NoDataset, DatasetNotFound, EmptyDataset, InvalidHyperparameter, ModelNotFound, CheckpointNotFound,
+            BaseModelMismatch.
         """
         request = run_pb2.CreateRunRequest(
             parent=project_name(project),
@@ -62,6 +65,7 @@ class Runs:
             base_model=base_model,
             hyperparameters=hyperparameters,
             title=title,
+            initial_checkpoint=initial_checkpoint,
             request_id=request_id or new_request_id(),
         )
         return (self._caller.unary(self._stub.CreateRun, request, repeat=True)).run
@@ -105,6 +109,16 @@ class Runs:
         request = run_pb2.CancelRunRequest(name=name)
         return (self._caller.unary(self._stub.CancelRun, request, repeat=True)).run
 
+    def pause(self, name: str) -> run_pb2.Run:
+        """Stops a run until it is resumed; its device is free meanwhile. Raises InvalidTransition when it has ended."""
+        request = run_pb2.PauseRunRequest(name=name)
+        return (self._caller.unary(self._stub.PauseRun, request, repeat=True)).run
+
+    def resume(self, name: str) -> run_pb2.Run:
+        """Queues a paused run; it goes on after its last step. Raises InvalidTransition when it has ended."""
+        request = run_pb2.ResumeRunRequest(name=name)
+        return (self._caller.unary(self._stub.ResumeRun, request, repeat=True)).run
+
     def checkpoints(self, run: str, page_size: int = 0) -> Iterator[checkpoint_pb2.Checkpoint]:
         """Every checkpoint of a run, by step."""
         request = run_pb2.ListCheckpointsRequest(parent=run, page_size=page_size)
@@ -116,6 +130,11 @@ class Runs:
         """One checkpoint by its full name; the id "best" names the run's best. Raises CheckpointNotFound."""
         request = run_pb2.GetCheckpointRequest(name=name)
         return (self._caller.unary(self._stub.GetCheckpoint, request, repeat=True)).checkpoint
+
+    def keep(self, name: str, kept: bool = True) -> checkpoint_pb2.Checkpoint:
+        """Keeps a checkpoint though its run has newer ones, or lets it go again. Raises CheckpointNotFound."""
+        request = run_pb2.KeepCheckpointRequest(name=name, kept=kept)
+        return (self._caller.unary(self._stub.KeepCheckpoint, request, repeat=True)).checkpoint
 
     def best(self, project: str, base_model: str = "") -> checkpoint_pb2.Checkpoint:
         """The best checkpoint of the latest run that has one. Raises CheckpointNotFound."""

@@ -40,6 +40,7 @@ SMALL: dict[str, Any] = {
     "checkpoint_steps": 6,
     "max_eval_tokens": 4096,
     "max_grad_norm": 1.0,
+    "keep_checkpoints": 3,
 }
 
 

@@ -1,0 +1,143 @@
+"""How a checkpoint comes to be: adapter, then its record, then the story, then the word to the others.
+
+An attempt may end after any of these, and the next one does the same again from the state before: with resume it makes
+the same bytes, so that whatever is there already is what it would have written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from codegraft.event.v1.events_pb2 import BestCheckpointChanged, CheckpointCreated
+from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest, Checkpoint
+from codegraft.trainer.v1.run_event_pb2 import RunEvent
+from codegraft.trainer.v1.run_pb2 import Run
+from services.core.errors import ResourceExists
+from services.core.state import Table
+from services.core.store import Artifacts
+from services.trainer.telling import Teller
+
+if TYPE_CHECKING:
+    from services.trainer.job import Loaded
+    from services.trainer.loop import CheckpointDue
+
+CREATED = "codegraft.trainer.checkpoint.created.v1"
+BEST = "codegraft.trainer.checkpoint.best.v1"
+
+
+class Committer:
+    """Commits the checkpoints of one attempt.
+
+    Args:
+        dataset_digest: of the dataset that the run trains on.
+        folder: for the files on their way to the store.
+    """
+
+    def __init__(
+        self,
+        teller: Teller,
+        checkpoints: Table[Checkpoint],
+        artifacts: Artifacts,
+        loaded: Loaded,
+        dataset_digest: str,
+        folder: Path,
+    ) -> None:
+        self._teller = teller
+        self._checkpoints = checkpoints
+        self._artifacts = artifacts
+        self._loaded = loaded
+        self._dataset_digest = dataset_digest
+        self._folder = folder
+
+    async def commit(self, due: CheckpointDue) -> None:
+        """Commits the adapter as it is now, and tells about it."""
+        loaded, teller, run = self._loaded, self._teller, self._teller.run
+        train_loss = run.train_loss if run.HasField("train_loss") else None
+        stored = await self._commit_adapter(due, train_loss)
+        record = Checkpoint(
+            name=stored.name,
+            step=due.step,
+            sha256=stored.sha256,
+            train_loss=train_loss,
+            test_loss=due.test_loss,
+            best=due.is_best,
+            base_model=run.base_model,
+            base_digest=loaded.base_digest,
+            size=sum(file.size for file in stored.files),
+        )
+        record.create_time.GetCurrentTime()
+        record = await self._record(record)
+        await teller.tell(RunEvent(checkpoint=record))
+        created = CheckpointCreated(checkpoint=record.name, sha256=record.sha256, test_loss=due.test_loss)
+        await teller.publish(CREATED, created, f"checkpoint-{due.step}")
+        if due.is_best and due.test_loss is not None:
+            await self._make_best(record, due.test_loss)
+
+    async def _commit_adapter(self, due: CheckpointDue, train_loss: float | None) -> AdapterManifest:
+        """The manifest as it is stored, which may be an earlier attempt's."""
+        from services.trainer import checkpoint
+
+        loaded, run, settings = self._loaded, self._teller.run, self._loaded.settings
+        name = f"{run.name}/checkpoints/{due.step}"
+        folder = self._folder / f"adapter-{due.step}"
+        files, sha256 = await asyncio.to_thread(checkpoint.save_adapter, loaded.trainee, folder, run.base_model)
+        manifest = AdapterManifest(
+            name=name,
+            sha256=sha256,
+            base_model=run.base_model,
+            base_digest=loaded.base_digest,
+            lora_r=settings.lora_r,
+            lora_alpha=settings.lora_alpha,
+            target_modules=loaded.trainee.target_modules,
+            prompt_format=loaded.prompt_format,
+            dataset=run.dataset,
+            dataset_digest=self._dataset_digest,
+            step=due.step,
+            train_loss=train_loss,
+            test_loss=due.test_loss,
+            base_test_loss=loaded.state.base_loss,
+            hyperparameters=settings.to_proto(),
+        )
+        with contextlib.suppress(ResourceExists):
+            await self._artifacts.commit(name, manifest, dict(files))
+        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+        return await self._artifacts.manifest(name, AdapterManifest)
+
+    async def _record(self, record: Checkpoint) -> Checkpoint:
+        """Stores the record of a checkpoint; where an earlier attempt did, only adds what was measured since."""
+        try:
+            return await self._checkpoints.create(record)
+        except ResourceExists:
+
+            def change(there: Checkpoint) -> None:
+                if record.HasField("test_loss"):
+                    there.test_loss, there.best = record.test_loss, record.best
+
+            return await self._checkpoints.mutate(record.name, change)
+
+    async def _make_best(self, record: Checkpoint, test_loss: float) -> None:
+        def change(run: Run) -> None:
+            run.best_checkpoint, run.best_test_loss = record.name, test_loss
+
+        await self._teller.tell(RunEvent(best=record), change)
+        # All others are looked at: an attempt that ended just here may have left more than one with the mark.
+        for other in await self._checkpoints.all(f"{self._teller.run.name}/"):
+            if other.best and other.name != record.name:
+                await self._checkpoints.mutate(other.name, _demote)
+        changed = BestCheckpointChanged(
+            checkpoint=record.name,
+            sha256=record.sha256,
+            base_model=record.base_model,
+            base_digest=record.base_digest,
+            test_loss=test_loss,
+            base_test_loss=self._loaded.state.base_loss or 0.0,
+        )
+        await self._teller.publish(BEST, changed, f"best-{record.step}")
+
+
+def _demote(checkpoint: Checkpoint) -> None:
+    checkpoint.best = False

@@ -1,0 +1,92 @@
+"""What is measured while a run trains, told in its story: steps (quick ones together) and evaluations."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from codegraft.event.v1.events_pb2 import RunMetric
+from codegraft.trainer.v1.run_event_pb2 import EvalMetrics, RunEvent, StepMetrics
+from codegraft.trainer.v1.run_pb2 import Run
+from services.trainer.settings import Settings
+from services.trainer.telling import Teller
+
+if TYPE_CHECKING:
+    from services.trainer.loop import Evaluated, StepDone
+
+METRIC = "codegraft.trainer.run.metric.v1"
+_STEP_SECONDS = 1.0
+"""Steps that come faster are told together."""
+
+
+class Metrics:
+    """Tells the measurements of one attempt.
+
+    Args:
+        corpus_tokens: of one pass over the train part.
+    """
+
+    def __init__(self, teller: Teller, settings: Settings, corpus_tokens: int) -> None:
+        self._teller = teller
+        self._tokens_per_step = settings.batch_size * settings.context_length
+        self._corpus_tokens = corpus_tokens
+        self._steps: list[StepDone] = []
+        self._told = time.monotonic()
+
+    async def step(self, done: StepDone) -> None:
+        """Tells a step, now or with the next ones."""
+        self._steps.append(done)
+        if time.monotonic() - self._told >= _STEP_SECONDS or done.step == 1:
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Tells the steps since the last time, together."""
+        if not self._steps:
+            return
+        steps, self._steps, self._told = self._steps, [], time.monotonic()
+        tokens = sum(step.tokens for step in steps)
+        loss = sum(step.train_loss * step.tokens for step in steps) / tokens
+        last = steps[-1]
+        trained = last.step * self._tokens_per_step
+        metrics = StepMetrics(
+            step=last.step,
+            train_loss=loss,
+            learning_rate=last.learning_rate,
+            grad_norm=last.grad_norm,
+            tokens_per_second=tokens / max(1e-9, sum(step.seconds for step in steps)),
+            tokens=trained,
+            epoch=trained / self._corpus_tokens,
+        )
+
+        def change(record: Run) -> None:
+            record.step, record.train_loss = last.step, loss
+
+        await self._teller.tell(RunEvent(step=metrics), change)
+        metric = RunMetric(run=self._teller.run.name, step=last.step, train_loss=loss)
+        await self._teller.publish(METRIC, metric, f"step-{last.step}")
+
+    async def evaluation(self, found: Evaluated) -> None:
+        """Tells an evaluation; the one of an earlier run's adapter, before the first step, as a note."""
+        await self.flush()
+        if found.step == 0 and not found.is_base:
+            base = self._teller.run.base_test_loss
+            await self._teller.note(
+                f"the adapter it starts from has a test loss of {found.test.loss:.4f}, the base model {base:.4f}"
+            )
+            return
+        metrics = EvalMetrics(
+            step=found.step,
+            test_loss=found.test.loss,
+            tokens=found.test.tokens,
+            seconds=found.seconds,
+            source_losses=found.test.by_source,
+        )
+
+        def change(record: Run) -> None:
+            record.test_loss = found.test.loss
+            if found.is_base:
+                record.base_test_loss = found.test.loss
+
+        await self._teller.tell(RunEvent(evaluation=metrics), change)
+        metric = RunMetric(run=self._teller.run.name, step=found.step, test_loss=found.test.loss)
+        await self._teller.publish(METRIC, metric, f"evaluation-{found.step}")

@@ -1,0 +1,75 @@
+"""The state that a run keeps in the store so that another worker can go on with it: one at a time, the newest."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from codegraft.trainer.v1.checkpoint_pb2 import TrainStateManifest
+from services.core import log
+from services.core.errors import CodegraftError, DigestMismatch, NotFound, ResourceExists
+from services.core.runtime import Runtime
+from services.core.store.blobs import key
+
+if TYPE_CHECKING:
+    from services.trainer.job import Loaded
+
+logger = log.get(__name__)
+
+
+class States:
+    """The states of one run.
+
+    Attributes:
+        step: step of the newest one; 0 while there is none.
+    """
+
+    def __init__(self, runtime: Runtime, run: str) -> None:
+        self._store = runtime.store
+        self._artifacts = runtime.artifacts
+        self._run = run
+        self._prefix = f"{run}/states/"
+        self.step = 0
+
+    async def newest(self) -> Path | None:
+        """Folder of the newest state that an earlier attempt kept; None when there is none, or it is damaged."""
+        steps = [int(found.removeprefix(self._prefix).split("/")[0]) async for found in self._store.list(self._prefix)]
+        if not steps:
+            return None
+        name = f"{self._prefix}{max(steps)}"
+        try:
+            manifest = await self._artifacts.manifest(name, TrainStateManifest)
+            folder = await self._artifacts.fetch(name, manifest.files)
+        except (NotFound, DigestMismatch) as error:
+            logger.warning("the kept state cannot be read, starting over", run=self._run, error=error.message)
+            return None
+        self.step = max(steps)
+        return folder
+
+    async def keep(self, loaded: Loaded, folder: Path) -> None:
+        """Keeps what a later attempt needs to go on from here, then drops the state before.
+
+        Args:
+            folder: an empty one to write it in.
+        """
+        from services.trainer import checkpoint
+
+        step, before = loaded.state.step, self.step
+        files = await asyncio.to_thread(
+            checkpoint.save_state, loaded.trainee, loaded.optimizer, loaded.state, folder, owner=self._run
+        )
+        name = f"{self._prefix}{step}"
+        with contextlib.suppress(ResourceExists):
+            await self._artifacts.commit(name, TrainStateManifest(name=name, step=step), dict(files))
+        self.step = step
+        if before and before != step:
+            await self._drop(f"{self._prefix}{before}")
+
+    async def _drop(self, name: str) -> None:
+        with contextlib.suppress(CodegraftError):
+            manifest = await self._artifacts.manifest(name, TrainStateManifest)
+            await self._store.delete(f"{name}/manifest.json")
+            for file in manifest.files:
+                await self._store.delete(key(file.sha256))
