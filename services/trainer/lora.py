@@ -18,6 +18,7 @@ from torch import nn
 
 from services.core.errors import InvalidHyperparameter, NotSupported
 from services.core.models import weights
+from services.trainer import attention, layers
 from services.trainer.data import Row, padded
 from services.trainer.loss import summed_loss, token_losses
 from services.trainer.settings import Settings
@@ -61,6 +62,8 @@ class Trainee:
         )
         self._model: Any = get_peft_model(base, config)
         self._base: Any = cast(Any, self._model).get_base_model()
+        attention.use(self._base)
+        layers.speed_up(self._base)
         self._device = device
         self._pad_id = int(getattr(base.config, "eos_token_id", None) or 0)
         if settings.lora_init_scale is not None:

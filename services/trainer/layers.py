@@ -1,0 +1,228 @@
+"""A decoder's layers as training needs them: the same numbers as transformers' and PEFT's, less time, less kept.
+
+The base is frozen. So no layer computes a gradient of its weights, nor keeps an input for one; what the backward pass
+needs and can have from a product of a few elements (norms, activations) it computes again (as Unsloth and Liger-Kernel
+do). Weights stay where they are: only the forward methods of modules change, and only of modules whose class is known.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import nn
+from torch.nn import functional
+
+
+def speed_up(model: nn.Module) -> None:
+    """Replaces the forward methods of the layers that are known; the others stay as they are.
+
+    Args:
+        model: with PEFT's adapter on it.
+    """
+    for module in list(model.modules()):
+        if isinstance(module, LoraLinear) and isinstance(module.get_base_layer(), nn.Linear):
+            module.forward = functools.partial(_lora_forward, module)
+        elif _is_rms_norm(module):
+            module.forward = functools.partial(_norm_forward, module)
+        elif _is_gated_mlp(module):
+            module.forward = functools.partial(_mlp_forward, module, module.forward)
+
+
+def _is_rms_norm(module: Any) -> bool:
+    """Of the kind that scales by its weight after rounding; Gemma's, which adds one to it, has no variance_epsilon."""
+    return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
+
+
+def _is_gated_mlp(module: Any) -> bool:
+    names = {name for name, _ in module.named_children()}
+    return (
+        type(module).__name__.endswith("MLP")
+        and names == {"gate_proj", "up_proj", "down_proj", "act_fn"}
+        and isinstance(module.act_fn(torch.zeros(1)), torch.Tensor)
+        and type(module.act_fn) in (nn.SiLU, _silu_of_transformers())
+    )
+
+
+def _silu_of_transformers() -> type[nn.Module]:
+    from transformers.activations import ACT2FN
+
+    return type(cast(nn.Module, ACT2FN["silu"]))
+
+
+class Projection(NamedTuple):
+    """A linear layer and its adapter: ``y = x W' + b + scale (x A') B'``."""
+
+    weight: torch.Tensor
+    """[out, in], frozen."""
+    bias: torch.Tensor | None
+    """[out], frozen."""
+    a: torch.Tensor | None
+    """[rank, in]; None where the layer is not adapted."""
+    b: torch.Tensor | None
+    """[out, rank]."""
+    scale: float
+
+    @classmethod
+    def of(cls, module: Any) -> Projection:
+        """Of an nn.Linear, with or without PEFT's adapter on it."""
+        if not isinstance(module, LoraLinear):
+            return cls(module.weight, module.bias, None, None, 1.0)
+        base = cast(Any, module.get_base_layer())
+        name = module.active_adapter[0] if isinstance(module.active_adapter, list) else module.active_adapter
+        a, b = (cast(Any, part[name]).weight for part in (module.lora_A, module.lora_B))
+        return cls(base.weight, base.bias, a, b, module.scaling[name])
+
+    def forward(self, x: torch.Tensor, seen: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``y`` [tokens, out] and ``x A'`` [tokens, rank], which :meth:`backward` wants.
+
+        Args:
+            x: [tokens, in].
+            seen: what the adapter sees of it, when that is something else: after dropout.
+        """
+        y = torch.mm(x, self.weight.t()) if self.bias is None else torch.addmm(self.bias, x, self.weight.t())
+        if self.a is None or self.b is None:
+            return y, None
+        inner = torch.mm(x if seen is None else seen, self.a.t())
+        return y.addmm_(inner, self.b.t(), alpha=self.scale), inner
+
+    def backward(
+        self, to_y: torch.Tensor, x: torch.Tensor, inner: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Gradients of ``x A'`` [tokens, rank], A and B.
+
+        Args:
+            x: what the adapter saw.
+        """
+        if self.a is None or self.b is None or inner is None:
+            return None, None, None
+        to_inner = torch.mm(to_y, self.b).mul_(self.scale)
+        return to_inner, torch.mm(to_inner.t(), x), torch.mm(to_y.t(), inner).mul_(self.scale)
+
+    def to_input(
+        self, to_y: torch.Tensor, to_inner: torch.Tensor | None, onto: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Gradient of ``x`` [tokens, in], added to ``onto`` in place if there is one.
+
+        Args:
+            to_inner: as from :meth:`backward`; None to leave the adapter's way out.
+        """
+        found = torch.mm(to_y, self.weight) if onto is None else onto.addmm_(to_y, self.weight)
+        return found if to_inner is None or self.a is None else found.addmm_(to_inner, self.a)
+
+
+class _Lora(torch.autograd.Function):
+    """One linear layer with its adapter."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        seen: torch.Tensor | None,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        projection = Projection(weight, bias, a, b, scale)
+        y, inner = projection.forward(x, seen)
+        ctx.save_for_backward(x if seen is None else seen, inner, weight, a, b)
+        ctx.scale, ctx.has_seen = scale, seen is not None
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        seen, inner, weight, a, b = ctx.saved_tensors
+        projection = Projection(weight, None, a, b, ctx.scale)
+        (to_y,) = gradients
+        to_inner, to_a, to_b = projection.backward(to_y, seen, inner)
+        to_x = projection.to_input(to_y, None if ctx.has_seen else to_inner) if ctx.needs_input_grad[0] else None
+        to_seen = torch.mm(to_inner, a) if ctx.has_seen else None
+        return to_x, to_seen, None, None, to_a, to_b, None
+
+
+def _lora_forward(module: LoraLinear, x: torch.Tensor) -> torch.Tensor:
+    weight, bias, a, b, scale = Projection.of(module)
+    flat = x.reshape(-1, x.shape[-1])
+    dropout = cast(Any, module.lora_dropout[next(iter(module.lora_A))])
+    seen = dropout(flat) if module.training and isinstance(dropout, nn.Dropout) else None
+    y: torch.Tensor = _Lora.apply(flat, seen, weight, bias, a, b, scale)  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], -1)
+
+
+class _GatedMlp(torch.autograd.Function):
+    """``down(silu(gate(x)) * up(x))``; keeps x and the two products, not what the activation makes of them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, scales: tuple[float, ...], *tensors: torch.Tensor | None) -> torch.Tensor:
+        gate, up, down = _projections(scales, tensors)
+        gated, gate_inner = gate.forward(x)
+        lifted, up_inner = up.forward(x)
+        y, down_inner = down.forward(functional.silu(gated).mul_(lifted))
+        ctx.save_for_backward(x, gated, lifted, gate_inner, up_inner, down_inner, *tensors)
+        ctx.scales = scales
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        x, gated, lifted, gate_inner, up_inner, down_inner, *tensors = ctx.saved_tensors
+        gate, up, down = _projections(ctx.scales, tensors)
+        (to_y,) = gradients
+        active = functional.silu(gated)
+        to_down, *down_grads = down.backward(to_y, active * lifted, down_inner)
+        to_product = down.to_input(to_y, to_down)
+        to_lifted = active.mul_(to_product)
+        to_gated = torch.ops.aten.silu_backward(to_product.mul_(lifted), gated)
+        to_gate, *gate_grads = gate.backward(to_gated, x, gate_inner)
+        to_up, *up_grads = up.backward(to_lifted, x, up_inner)
+        to_x = None
+        if ctx.needs_input_grad[0]:
+            to_x = up.to_input(to_lifted, to_up, gate.to_input(to_gated, to_gate))
+        return to_x, None, *(None, None, *gate_grads), *(None, None, *up_grads), *(None, None, *down_grads)
+
+
+def _projections(scales: tuple[float, ...], tensors: Any) -> list[Projection]:
+    return [Projection(*tensors[4 * n : 4 * n + 4], scale) for n, scale in enumerate(scales)]
+
+
+def _mlp_forward(module: Any, otherwise: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    layers = [module.gate_proj, module.up_proj, module.down_proj]
+    if module.training and any(isinstance(part, nn.Dropout) for layer in layers for part in layer.modules()):
+        return otherwise(x)
+    parts = [Projection.of(layer) for layer in layers]
+    tensors = [tensor for part in parts for tensor in part[:4]]
+    scales = tuple(part.scale for part in parts)
+    y: torch.Tensor = _GatedMlp.apply(x.reshape(-1, x.shape[-1]), scales, *tensors)  # type: ignore[no-untyped-call]
+    return y.view(x.shape)
+
+
+class _RmsNorm(torch.autograd.Function):
+    """Keeps its input in the precision that it came in, and one number a token."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        wide = x.to(_wide(x))
+        scale = wide.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return weight * (wide.mul_(scale) if wide is not x else wide * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        x, weight, scale = ctx.saved_tensors
+        to_normed = (gradients[0] * weight).to(scale.dtype)
+        normed = x * scale
+        shared = (to_normed * normed).mean(-1, keepdim=True)
+        return (to_normed - normed.mul_(shared)).mul_(scale).to(x.dtype), None, None
+
+
+def _wide(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _norm_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
+    y: torch.Tensor = _RmsNorm.apply(x, module.weight, module.variance_epsilon)  # type: ignore[no-untyped-call]
+    return y
