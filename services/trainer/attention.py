@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,12 +29,75 @@ def use(model: PreTrainedModel) -> None:
         model.set_attn_implementation(NAME)
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Queries ``begin`` to ``end`` and the keys that any of them sees, ``start`` to ``end``."""
+
+    begin: int
+    end: int
+    start: int
+    hidden: torch.Tensor
+    """[batch or 1, 1, queries, last keys]: -inf where a query does not see one of them, else 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Visible:
+    """Which keys each query sees: all from a first one to its own. So it is with packed documents and with windows."""
+
+    first: torch.Tensor
+    """[batch, tokens]"""
+    blocks: list[Block]
+
+    @classmethod
+    def of(cls, first: torch.Tensor, dtype: torch.dtype) -> Visible:
+        """From the first keys; ``dtype`` is the scores'."""
+        blocks = []
+        for begin, end in _ranges(first.shape[1]):
+            rows = first[:, begin:end]
+            # Whole blocks of keys: oneDNN compiles a kernel for every new shape.
+            start = int(rows.min()) // BLOCK * BLOCK
+            if int(rows.max()) > start:
+                mask = _mask(rows, begin, end)[..., start:]
+            else:
+                mask = _mask(torch.zeros_like(rows[:1]), begin, end)[..., begin:]
+            hidden = torch.zeros(mask.shape, dtype=dtype, device=first.device).masked_fill_(~mask, -math.inf)
+            blocks.append(Block(begin, end, start, hidden))
+        return cls(first, blocks)
+
+    def mask(self) -> torch.Tensor:
+        """[batch, 1, queries, keys], True where a query sees a key."""
+        return _mask(self.first, 0, self.first.shape[1])
+
+
+def visible(
+    *, batch_size: int, q_length: int, kv_length: int, device: torch.device, dtype: torch.dtype, **others: Any
+) -> Visible | torch.Tensor:
+    """What :func:`attend` takes as its mask; made once for all layers.
+
+    Returns:
+        A mask that hides more than what is before a first key and after the query is as transformers makes it:
+        ``[batch, 1, tokens, keys]``.
+    """
+    options = {**others, "allow_is_causal_skip": False, "device": device, "kv_length": kv_length}
+    if q_length == kv_length:
+        firsts = []
+        for begin, end in _ranges(q_length):
+            mask = sdpa_mask(batch_size, end - begin, **{**options, "q_offset": begin})
+            firsts.append(mask[:, 0].to(torch.uint8).argmax(-1))
+            if not torch.equal(mask, _mask(firsts[-1], begin, kv_length)):
+                break
+        else:
+            return Visible.of(torch.cat(firsts, 1), dtype)
+    whole: torch.Tensor = sdpa_mask(batch_size, q_length, **options)
+    return whole
+
+
 def attend(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: Visible | torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     **others: Any,
@@ -42,126 +106,86 @@ def attend(
 
     Args:
         query: ``[batch, heads, tokens, head_dim]``; key and value have kv_heads instead of heads.
-        attention_mask: what :func:`first_keys` made.
+        attention_mask: what :func:`visible` made.
 
     Returns:
         ``[batch, tokens, heads, head_dim]``, and no weights.
     """
-    first = attention_mask if attention_mask is not None and attention_mask.dtype == torch.int64 else None
     unusual = any(others.get(name) is not None for name in ("position_bias", "cache", "softcap"))
-    if first is None or unusual or dropout or value.shape[3] != query.shape[3]:
-        mask = attention_mask if first is None else _mask(first)
+    if not isinstance(attention_mask, Visible) or unusual or dropout or value.shape[3] != query.shape[3]:
+        mask = attention_mask.mask() if isinstance(attention_mask, Visible) else attention_mask
         found: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **others
         )
         return found
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    return _Attend.apply(query, key, value, first, scale), None  # type: ignore[no-untyped-call]
-
-
-def first_keys(*, batch_size: int, q_length: int, kv_length: int, device: torch.device, **others: Any) -> torch.Tensor:
-    """For each query the first key it sees, ``[batch, tokens]``: it sees all from there to its own.
-
-    That covers documents packed in a row and sliding windows. Any other mask is returned as transformers makes it,
-    ``[batch, 1, tokens, keys]``.
-    """
-    options = {**others, "allow_is_causal_skip": False, "device": device, "kv_length": kv_length}
-    if q_length == kv_length:
-        firsts = []
-        for begin, end in _blocks(q_length):
-            mask = sdpa_mask(batch_size, end - begin, **{**options, "q_offset": begin})
-            firsts.append(mask[:, 0].to(torch.uint8).argmax(-1))
-            if not torch.equal(mask, _mask(firsts[-1], begin, kv_length)):
-                break
-        else:
-            return torch.cat(firsts, 1)
-    whole: torch.Tensor = sdpa_mask(batch_size, q_length, **options)
-    return whole
+    return _Attend.apply(query, key, value, attention_mask.blocks, scale), None  # type: ignore[no-untyped-call]
 
 
 AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, first_keys)
-
-
-def _mask(first: torch.Tensor, begin: int = 0, keys: int | None = None) -> torch.Tensor:
-    """``[batch, 1, queries, keys]``, True where a query sees a key; the queries are those from ``begin`` on."""
-    rows = torch.arange(begin, begin + first.shape[1], device=first.device)[:, None]
-    columns = torch.arange(keys or first.shape[1], device=first.device)
-    return ((columns >= first[:, :, None]) & (columns <= rows))[:, None]
-
-
-def _blocks(tokens: int) -> Iterator[tuple[int, int]]:
-    return ((begin, min(begin + BLOCK, tokens)) for begin in range(0, tokens, BLOCK))
+AttentionMaskInterface.register(NAME, visible)
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, first: torch.Tensor, scale: float
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: list[Block], scale: float
     ) -> torch.Tensor:
-        ctx.save_for_backward(query, key, value, first)
-        ctx.scale = scale
-        sides = _Sides(query, key, value, first, scale)
-        values = _stacked(value)
-        out = query.new_empty(len(query), query.shape[2], query.shape[1], query.shape[3])
-        for begin, end, start in sides.blocks():
-            shares = sides.shares(sides.queries(begin, end), begin, end, start)
-            _put(torch.bmm(shares, values[:, start:end]), out[:, begin:end].transpose(1, 2))
+        ctx.save_for_backward(query, key, value)
+        ctx.blocks, ctx.scale = blocks, scale
+        keys, values = _stacked(key).transpose(1, 2).contiguous(), _stacked(value)
+        batch, heads, tokens, width = query.shape
+        out = query.new_empty(batch, tokens, heads, width)
+        for block in blocks:
+            part = slice(block.begin, block.end)
+            shares = _shares(_rows(query[:, :, part] * scale, len(keys)), keys, block, batch)
+            _put(torch.bmm(shares, values[:, block.start : block.end]), out[:, part].transpose(1, 2))
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        query, key, value, first = ctx.saved_tensors
-        outer = gradients[0].transpose(1, 2)
-        sides = _Sides(query, key, value, first, ctx.scale)
-        keys, values = _stacked(key), _stacked(value).transpose(1, 2).contiguous()
+        query, key, value = ctx.saved_tensors
+        to_out = gradients[0].transpose(1, 2)
+        keys = _stacked(key)
+        keys_across, values_across = (_stacked(part).transpose(1, 2).contiguous() for part in (key, value))
         # Every block adds to the gradients of its keys; bfloat16 would lose what comes late.
         wide = torch.promote_types(query.dtype, torch.float32)
-        to_keys = torch.zeros(keys.shape, dtype=wide, device=keys.device)
-        to_values = torch.zeros_like(to_keys)
+        to_keys, to_values = (torch.zeros(keys.shape, dtype=wide, device=keys.device) for _ in range(2))
         to_query = torch.empty_like(query)
-        for begin, end, start in sides.blocks():
-            queries = sides.queries(begin, end)
-            above = _rows(outer[:, :, begin:end], len(keys))
-            shares = sides.shares(queries, begin, end, start)
-            to_values[:, start:end] += torch.bmm(shares.transpose(1, 2), above)
-            to_shares = torch.bmm(above, values[:, :, start:end])
+        for block in ctx.blocks:
+            part, seen = slice(block.begin, block.end), slice(block.start, block.end)
+            queries, to_rows = _rows(query[:, :, part] * ctx.scale, len(keys)), _rows(to_out[:, :, part], len(keys))
+            shares = _shares(queries, keys_across, block, len(query))
+            to_values[:, seen] += torch.bmm(shares.transpose(1, 2), to_rows)
+            to_shares = torch.bmm(to_rows, values_across[:, :, seen])
             to_scores = torch._softmax_backward_data(to_shares, shares, -1, shares.dtype)
-            to_keys[:, start:end] += torch.bmm(to_scores.transpose(1, 2), queries)
-            _put(torch.bmm(to_scores, keys[:, start:end]).mul_(ctx.scale), to_query[:, :, begin:end])
+            to_keys[:, seen] += torch.bmm(to_scores.transpose(1, 2), queries)
+            _put(torch.bmm(to_scores, keys[:, seen]).mul_(ctx.scale), to_query[:, :, part])
         return to_query, to_keys.view(key.shape).to(key.dtype), to_values.view(value.shape).to(value.dtype), None, None
 
 
-class _Sides:
-    """Queries and keys of a layer, in blocks: [batch * kv_heads, rows, head_dim], a group's heads one after the other."""
+def _shares(queries: torch.Tensor, keys: torch.Tensor, block: Block, batch: int) -> torch.Tensor:
+    """What each key's value counts for, [batch * kv_heads, heads of a group * queries, keys].
 
-    def __init__(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, first: torch.Tensor, scale: float
-    ) -> None:
-        self._query, self._first, self._scale = query, first, scale
-        self._keys = _stacked(key).transpose(1, 2).contiguous()
-        self._lowest = [int(part) for part in torch.stack([p.amin() for p in first.split(BLOCK, 1)])]
-        self._highest = [int(part) for part in torch.stack([p.amax() for p in first.split(BLOCK, 1)])]
-        self._later = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=query.device).triu_(1)
+    Args:
+        queries: [batch * kv_heads, heads of a group * queries, head_dim], scaled.
+        keys: [batch * kv_heads, head_dim, all keys].
+    """
+    scores = torch.bmm(queries, keys[:, :, block.start : block.end])
+    each = scores.view(batch, -1, block.end - block.begin, block.end - block.start)
+    each[..., -block.hidden.shape[-1] :] += block.hidden
+    return scores.softmax(-1)
 
-    def blocks(self) -> Iterator[tuple[int, int, int]]:
-        """Begin and end of each block of queries, and the first key of any of them."""
-        for (begin, end), lowest in zip(_blocks(self._query.shape[2]), self._lowest, strict=True):
-            # Whole blocks of keys: oneDNN compiles a kernel for every new shape.
-            yield begin, end, lowest // BLOCK * BLOCK
 
-    def queries(self, begin: int, end: int) -> torch.Tensor:
-        return _rows(self._query[:, :, begin:end] * self._scale, len(self._keys))
+def _ranges(tokens: int) -> Iterator[tuple[int, int]]:
+    return ((begin, min(begin + BLOCK, tokens)) for begin in range(0, tokens, BLOCK))
 
-    def shares(self, queries: torch.Tensor, begin: int, end: int, start: int) -> torch.Tensor:
-        """What each key's value counts for: [batch * kv_heads, rows, keys from start to end]."""
-        scores = torch.bmm(queries, self._keys[:, :, start:end])
-        each = scores.view(len(self._first), -1, end - begin, end - start)
-        each[..., begin - start :].masked_fill_(self._later[: end - begin, : end - begin], -math.inf)
-        if self._highest[begin // BLOCK] > start:
-            columns = torch.arange(start, end, device=scores.device)
-            each.masked_fill_(columns < self._first[:, None, begin:end, None], -math.inf)
-        return scores.softmax(-1)
+
+def _mask(first: torch.Tensor, begin: int, keys: int) -> torch.Tensor:
+    """[batch, 1, queries, keys], True where a query sees a key; the queries are those from ``begin`` on."""
+    rows = torch.arange(begin, begin + first.shape[1], device=first.device)[:, None]
+    columns = torch.arange(keys, device=first.device)
+    return ((columns >= first[:, :, None]) & (columns <= rows))[:, None]
 
 
 def _stacked(heads: torch.Tensor) -> torch.Tensor:

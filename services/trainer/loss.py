@@ -14,56 +14,72 @@ import torch
 IGNORED = -100
 """Label of a position without a loss."""
 CHUNK = 256
-"""Positions whose logits are made at once."""
+"""Positions whose logits are made at once; the product with the head is slower with fewer."""
+CACHED = 4
+"""Positions whose logits are in fp32 at once on a CPU: they stay in its cache."""
 
 
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, scale: float) -> torch.Tensor:
         gradient = torch.empty_like(hidden)
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        losses = []
         for start in range(0, len(hidden), CHUNK):
-            part, wanted = hidden[start : start + CHUNK], labels[start : start + CHUNK]
-            losses, probabilities = _cross_entropy(part @ head.T, wanted)
-            total += losses.sum()
-            probabilities.scatter_add_(1, wanted.clamp(min=0)[:, None], torch.full_like(probabilities[:, :1], -1.0))
-            probabilities[wanted == IGNORED] = 0.0
-            gradient[start : start + CHUNK] = probabilities.to(head.dtype) @ head
+            logits = hidden[start : start + CHUNK] @ head.T
+            losses.append(_cross_entropy(logits, labels[start : start + CHUNK], scale))
+            torch.mm(logits, head, out=gradient[start : start + CHUNK])
+        gradient.masked_fill_((labels == IGNORED)[:, None], 0.0)
         ctx.save_for_backward(gradient)
-        return total
+        ctx.scale = scale
+        return torch.cat(losses).sum()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0].to(gradient.dtype), None, None
+        return gradient * (gradients[0] * ctx.scale).to(gradient.dtype), None, None, None
 
 
-def summed_loss(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def summed_loss(
+    hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, *, scale: float = 1.0
+) -> torch.Tensor:
     """The sum of the losses in nats, fp32, differentiable by the hidden states.
 
     Args:
         hidden: [tokens, hidden size], the model's last hidden states.
         head: [vocabulary, hidden size], frozen.
         labels: [tokens], the next token of each position, or IGNORED.
+        scale: what the product of both is multiplied with.
     """
-    total: torch.Tensor = _SummedLoss.apply(hidden, head, labels)  # type: ignore[no-untyped-call]
+    total: torch.Tensor = _SummedLoss.apply(hidden, head, labels, scale)  # type: ignore[no-untyped-call]
     return total
 
 
-def token_losses(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def token_losses(
+    hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, *, scale: float = 1.0
+) -> torch.Tensor:
     """[tokens] losses in nats, fp32, without gradients; 0 where the label is IGNORED. Arguments as above."""
     return torch.cat(
         [
-            _cross_entropy(hidden[start : start + CHUNK] @ head.T, labels[start : start + CHUNK])[0]
+            _cross_entropy(hidden[start : start + CHUNK] @ head.T, labels[start : start + CHUNK], scale)
             for start in range(0, len(hidden), CHUNK)
         ]
     )
 
 
-def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses [tokens] and probabilities [tokens, vocabulary], both fp32."""
-    logits = logits.float()
-    wanted = logits.gather(1, labels.clamp(min=0)[:, None])[:, 0]
-    normalisers = logits.logsumexp(1)
-    losses = torch.where(labels == IGNORED, 0.0, normalisers - wanted)
-    return losses, logits.sub_(normalisers[:, None]).exp_()
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor, scale: float) -> torch.Tensor:
+    """Losses [tokens] in fp32; their gradients by the scaled logits take the place of the logits [tokens, vocabulary].
+
+    Where the label is IGNORED the loss is 0, and the gradient is whatever it is.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    found = []
+    at_once = CACHED if logits.device.type == "cpu" else len(logits)
+    for part, wanted in zip(logits.split(at_once), labels.split(at_once), strict=True):
+        scaled = part.to(wide) * scale if scale != 1 else part.to(wide)
+        at = wanted.clamp(min=0)[:, None]
+        shares = scaled.softmax(1)
+        # The largest share is never so small that its logarithm is lost.
+        losses = scaled.amax(1) - shares.amax(1).log() - scaled.gather(1, at)[:, 0]
+        found.append(losses.masked_fill_(wanted == IGNORED, 0.0))
+        part.copy_(shares.scatter_add_(1, at, shares.new_full(at.shape, -1.0)))
+    return torch.cat(found)
