@@ -14,14 +14,13 @@ from transformers import PreTrainedModel
 
 from services.core.models import prompts, weights
 from services.core.models.catalogue import ModelSpec
+from services.core.models.spelling import Spelling, token_bytes
 from services.inference.adapters import lora
 from services.inference.adapters.verify import Base
 from services.inference.engine.engine import Engine
 from services.inference.engine.runner import Runner
 from services.inference.engine.sampler import Sampler
 from services.inference.engine.scheduler import Limits
-from services.inference.engine.spelling import Spelling
-from services.inference.engine.text import token_bytes
 
 
 @dataclass(frozen=True, slots=True)

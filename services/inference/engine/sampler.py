@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from services.core.models.spelling import Spelling
 from services.inference.engine.sequence import Sampling, Sequence
-from services.inference.engine.spelling import Spelling
 
 
 class Sampler:

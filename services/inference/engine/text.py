@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import codecs
-import json
 from collections.abc import Sequence
-from typing import Any
 
 
 class TextStream:
@@ -15,7 +13,7 @@ class TextStream:
     are found across token borders and never sent in part.
 
     Args:
-        vocabulary: bytes of every token id (:func:`token_bytes`).
+        vocabulary: bytes of every token id (services/core/models/spelling).
         stop: generation ends before the first of these.
         suffix_stop: more of them, each one line with its newline (:func:`suffix_stop`); the end of the text counts as
             that newline.
@@ -98,42 +96,6 @@ def suffix_stop(suffix: str) -> tuple[str, ...]:
     return (f"\n{line}\n",) if line else ()
 
 
-def token_bytes(tokenizer: Any) -> list[bytes]:
-    """Bytes of each token id of a transformers tokenizer (fast), so that text can be put together incrementally.
-
-    Byte-level vocabularies (GPT-2's mapping of bytes to characters), SentencePiece ones (``▁`` is a space, ``<0x0A>`` a
-    byte) and plain words are told apart by the tokenizer's own decoder. Markers have no text.
-    """
-    decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"], ensure_ascii=False)
-    byte_level, sentence_piece = '"ByteLevel"' in decoder, '"ByteFallback"' in decoder or "▁" in decoder
-    vocabulary: dict[str, int] = tokenizer.get_vocab()
-    added: set[str] = set(tokenizer.get_added_vocab())
-    special: set[str] = set(tokenizer.all_special_tokens)
-    characters = {character: byte for byte, character in _byte_characters().items()}
-    table = [b""] * (max(vocabulary.values()) + 1)
-    for token, number in vocabulary.items():
-        if token in special:
-            continue
-        if token in added:
-            table[number] = token.encode()
-        elif byte_level:
-            table[number] = bytes(characters[c] for c in token if c in characters)
-        elif sentence_piece and len(token) == 6 and token.startswith("<0x"):
-            table[number] = bytes([int(token[3:5], 16)])
-        elif sentence_piece:
-            table[number] = token.replace("▁", " ").encode()
-        else:
-            table[number] = token.encode()
-    return table
-
-
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of the text that begins the stop string."""
     return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
-
-
-def _byte_characters() -> dict[int, str]:
-    """GPT-2's table: printable bytes stand for themselves, the others for characters from 256 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}

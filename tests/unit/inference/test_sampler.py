@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from services.core.models.spelling import Spelling
 from services.inference.engine.sampler import Sampler, distribution
 from services.inference.engine.sequence import Sampling, Sequence
-from services.inference.engine.spelling import Spelling
 from services.inference.engine.text import TextStream
 
 VOCABULARY = [b"a", b"b", b"ab", b"c", b"\n"]

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from services.inference.engine.spelling import Spelling
-from services.inference.engine.text import TextStream, suffix_stop, token_bytes
+from services.core.models.spelling import Spelling, token_bytes
+from services.inference.engine.text import TextStream, suffix_stop
 
 BYTES = [bytes([byte]) for byte in range(256)]
 

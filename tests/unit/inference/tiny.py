@@ -12,14 +12,14 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from services.core.models.spelling import Spelling, token_bytes
 from services.inference.adapters import lora
 from services.inference.engine.engine import Engine
 from services.inference.engine.runner import Runner
 from services.inference.engine.sampler import Sampler
 from services.inference.engine.scheduler import Limits
 from services.inference.engine.sequence import Output, Reason, Sampling, Sequence
-from services.inference.engine.spelling import Spelling
-from services.inference.engine.text import TextStream, token_bytes
+from services.inference.engine.text import TextStream
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
