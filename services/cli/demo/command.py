@@ -26,10 +26,9 @@ from codegraft.trainer.v1.hyperparameters_pb2 import Hyperparameters
 from codegraft.trainer.v1.run_event_pb2 import RunEvent
 from services.cli.bundle import make_bundle
 from services.cli.connect import id_of
-from services.cli.demo import editor, places, report
+from services.cli.demo import editor, report
 from services.cli.demo.editor import Editor, Swap
 from services.cli.demo.material import HELD_OUT, Package, find_package
-from services.cli.demo.places import Place
 from services.cli.demo.report import Figures
 from services.cli.local.files import DataFolder
 from services.cli.local.stack import Stack
@@ -39,7 +38,9 @@ from services.cli.progress import JobBar
 from services.cli.train import event_line
 from services.client import Addresses, Codegraft
 from services.client.jobs import raise_failure
+from services.core import places
 from services.core.errors import FailedPrecondition
+from services.core.places import Place, Score
 
 PROJECT = "demo"
 SAMPLED_TOKENS = 256
@@ -250,8 +251,8 @@ def _complete(client: Codegraft, scan: Scan, package: Package, figures: Figures)
     base = _lines(client, chosen, AdapterChoice(base=True))
     adapted = _lines(client, chosen, AdapterChoice())
     figures.base, figures.adapter, figures.places = (
-        places.score(base, chosen),
-        places.score(adapted, chosen),
+        Score.of(places.similarities(base, chosen)),
+        Score.of(places.similarities(adapted, chosen)),
         len(chosen),
     )
     report.show_examples(chosen, base, adapted)

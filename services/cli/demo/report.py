@@ -10,9 +10,9 @@ from pathlib import Path
 
 from codegraft.trainer.v1.run_event_pb2 import RunEvent
 from services.cli.demo.editor import Swap
-from services.cli.demo.places import Place, Score
 from services.cli.output import err, out, print_table
 from services.cli.progress import duration
+from services.core.places import Place, Score, first_line
 
 EXAMPLES = 5
 
@@ -92,12 +92,8 @@ def show_examples(places: Sequence[Place], base: Sequence[str], adapted: Sequenc
         for line in above:
             out.print(f"    {line}", style="dim")
         out.print(f"    expected  {place.expected}")
-        out.print(f"    base      {_first_line(base[i])}")
-        out.print(f"    adapter   {_first_line(adapted[i])}")
-
-
-def _first_line(text: str) -> str:
-    return text.strip().split("\n")[0]
+        out.print(f"    base      {first_line(base[i])}")
+        out.print(f"    adapter   {first_line(adapted[i])}")
 
 
 def _loss(before: float, after: float) -> list[str]:
