@@ -69,6 +69,9 @@ def start(
     checkpoint_steps: Annotated[int | None, _setting("Steps between checkpoints.")] = None,
     max_eval_tokens: Annotated[int | None, _setting("Most tokens of the test set that are evaluated.")] = None,
     max_grad_norm: Annotated[float | None, _setting("Largest gradient norm before clipping.")] = None,
+    max_foreign_loss_increase: Annotated[
+        float | None, _setting("Most by which a best version may raise the loss on foreign code; 0.02 is 2 %.")
+    ] = None,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Follow it to its end.")] = False,
     json: Json = False,
 ) -> None:
@@ -101,6 +104,7 @@ def start(
         checkpoint_steps=checkpoint_steps,
         max_eval_tokens=max_eval_tokens,
         max_grad_norm=max_grad_norm,
+        max_foreign_loss_increase=max_foreign_loss_increase,
     )
     chosen = full_name(names.DATASET, dataset, project) if dataset else ""
     with connect() as client:

@@ -79,8 +79,10 @@ class Attempt:
         if loaded.state.ended != "all steps done":
             await teller.note(f"ended early: {loaded.state.ended}")
         if not teller.run.best_checkpoint:
-            better = "the base model and the adapter it started from" if run.initial_checkpoint else "the base model"
-            await teller.note(f"no checkpoint is better than {better}, so none is published as best")
+            from services.trainer.loop import nothing_best
+
+            rivals = "the base model and the adapter it started from" if run.initial_checkpoint else "the base model"
+            await teller.note(nothing_best(loaded.state, rivals))
         logger.info("run trained", run=run.name, steps=loaded.state.step, ended=loaded.state.ended)
 
     async def _load(self, manifest: DatasetManifest) -> Loaded:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from services.core.errors import AdapterRejected
 from services.trainer.loop import State
 from services.trainer.lora import CONFIG, WEIGHTS, Trainee
+from services.trainer.proof import Measures
 
 STATE_TENSORS = "state.safetensors"
 STATE_NUMBERS = "state.json"
@@ -28,7 +31,10 @@ _NUMBERS = (
     "step_seconds",
     "evaluation_seconds",
     "commit_seconds",
+    "proof_seconds",
+    "lowest_loss",
 )
+_MEASURES = ("base", "best")
 
 
 def save_adapter(trainee: Trainee, folder: Path, base_model: str) -> tuple[dict[str, Path], str]:
@@ -71,7 +77,7 @@ def load_adapter(trainee: Trainee, folder: Path) -> None:
 def save_state(
     trainee: Trainee, optimizer: torch.optim.AdamW, state: State, folder: Path, *, owner: str = ""
 ) -> dict[str, Path]:
-    """Writes masters, optimizer moments and counters; returns the files by name.
+    """Writes masters, optimizer moments, counters and the best weights; returns the files by name.
 
     There is no random state to keep: order, cuts and dropout are functions of the seed and the step.
 
@@ -85,8 +91,10 @@ def save_state(
         tensors[f"master/{name}"] = master.detach().contiguous()
         for key, value in optimizer.state.get(master, {}).items():
             tensors[f"{key}/{name}"] = torch.as_tensor(value).contiguous()
+    tensors |= {f"best/{name}": tensor.contiguous() for name, tensor in state.best_weights.items()}
     save_file(tensors, folder / STATE_TENSORS, metadata={"owner": owner})
-    numbers = {name: getattr(state, name) for name in _NUMBERS}
+    numbers: dict[str, Any] = {name: getattr(state, name) for name in _NUMBERS}
+    numbers |= {name: asdict(found) for name in _MEASURES if (found := getattr(state, name)) is not None}
     (folder / STATE_NUMBERS).write_text(json.dumps({"owner": owner, "state": numbers}, sort_keys=True))
     return {name: folder / name for name in (STATE_TENSORS, STATE_NUMBERS)}
 
@@ -97,6 +105,7 @@ def load_state(trainee: Trainee, optimizer: torch.optim.AdamW, folder: Path) -> 
     with torch.no_grad():
         for name, master in trainee.masters.items():
             master.copy_(tensors.pop(f"master/{name}"))
+    best_weights = {name: tensors.pop(f"best/{name}") for name in trainee.masters if f"best/{name}" in tensors}
     by_master: dict[str, dict[str, torch.Tensor]] = {}
     for label, tensor in tensors.items():
         key, _, name = label.partition("/")
@@ -107,4 +116,6 @@ def load_state(trainee: Trainee, optimizer: torch.optim.AdamW, folder: Path) -> 
             key: value if key == "step" else value.to(master.device) for key, value in values.items()
         }
     trainee.publish()
-    return State(**json.loads((folder / STATE_NUMBERS).read_text())["state"])
+    numbers = json.loads((folder / STATE_NUMBERS).read_text())["state"]
+    numbers |= {name: Measures(**numbers[name]) for name in _MEASURES if name in numbers}
+    return State(**numbers, best_weights=best_weights)

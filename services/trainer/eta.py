@@ -42,7 +42,7 @@ class Estimate:
         self._committed = step
         self._commits.append(seconds)
 
-    def left(self, step: int, spent: float) -> float | None:
+    def left(self, step: int, spent: float, closing: float = 0.0) -> float | None:
         """Seconds until the end; None before the first step of this attempt.
 
         An early end for want of gain cannot be foreseen. Every evaluation is expected to find a new best, which is
@@ -51,13 +51,14 @@ class Estimate:
         Args:
             step: steps taken.
             spent: seconds of the time limit that are spent.
+            closing: seconds of what comes after the last commit.
         """
         if not self._steps:
             return None
         every = self._settings.eval_steps, self._settings.checkpoint_steps
         evaluations = self._due(self._evaluated, every[0])
         commits = self._due(self._committed, *every)
-        seconds = (self._settings.train_steps - step) * median(self._steps)
+        seconds = closing + (self._settings.train_steps - step) * median(self._steps)
         seconds += evaluations * (median(self._evaluations) if self._evaluations else 0.0)
         seconds += commits * (median(self._commits) if self._commits else 0.0)
         limit = self._settings.time_limit_seconds

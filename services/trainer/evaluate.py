@@ -24,6 +24,8 @@ class HeldOutLoss:
     tokens: int
     by_source: dict[str, float]
     """Nats per token of each source's files."""
+    by_file: list[float]
+    """Nats of each file's evaluated tokens, in the order of the files."""
 
 
 class HeldOut:
@@ -34,9 +36,10 @@ class HeldOut:
     ) -> None:
         all_ids = [_ids(fmt, tokenizer, document) for document in documents]
         share = _fair_share([len(ids) - 1 for ids in all_ids], max_tokens)
-        self._rows: list[tuple[str, Row]] = []
-        for document, ids in zip(documents, all_ids, strict=True):
-            self._rows += [(document.source, row) for row in _windows(ids, window, share)]
+        self._sources = [document.source for document in documents]
+        self._rows: list[tuple[int, Row]] = []
+        for number, ids in enumerate(all_ids):
+            self._rows += [(number, row) for row in _windows(ids, window, share)]
         self._rows.sort(key=lambda item: len(item[1].ids))  # rows of a batch are padded to the longest
         self.tokens = sum(len(row.ids) for _, row in self._rows)
 
@@ -49,19 +52,24 @@ class HeldOut:
         Raises:
             JobCancelled: it was asked for meanwhile.
         """
-        sums: dict[str, float] = {}
-        counts: dict[str, int] = {}
+        nats = [0.0] * len(self._sources)
+        counts = [0] * len(self._sources)
         for start in range(0, len(self._rows), batch):
             if is_cancelled():
                 raise JobCancelled("cancelled during an evaluation")
             part = self._rows[start : start + batch]
-            for (source, row), losses in zip(part, trainee.losses([row for _, row in part]), strict=True):
-                sums[source] = sums.get(source, 0.0) + float(losses.to(torch.float64).sum())
-                counts[source] = counts.get(source, 0) + len(row.ids)
+            for (number, row), losses in zip(part, trainee.losses([row for _, row in part]), strict=True):
+                nats[number] += float(losses.to(torch.float64).sum())
+                counts[number] += len(row.ids)
+        sources: dict[str, tuple[float, int]] = {}
+        for source, sum_, count in zip(self._sources, nats, counts, strict=True):
+            before, tokens = sources.get(source, (0.0, 0))
+            sources[source] = before + sum_, tokens + count
         return HeldOutLoss(
-            loss=sum(sums.values()) / sum(counts.values()),
-            tokens=sum(counts.values()),
-            by_source={source: sums[source] / counts[source] for source in sorted(sums)},
+            loss=sum(nats) / sum(counts),
+            tokens=sum(counts),
+            by_source={source: total / tokens for source, (total, tokens) in sorted(sources.items()) if tokens},
+            by_file=nats,
         )
 
 

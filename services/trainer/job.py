@@ -25,6 +25,7 @@ from services.trainer.initial import explain, inherited
 from services.trainer.loop import State
 from services.trainer.lora import Trainee
 from services.trainer.plan import plan
+from services.trainer.proof import Exam
 from services.trainer.settings import Settings
 
 
@@ -38,6 +39,7 @@ class Loaded:
     optimizer: torch.optim.AdamW
     corpus: Corpus
     held_out: HeldOut
+    exam: Exam
     state: State
     base_digest: str
     prompt_format: str
@@ -174,6 +176,7 @@ def load(
         optimizer=optimizer,
         corpus=corpus,
         held_out=held_out,
+        exam=Exam.of(train_part.documents, test_part.documents, tokenizer, fmt, settings),
         state=state,
         base_digest=base_digest,
         prompt_format=fmt.name,

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from codegraft.trainer.v1.run_event_pb2 import Proof
 from services.core.errors import JobCancelled, TrainingDiverged
 from services.trainer.data import IGNORED, Corpus
 from services.trainer.evaluate import HeldOut, HeldOutLoss
 from services.trainer.lora import Trainee
+from services.trainer.proof import Exam, Measures, forgets, judge
 from services.trainer.settings import Settings
 
 
@@ -42,6 +44,10 @@ class Evaluated:
     seconds: float
     is_base: bool = False
     """Whether it is the base model's, without any adapter."""
+    foreign_loss: float | None = None
+    """Nats per token; None where it was not measured."""
+    refused: str = ""
+    """Why the adapter is not the best although its test loss is the lowest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +58,18 @@ class CheckpointDue:
     test_loss: float | None
     """None between evaluations."""
     is_best: bool
-    """Lowest test loss so far, below the base model's."""
+    """Lowest test loss so far, below the base model's, and no harm to foreign code."""
 
 
-Event = StepDone | Evaluated | CheckpointDue
+@dataclass(frozen=True, slots=True)
+class Proved:
+    """The best adapter was judged against the base model."""
+
+    proof: Proof
+    """Without the checkpoint's name."""
+
+
+Event = StepDone | Evaluated | CheckpointDue | Proved
 
 
 @dataclass(slots=True)
@@ -68,7 +82,7 @@ class State:
     counted, and a limit gives it again."""
     base_loss: float | None = None
     best_loss: float | None = None
-    """Lowest test loss, the base model's included."""
+    """Test loss of the best version so far, the base model included."""
     best_step: int = 0
     evaluations_without_gain: int = 0
     evaluated_step: int = -1
@@ -79,6 +93,16 @@ class State:
     evaluation_seconds: float = 0.0
     commit_seconds: float = 0.0
     """What the newest step, evaluation and checkpoint took: a time limit leaves room for them."""
+    proof_seconds: float = 0.0
+    """What the base model's lines took; the best one's will take as much."""
+    lowest_loss: float | None = None
+    """Lowest test loss after a step, whether that version may be the best or not."""
+    base: Measures | None = None
+    best: Measures | None = None
+    """None while no step has led to a best one."""
+    best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    proved: bool = False
+    """Whether the proof is made; kept with the run's record, not with this state."""
     _since: float = field(default_factory=time.monotonic)
 
     def tick(self) -> float:
@@ -104,12 +128,14 @@ def train(
     state: State,
     is_cancelled: Callable[[], bool],
     initial: Callable[[], None] | None = None,
+    exam: Exam | None = None,
 ) -> Iterator[Event]:
-    """Trains from ``state`` to the end of the settings, the time limit or the patience.
+    """Trains from ``state`` to the end of the settings, the time limit or the patience; then the best is judged.
 
     Args:
         initial: puts the weights of an earlier adapter on the trainee; None for a run that starts afresh. A best
             checkpoint then beats that adapter as well as the base model.
+        exam: what is asked of base and adapter beside the test loss; None leaves it at that.
 
     Raises:
         JobCancelled: it was asked for; the model stands after the last whole step.
@@ -118,14 +144,14 @@ def train(
     state.tick()
     if state.step == 0 and state.base_loss is None:
         # A fresh adapter is zero, so that this is the base model's loss.
-        yield _evaluate(trainee, settings, test, state, is_cancelled)
+        yield _evaluate(trainee, settings, test, exam, state, is_cancelled)
         if initial is not None:
             initial()
-            yield _evaluate(trainee, settings, test, state, is_cancelled)
+            yield _evaluate(trainee, settings, test, exam, state, is_cancelled)
             state.evaluations_without_gain = 0
     if state.step and not state.ended and state.evaluated_step != state.step:
         # An earlier process may have been stopped in the middle of this evaluation.
-        yield from _after_step(trainee, settings, test, state, is_cancelled, is_new=False)
+        yield from _after_step(trainee, settings, test, exam, state, is_cancelled, is_new=False)
     while not state.ended:
         before = state.tick()
         rows = corpus.batch(state.step, settings.batch_size)
@@ -148,7 +174,22 @@ def train(
         state.step += 1
         state.step_seconds = state.tick() - before
         yield StepDone(state.step, loss / tokens, rate, float(norm), tokens, state.step_seconds)
-        yield from _after_step(trainee, settings, test, state, is_cancelled, is_new=True)
+        yield from _after_step(trainee, settings, test, exam, state, is_cancelled, is_new=True)
+    if exam is not None and not state.proved:
+        yield from _prove(trainee, settings, exam, state, is_cancelled)
+
+
+def nothing_best(state: State, rivals: str) -> str:
+    """What to tell of a run that published nothing as best.
+
+    Args:
+        rivals: what had to be beaten, in words.
+    """
+    lowest, best = state.lowest_loss or 0.0, state.best_loss or 0.0
+    figures = f"test loss {lowest:.4f} at best, of {rivals} {best:.4f}"
+    if lowest < best:
+        return f"no checkpoint is published as best: each that is better raises the loss on foreign code ({figures})"
+    return f"no checkpoint is better than {rivals}, so none is published as best ({figures})"
 
 
 def learning_rate(settings: Settings, step: int) -> float:
@@ -167,6 +208,7 @@ def _after_step(
     trainee: Trainee,
     settings: Settings,
     test: HeldOut,
+    exam: Exam | None,
     state: State,
     is_cancelled: Callable[[], bool],
     *,
@@ -177,13 +219,13 @@ def _after_step(
     Args:
         is_new: whether the step was taken just now; if not, its checkpoint is kept already.
     """
-    # The next step would have to be followed by the last evaluation and the last checkpoint.
-    needed = state.step_seconds + state.evaluation_seconds + state.commit_seconds
+    # The next step would have to be followed by the last evaluation, the last checkpoint and the proof.
+    needed = state.step_seconds + state.evaluation_seconds + state.commit_seconds + state.proof_seconds
     out_of_time = settings.time_limit_seconds is not None and state.seconds + needed >= settings.time_limit_seconds
     last = state.step >= settings.train_steps or out_of_time
     evaluated = None
     if last or state.step % settings.eval_steps == 0:
-        evaluated = _evaluate(trainee, settings, test, state, is_cancelled)
+        evaluated = _evaluate(trainee, settings, test, exam, state, is_cancelled)
         yield evaluated
     impatient = 0 < settings.early_stopping_patience <= state.evaluations_without_gain
     if last or impatient:
@@ -196,21 +238,57 @@ def _after_step(
 
 
 def _evaluate(
-    trainee: Trainee, settings: Settings, test: HeldOut, state: State, is_cancelled: Callable[[], bool]
+    trainee: Trainee,
+    settings: Settings,
+    test: HeldOut,
+    exam: Exam | None,
+    state: State,
+    is_cancelled: Callable[[], bool],
 ) -> Evaluated:
+    """The test loss; of the base model, and of what would be the best, also what else the exam asks."""
     before = state.tick()
     found = test.evaluate(trainee, settings.micro_batch_size, is_cancelled)
     _check_finite(found.loss, settings, state)
-    state.evaluated_step = state.step
+    measures, refused = Measures(found.loss, found.by_file), ""
     is_base = state.base_loss is None
+    is_lowest = state.best_loss is None or found.loss < state.best_loss
+    if is_lowest and exam is not None:
+        exam.add_foreign_loss(trainee, measures, settings.micro_batch_size, is_cancelled)
+        if state.base is not None:
+            refused = forgets(state.base, measures, settings.max_foreign_loss_increase)
+    state.evaluation_seconds = state.tick() - before
+    if is_base and exam is not None:
+        exam.add_lines(trainee, measures, is_cancelled)
+        state.proof_seconds = state.tick() - before - state.evaluation_seconds
     if is_base:
         state.base_loss = state.best_loss = found.loss
-    elif state.best_loss is None or found.loss < state.best_loss:
+        state.base = measures
+    elif is_lowest and not refused:
         state.best_loss, state.best_step, state.evaluations_without_gain = found.loss, state.step, 0
+        if state.step:
+            state.best, state.best_weights = measures, trainee.weights()
     else:
         state.evaluations_without_gain += 1
-    state.evaluation_seconds = state.tick() - before
-    return Evaluated(state.step, found, state.evaluation_seconds, is_base)
+    if state.step:
+        state.lowest_loss = min(found.loss, state.lowest_loss or found.loss)
+    state.evaluated_step = state.step
+    return Evaluated(state.step, found, state.evaluation_seconds, is_base, measures.foreign_loss, refused)
+
+
+def _prove(
+    trainee: Trainee, settings: Settings, exam: Exam, state: State, is_cancelled: Callable[[], bool]
+) -> Iterator[Proved]:
+    """Lets the best adapter write the lines that the base model wrote before the first step."""
+    if state.base is None or state.best is None:
+        return
+    before = state.tick()
+    trainee.wear(state.best_weights)
+    try:
+        exam.add_lines(trainee, state.best, is_cancelled)
+    finally:
+        trainee.publish()
+    state.proved = True
+    yield Proved(judge(state.base, state.best, seed=settings.seed, seconds=state.tick() - before))
 
 
 def _check_finite(value: float, settings: Settings, state: State) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import DynamicCache
 
 from services.core.errors import InvalidHyperparameter, NotSupported
 from services.core.models import weights
@@ -102,6 +103,51 @@ class Trainee:
             hidden, labels = self._forward(rows)
             flat = token_losses(hidden, self._head, labels).view(len(rows), -1)
         return [flat[number, : len(row.ids)] for number, row in enumerate(rows)]
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], choose: Callable[[torch.Tensor, Sequence[int]], Sequence[int | None]]
+    ) -> None:
+        """Continues prompts token by token, with cached keys and values, until ``choose`` has ended each of them.
+
+        Args:
+            choose: is given the logits [prompts that go on, vocabulary] of their next tokens and the numbers of these
+                prompts; returns the token that each goes on with, None for one that is complete.
+        """
+        self._model.eval()
+        width = max(map(len, prompts))
+        # Padding stands on the left, so that every prompt's last position is the row's last one.
+        gaps = torch.tensor([width - len(prompt) for prompt in prompts], device=self._device)
+        rows = [[self._pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+        ids = torch.tensor(rows, device=self._device)
+        places = torch.arange(width, device=self._device) - gaps[:, None]
+        mask, positions = places >= 0, places.clamp(min=0)
+        cache = DynamicCache(config=self._base.config)
+        going = list(range(len(prompts)))
+        with torch.inference_mode():
+            while going:
+                hidden = self._base.base_model(
+                    input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
+                ).last_hidden_state[:, -1]
+                chosen = choose(hidden @ self._head.T, going)
+                kept = [row for row, token in enumerate(chosen) if token is not None]
+                if len(kept) < len(going):
+                    rest = torch.tensor(kept, dtype=torch.long, device=self._device)
+                    mask, positions = mask[rest], positions[rest]
+                    cache.batch_select_indices(rest)
+                going = [going[row] for row in kept]
+                ids = torch.tensor([[chosen[row]] for row in kept], dtype=torch.long, device=self._device)
+                mask = torch.cat([mask, mask.new_ones(len(kept), 1)], dim=1)
+                positions = positions[:, -1:] + 1
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """A copy of the adapter as it computes now, by name; for :meth:`wear`."""
+        return {name: parameter.detach().clone() for name, parameter in self._trained.items()}
+
+    def wear(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Computes with this copy of an adapter until the next :meth:`publish`; the masters stay as they are."""
+        with torch.no_grad():
+            for name, parameter in self._trained.items():
+                parameter.copy_(weights[name])
 
     def take_gradients(self) -> None:
         """Moves the gradients from the adapter to its masters."""

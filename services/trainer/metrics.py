@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from codegraft.event.v1.events_pb2 import RunMetric
-from codegraft.trainer.v1.run_event_pb2 import EvalMetrics, RunEvent, StepMetrics
+from codegraft.trainer.v1.run_event_pb2 import EvalMetrics, Proof, RunEvent, StepMetrics
 from codegraft.trainer.v1.run_pb2 import Run
 from services.trainer.settings import Settings
 from services.trainer.telling import Teller
@@ -72,6 +72,7 @@ class Metrics:
             base = self._teller.run.base_test_loss
             await self._teller.note(
                 f"the adapter it starts from has a test loss of {found.test.loss:.4f}, the base model {base:.4f}"
+                + (f"; {found.refused}" if found.refused else "")
             )
             return
         metrics = EvalMetrics(
@@ -80,6 +81,7 @@ class Metrics:
             tokens=found.test.tokens,
             seconds=found.seconds,
             source_losses=found.test.by_source,
+            foreign_loss=found.foreign_loss,
         )
 
         def change(record: Run) -> None:
@@ -90,3 +92,10 @@ class Metrics:
         await self._teller.tell(RunEvent(evaluation=metrics), change)
         metric = RunMetric(run=self._teller.run.name, step=found.step, test_loss=found.test.loss)
         await self._teller.publish(METRIC, metric, f"evaluation-{found.step}")
+        if found.refused:
+            await self._teller.note(f"step {found.step}: {found.refused}")
+
+    async def proof(self, proof: Proof) -> None:
+        """Tells how the best checkpoint compares with the base model."""
+        proof.checkpoint = self._teller.run.best_checkpoint
+        await self._teller.tell(RunEvent(proof=proof), lambda record: record.proof.CopyFrom(proof))

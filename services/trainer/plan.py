@@ -10,6 +10,16 @@ from services.trainer.settings import Settings, check
 
 EVALUATION_SPEEDUP = 2.5
 """Tokens evaluated in the time of one token trained: no backward pass, and no adapter gradients."""
+PROMPT_TOKENS = 320
+"""Most tokens of a prompt at a place of the proof."""
+FOREIGN_TOKENS = 4096
+"""Of foreign code, evaluated with the base model and with each new best: enough to see a rise of 2 %."""
+PLACE_TOKENS = 500
+"""Tokens evaluated in the time in which a line of the proof is written, its prompt included; as measured on a CPU."""
+_FEWEST_PLACES, _MOST_PLACES = 24, 400
+"""Of each kind, next lines and filled-in ones: fewer show nothing, more show nothing more."""
+_LOSS_SHARE, _PROOF_SHARE = 0.12, 0.05
+"""Of the training's time: all evaluations of the test set together; each version's lines of the proof."""
 _LEAST_STEPS = 80
 """A time limit shrinks batch and window before it takes more steps than this away: few large steps learn little."""
 _SHORT_RUN = 200
@@ -52,6 +62,17 @@ class _Choices:
         return chosen
 
 
+def proof_places(train_tokens: int, *, has_fim: bool) -> int:
+    """Places of each kind at which the proof has a line written.
+
+    Args:
+        train_tokens: that the run trains in all.
+        has_fim: whether lines are filled in as well.
+    """
+    affordable = _PROOF_SHARE * train_tokens * EVALUATION_SPEEDUP / (PLACE_TOKENS * (1 + has_fim))
+    return int(min(max(affordable, _FEWEST_PLACES), _MOST_PLACES))
+
+
 def plan(requested: Hyperparameters, facts: Facts) -> tuple[Settings, Plan]:
     """Resolves every setting. More data never plans fewer tokens (without a time limit).
 
@@ -64,7 +85,7 @@ def plan(requested: Hyperparameters, facts: Facts) -> tuple[Settings, Plan]:
     check(requested, facts.context_length)
     pick = _Choices(requested)
     limit = pick.choose("time_limit_seconds", math.inf, "no limit")
-    budget = limit * facts.tokens_per_second * 0.75  # tokens; a quarter is for evaluations and checkpoints
+    budget = _train_budget(limit * facts.tokens_per_second, has_fim=facts.has_fim)
     window, why = _window(facts, budget)
     window = int(pick.choose("context_length", window, why))
     tokens = max(1, facts.train_tokens)
@@ -87,8 +108,7 @@ def plan(requested: Hyperparameters, facts: Facts) -> tuple[Settings, Plan]:
     decay = int(pick.choose("decay_steps", max(1, steps - warmup), "to the end of the run"))
     evaluations = min(20, max(2, steps // 40))
     eval_steps = int(pick.choose("eval_steps", max(1, math.ceil(steps / evaluations)), f"{evaluations} evaluations"))
-    # A quarter of the training's time at most goes into evaluations, the one of the base model included.
-    share = 0.25 * steps * batch * window * EVALUATION_SPEEDUP / (evaluations + 1)
+    share = _LOSS_SHARE * steps * batch * window * EVALUATION_SPEEDUP / (evaluations + 1)
     eval_tokens = int(min(max(share, 4096), max(64, facts.test_tokens), 500_000))
     width = math.sqrt(1.3e9 / (facts.parameters or 1.3e9))  # relative to a model of hidden size 2,000
     settings = Settings(
@@ -120,9 +140,12 @@ def plan(requested: Hyperparameters, facts: Facts) -> tuple[Settings, Plan]:
         early_stopping_patience=int(pick.choose("early_stopping_patience", 5, "five evaluations without gain")),
         eval_steps=eval_steps,
         checkpoint_steps=int(pick.choose("checkpoint_steps", max(eval_steps, 50), "little is lost with a worker")),
-        max_eval_tokens=int(pick.choose("max_eval_tokens", eval_tokens, "a quarter of the training's time at most")),
+        max_eval_tokens=int(pick.choose("max_eval_tokens", eval_tokens, "an eighth of the training's time, or 4,096")),
         max_grad_norm=pick.choose("max_grad_norm", 1.0, "usual for language models"),
         keep_checkpoints=int(pick.choose("keep_checkpoints", 3, "beside best, last and kept ones: a way back")),
+        max_foreign_loss_increase=pick.choose(
+            "max_foreign_loss_increase", 0.02, "a version that forgets other code is not published as best"
+        ),
     )
     pick.told.append(
         PlannedSetting(
@@ -153,7 +176,8 @@ def amend(plan: Plan, name: str, *, why: str, value: str = "") -> None:
 def _describe(settings: Settings, facts: Facts, told: list[PlannedSetting]) -> Plan:
     trained = settings.train_steps * settings.batch_size * settings.context_length
     evaluations = 1 + math.ceil(settings.train_steps / settings.eval_steps)
-    evaluated = evaluations * min(settings.max_eval_tokens, max(1, facts.test_tokens))
+    evaluated = evaluations * (min(settings.max_eval_tokens, max(1, facts.test_tokens)) + FOREIGN_TOKENS)
+    evaluated += _proof_tokens(trained, has_fim=facts.has_fim)
     seconds = (trained + evaluated / EVALUATION_SPEEDUP) / facts.tokens_per_second
     return Plan(
         hyperparameters=settings.to_proto(),
@@ -164,6 +188,20 @@ def _describe(settings: Settings, facts: Facts, told: list[PlannedSetting]) -> P
         base_loss=facts.base_loss,
         estimated_seconds=min(seconds, settings.time_limit_seconds or math.inf),
     )
+
+
+def _proof_tokens(train_tokens: int, *, has_fim: bool) -> int:
+    """Tokens evaluated in the time of the proof, base and adapter together."""
+    return 2 * (1 + has_fim) * proof_places(train_tokens, has_fim=has_fim) * PLACE_TOKENS
+
+
+def _train_budget(tokens: float, *, has_fim: bool) -> float:
+    """Tokens that can be trained in the time of that many, beside evaluations and checkpoints.
+
+    A quarter is theirs, or more where the least that they take is more; half of the time is trained in any case.
+    """
+    least = (_proof_tokens(0, has_fim=has_fim) + 4 * (4096 + FOREIGN_TOKENS)) / EVALUATION_SPEEDUP
+    return max(0.5 * tokens, min(0.75 * tokens, 0.95 * tokens - least))
 
 
 def _name(setting: PlannedSetting) -> str:

@@ -31,6 +31,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "max_eval_tokens": (64, 1_000_000_000),
     "max_grad_norm": (1e-6, 1e6),
     "keep_checkpoints": (0, 1000),
+    "max_foreign_loss_increase": (0, 10),
 }
 """Lowest and highest value of each setting, both allowed."""
 
@@ -64,6 +65,7 @@ class Settings:
     max_eval_tokens: int
     max_grad_norm: float
     keep_checkpoints: int
+    max_foreign_loss_increase: float
 
     def to_proto(self) -> Hyperparameters:
         """The message with every field set (but those that are None)."""

@@ -69,6 +69,7 @@ class Training:
         from services.trainer import loop
 
         loaded = self._loaded
+        loaded.state.proved = self._teller.run.HasField("proof")
         await self._progress("training" if loaded.state.step else "evaluating the base model")
         story = loop.train(
             loaded.trainee,
@@ -79,6 +80,7 @@ class Training:
             loaded.state,
             self._context.is_cancelled,
             loaded.put_initial,
+            loaded.exam,
         )
         try:
             while (event := await asyncio.to_thread(next, story, None)) is not None:
@@ -92,6 +94,10 @@ class Training:
                         await self._metrics.evaluation(event)
                     case loop.CheckpointDue():
                         await self._commit(event)
+                        if loaded.state.ended:
+                            await self._progress("making the proof")
+                    case loop.Proved(proof):
+                        await self._metrics.proof(proof)
         except JobCancelled:
             if self._context.lost:
                 raise
@@ -118,6 +124,6 @@ class Training:
 
     async def _progress(self, message: str) -> None:
         state = self._loaded.state
-        left = self._estimate.left(state.step, state.seconds)
+        left = self._estimate.left(state.step, state.seconds, state.proof_seconds)
         total = self._loaded.settings.train_steps
         await self._context.progress(state.step, total, "steps", message, seconds_left=left)

@@ -41,6 +41,7 @@ SMALL: dict[str, Any] = {
     "max_eval_tokens": 4096,
     "max_grad_norm": 1.0,
     "keep_checkpoints": 3,
+    "max_foreign_loss_increase": 0.02,
 }
 
 

@@ -1,0 +1,206 @@
+"""The proof that an adapter helps: what base and adapter do on held-out code, and how sure the difference is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from codegraft.trainer.v1.run_event_pb2 import Proof, ProofFigures
+from services.core import places
+from services.core.models.prompts import PromptFormat, Tokenizer
+from services.core.places import Place, Score
+from services.trainer import foreign
+from services.trainer.data import Document
+from services.trainer.evaluate import HeldOut
+from services.trainer.generate import LineWriter
+from services.trainer.lora import Trainee
+from services.trainer.plan import FOREIGN_TOKENS, PROMPT_TOKENS, proof_places
+from services.trainer.settings import Settings
+
+RESAMPLES = 10_000
+_AT_ONCE = 1_000_000
+"""Numbers drawn together, so that many files need no more memory than few."""
+_FEWEST_PAIRS = 5
+"""Of fewer pairs no test can tell: all signs alike happen by chance once in 2 ** n."""
+_SURE = 0.05
+
+
+@dataclass(slots=True)
+class Measures:
+    """What was measured of one version of the model."""
+
+    test_loss: float
+    """Nats per token."""
+    by_file: list[float]
+    """Nats of each test file."""
+    foreign_loss: float | None = None
+    """Nats per token; None when there is no foreign code."""
+    next_lines: list[float] = field(default_factory=list)
+    """Edit similarity of each line that was written."""
+    middles: list[float] = field(default_factory=list)
+    """Edit similarity of each line that was filled in."""
+
+
+class Exam:
+    """What is asked of base and adapter beside the test loss.
+
+    Args:
+        next_lines: places to go on at, seeing what stands above.
+        middles: places to fill in, seeing what stands above and below.
+        foreign: None when nothing foreign is at hand.
+    """
+
+    def __init__(
+        self, writer: LineWriter, next_lines: Sequence[Place], middles: Sequence[Place], foreign: HeldOut | None
+    ) -> None:
+        self._writer = writer
+        self._next_lines = next_lines
+        self._middles = middles
+        self._foreign = foreign
+
+    @classmethod
+    def of(
+        cls,
+        train: Sequence[Document],
+        test: Sequence[Document],
+        tokenizer: Tokenizer,
+        fmt: PromptFormat,
+        settings: Settings,
+    ) -> Exam:
+        """The exam of a run: a function of its settings and files."""
+        has_fim = fmt.style != "plain"
+        train_tokens = settings.train_steps * settings.batch_size * settings.context_length
+        count = proof_places(train_tokens, has_fim=has_fim)
+        chosen = places.choose(
+            [(document.path, document.text) for document in test], count * (1 + has_fim), settings.seed
+        )
+        window = settings.context_length
+        others = foreign.documents([*train, *test])
+        return cls(
+            LineWriter(tokenizer, fmt, budget=min(window, PROMPT_TOKENS)),
+            chosen[::2] if has_fim else chosen,
+            chosen[1::2] if has_fim else [],
+            HeldOut(others, tokenizer, fmt, window=window, max_tokens=FOREIGN_TOKENS) if others else None,
+        )
+
+    def add_foreign_loss(
+        self, trainee: Trainee, measures: Measures, batch: int, is_cancelled: Callable[[], bool]
+    ) -> None:
+        """Measures the model as it is now on foreign code.
+
+        Args:
+            batch: rows at once.
+
+        Raises:
+            JobCancelled: it was asked for meanwhile.
+        """
+        if self._foreign is not None:
+            measures.foreign_loss = self._foreign.evaluate(trainee, batch, is_cancelled).loss
+
+    def add_lines(self, trainee: Trainee, measures: Measures, is_cancelled: Callable[[], bool]) -> None:
+        """Measures how well the model as it is now writes the lines.
+
+        Raises:
+            JobCancelled: it was asked for meanwhile.
+        """
+        for chosen, kept, use_suffix in (
+            (self._next_lines, measures.next_lines, False),
+            (self._middles, measures.middles, True),
+        ):
+            written = self._writer.write(trainee, chosen, is_cancelled, use_suffix=use_suffix)
+            kept[:] = places.similarities(written, chosen)
+
+
+def forgets(base: Measures, adapter: Measures, most: float) -> str:
+    """Why an adapter must not be published although its test loss is low; empty when it may be.
+
+    Args:
+        most: by which the foreign loss may rise, as a share of the base model's.
+    """
+    if base.foreign_loss is None or adapter.foreign_loss is None:
+        return ""
+    rise = adapter.foreign_loss / base.foreign_loss - 1
+    if rise <= most:
+        return ""
+    return (
+        f"not published as best: the loss on foreign code rises from {base.foreign_loss:.4f} to "
+        f"{adapter.foreign_loss:.4f} ({100 * rise:+.1f} %, at most {100 * most:+.1f} % is allowed by "
+        f"max_foreign_loss_increase), while the test loss is {adapter.test_loss:.4f} (base {base.test_loss:.4f})"
+    )
+
+
+def judge(base: Measures, adapter: Measures, *, seed: int, seconds: float) -> Proof:
+    """The comparison of two versions that were measured alike, without the checkpoint's name."""
+    proof = Proof(
+        base=_figures(base),
+        adapter=_figures(adapter),
+        test_files=len(base.by_file),
+        next_line_places=len(base.next_lines),
+        fim_places=len(base.middles),
+        test_loss_p=p_value(np.subtract(base.by_file, adapter.by_file), seed),
+        next_line_p=p_value(np.subtract(adapter.next_lines, base.next_lines), seed),
+        fim_p=p_value(np.subtract(adapter.middles, base.middles), seed),
+        seconds=seconds,
+    )
+    proof.verdict = _verdict(proof)
+    return proof
+
+
+def p_value(gains: np.ndarray, seed: int) -> float | None:
+    """One-sided paired bootstrap: how likely the mean gain is not above 0, were the pairs drawn anew.
+
+    Args:
+        gains: [pairs], positive where the adapter is better.
+
+    Returns:
+        At least 1 / (RESAMPLES + 1); None for too few pairs to tell.
+    """
+    pairs = len(gains)
+    if pairs < _FEWEST_PAIRS:
+        return None
+    generator = np.random.default_rng(seed)
+    rows = max(1, _AT_ONCE // pairs)
+    without_gain = 0
+    for start in range(0, RESAMPLES, rows):
+        drawn = generator.integers(pairs, size=(min(rows, RESAMPLES - start), pairs))
+        without_gain += int((gains[drawn].sum(1) <= 0).sum())
+    return (1 + without_gain) / (1 + RESAMPLES)
+
+
+def _figures(measures: Measures) -> ProofFigures:
+    figures = ProofFigures(test_loss=measures.test_loss, foreign_loss=measures.foreign_loss)
+    if measures.next_lines:
+        score = Score.of(measures.next_lines)
+        figures.next_line_exact_match, figures.next_line_edit_similarity = score.exact_match, score.edit_similarity
+    if measures.middles:
+        score = Score.of(measures.middles)
+        figures.fim_exact_match, figures.fim_edit_similarity = score.exact_match, score.edit_similarity
+    return figures
+
+
+def _verdict(proof: Proof) -> str:
+    """In words: what is shown, and what may be chance."""
+    tests = [("test loss", proof.test_files, "file", proof.test_loss_p if proof.HasField("test_loss_p") else None)]
+    if proof.next_line_places:
+        p = proof.next_line_p if proof.HasField("next_line_p") else None
+        tests.append(("next lines", proof.next_line_places, "place", p))
+    if proof.fim_places:
+        p = proof.fim_p if proof.HasField("fim_p") else None
+        tests.append(("filled-in lines", proof.fim_places, "place", p))
+    shown = [name for name, _, _, p in tests if p is not None and p < _SURE]
+    worse = [name for name, _, _, p in tests if p is not None and p > 1 - _SURE]
+    open_ = [
+        f"{name} ({count} {what}{'s' * (count != 1)}, " + ("too few to tell)" if p is None else f"p {p:.2f})")
+        for name, count, what, p in tests
+        if p is None or _SURE <= p <= 1 - _SURE
+    ]
+    parts = []
+    if shown:
+        parts.append(f"better than the base model on {' and '.join(shown)}")
+    if open_:
+        parts.append(f"not shown on {' and '.join(open_)}")
+    if worse:
+        parts.append(f"worse on {' and '.join(worse)}")
+    return "; ".join(parts)
