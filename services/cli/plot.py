@@ -1,4 +1,4 @@
-"""Pictures: the loss curves of a run, the losses of a scan."""
+"""Pictures: the curves of a run, the losses of a scan."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Curves:
-    """Loss in nats per token by optimizer step; step 0 of the test loss is the base model."""
+    """Loss in nats per token, and the learning rate, by optimizer step; step 0 of the test loss is the base model."""
 
     train: list[tuple[int, float]] = field(default_factory=list)
     test: list[tuple[int, float]] = field(default_factory=list)
     best: tuple[int, float] | None = None
+    learning_rate: list[tuple[int, float]] = field(default_factory=list)
 
 
 def curves(events: Iterable[RunEvent]) -> Curves:
@@ -30,6 +31,7 @@ def curves(events: Iterable[RunEvent]) -> Curves:
     for event in events:
         if event.HasField("step"):
             found.train.append((event.step.step, event.step.train_loss))
+            found.learning_rate.append((event.step.step, event.step.learning_rate))
         elif event.HasField("evaluation"):
             found.test.append((event.evaluation.step, event.evaluation.test_loss))
         elif event.HasField("best"):
@@ -38,15 +40,15 @@ def curves(events: Iterable[RunEvent]) -> Curves:
 
 
 def draw(found: Curves, title: str, target: Path) -> None:
-    """Draws the curves into an image; the suffix of the name chooses the format.
+    """Draws the losses and, below them, the learning rate into an image; the suffix of the name chooses the format.
 
     Raises:
         FailedPrecondition: matplotlib is not installed, there is nothing to draw, or the file cannot be written.
     """
-    figure = _figure((8, 4.5))
+    figure = _figure((8, 5.5))
     if not found.train and not found.test:
         raise FailedPrecondition("the run has no loss yet", hint="Wait for its first steps.")
-    axes = figure.add_subplot()
+    axes, rate = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     axes.plot(*_columns(found.train), color="#9db4d6", linewidth=1, label="train")
     axes.plot(*_columns(found.test), color="#1f4e9e", marker="o", markersize=4, label="test (held out)")
     if found.best is not None:
@@ -59,9 +61,14 @@ def draw(found: Curves, title: str, target: Path) -> None:
             color="#1f4e9e",
         )
         axes.plot([found.best[0]], [found.best[1]], marker="*", markersize=13, color="#d9822b", linestyle="none")
-    axes.set(title=title, xlabel="step", ylabel="loss, nats per token")
+    axes.set(title=title, ylabel="loss, nats per token")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
+    rate.plot(*_columns(found.learning_rate), color="#6b7a90", linewidth=1)
+    rate.set(xlabel="step", ylabel="learning rate")
+    rate.set_ylim(bottom=0)
+    rate.ticklabel_format(axis="y", scilimits=(-2, 3))
+    rate.grid(alpha=0.25)
     _save(figure, target)
 
 
@@ -111,4 +118,4 @@ def _save(figure: Figure, target: Path) -> None:
 
 
 def _columns(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    return [step for step, _ in points], [loss for _, loss in points]
+    return [step for step, _ in points], [value for _, value in points]

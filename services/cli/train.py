@@ -17,6 +17,7 @@ from services.cli.connect import Project, connect, full_name, id_of
 from services.cli.output import Json, err, print_json, print_table
 from services.cli.plot import curves, draw
 from services.cli.progress import JobBar, duration, state_word
+from services.cli.proof import proof_line, proof_rows
 from services.client import Codegraft
 from services.client.jobs import raise_failure
 from services.core import names
@@ -146,7 +147,11 @@ def list_(project: Project, json: Json = False) -> None:
 
 @app.command()
 def show(project: Project, run: RunId = LATEST, json: Json = False) -> None:
-    """Show a run: its state, its settings with reasons, and its checkpoints."""
+    """Show a run: its state, its settings with reasons, its checkpoints, and the proof on held-out code.
+
+    The proof sets the best version against the base model. p is the chance that it is no better, were files and places
+    drawn anew; below 0.05 is a proof by custom.
+    """
     with connect() as client:
         found = client.runs.get(full_name(names.RUN, run, project))
         checkpoints = list(client.runs.checkpoints(found.name))
@@ -160,6 +165,9 @@ def show(project: Project, run: RunId = LATEST, json: Json = False) -> None:
         [c.step, c.test_loss if c.HasField("test_loss") else None, c.best, c.sha256[:12], c.size] for c in checkpoints
     ]
     print_table(["STEP", "TEST LOSS", "BEST", "SHA-256", "BYTES"], rows, empty="no checkpoint yet")
+    if found.HasField("proof"):
+        print_table(["PROOF", "BASE", "ADAPTER", "CHANGE", "P"], proof_rows(found.proof), empty="")
+        err.print(found.proof.verdict)
 
 
 @app.command()
@@ -192,7 +200,7 @@ def plot(
     ] = Path("loss.png"),
     json: Json = False,
 ) -> None:
-    """Draw the train and test loss of a run; with --json print the points instead."""
+    """Draw train loss, test loss with the best marked, and learning rate of a run; --json prints the points instead."""
     with connect() as client:
         found = client.runs.get(full_name(names.RUN, run, project))
         drawn = curves(story(client, found))
@@ -241,11 +249,15 @@ def event_line(event: RunEvent) -> str:
             )
         case "evaluation":
             what = "base model" if event.evaluation.step == 0 else f"step {event.evaluation.step}"
-            return f"{what}: test loss {event.evaluation.test_loss:.4f}"
+            foreign = event.evaluation.foreign_loss
+            more = f", on foreign code {foreign:.4f}" if event.evaluation.HasField("foreign_loss") else ""
+            return f"{what}: test loss {event.evaluation.test_loss:.4f}{more}"
         case "best":
             return f"step {event.best.step}: best so far, version {event.best.sha256[:12]}"
         case "note":
             return event.note
+        case "proof":
+            return proof_line(event.proof)
         case _:
             return ""
 

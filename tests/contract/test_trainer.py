@@ -114,7 +114,7 @@ async def commit_dataset(runtime: Runtime, folder: Path, name: str = DATASET, te
     """As the scanner does it."""
     counts, files = {}, {}
     for part, count in (("train", 8), ("test", test_files)):
-        texts = [f"def add_{n}(left, right):\n    return left + right + {n}\n" * 4 for n in range(count)]
+        texts = [f"def add_{n}(left, right):\n    return left + right + {n}\n" * 8 for n in range(count)]
         rows = [
             {"path": f"{part}{n}.py", "source": SOURCE, "text": text, "tokens": len(text), "loss": 1.5}
             for n, text in enumerate(texts)
@@ -224,6 +224,13 @@ async def test_a_run_from_creation_to_its_best_checkpoint(world: World) -> None:
     assert lowest.test_loss < 0.95 * last.base_test_loss
     assert last.best_checkpoint == f"{run.name}/checkpoints/{lowest.step}"
     assert last.best_test_loss == lowest.test_loss and last.step == 12
+    # Last the best version was judged against the base model.
+    assert kinds[-1] == "proof"
+    proof = next(event.proof for event in events if event.WhichOneof("event") == "proof")
+    assert proof == last.proof and proof.checkpoint == last.best_checkpoint
+    assert (proof.base.test_loss, proof.adapter.test_loss) == (last.base_test_loss, last.best_test_loss)
+    assert proof.base.foreign_loss == evaluations[0].foreign_loss > 0 < proof.adapter.foreign_loss
+    assert proof.next_line_places == 12 and "too few to tell" in proof.verdict
     # Replayed from the middle it is the same story.
     assert (await world.watch(run, after=3))[1] == events[3:]
     # Its checkpoints: only the last best one is marked.
@@ -257,7 +264,10 @@ async def test_a_run_that_never_beats_the_base_publishes_no_best(world: World) -
     last, events = await world.watch(await world.create({**QUICK, "learning_rate": 1e-9, "weight_decay": 0.0}))
     assert last.status.state == JOB_STATE_SUCCEEDED and not last.best_checkpoint
     assert not world.told("codegraft.trainer.checkpoint.best.v1")
-    assert any("better than the base" in event.note for event in events)
+    lowest = min(event.evaluation.test_loss for event in events if event.evaluation.step)
+    figures = f"(test loss {lowest:.4f} at best, {last.base_test_loss:.4f} without an adapter)"
+    assert any("better than the base" in event.note and figures in event.note for event in events)
+    assert not last.HasField("proof")
     error = await refused(world.runs.GetCheckpoint(pb.GetCheckpointRequest(name=f"{last.name}/checkpoints/best")))
     assert isinstance(error, errors.CheckpointNotFound)
     error = await refused(world.runs.GetBestCheckpoint(pb.GetBestCheckpointRequest(parent=PROJECT)))

@@ -245,7 +245,7 @@ def message(sequence: int, **event: Any) -> run_pb2.WatchRunResponse:
 
 STORY = [
     message(1, evaluation=run_event_pb2.EvalMetrics(step=0, test_loss=1.5)),
-    message(2, step=run_event_pb2.StepMetrics(step=1, train_loss=1.4)),
+    message(2, step=run_event_pb2.StepMetrics(step=1, train_loss=1.4, learning_rate=1e-3)),
     message(3, best=checkpoint_pb2.Checkpoint(step=1, test_loss=1.2, sha256="f" * 64)),
 ]
 
@@ -310,7 +310,36 @@ def test_train_plot(trainer: Any, codegraft: Codegraft, tmp_path: Path) -> None:
         "train": [[1, 1.4]],
         "test": [[0, 1.5]],
         "best": [1, 1.2],
+        "learning_rate": [[1, 1e-3]],
     }
+
+
+def test_train_shows_the_proof(trainer: Any, codegraft: Codegraft) -> None:
+    proof = run_event_pb2.Proof(
+        base=run_event_pb2.ProofFigures(
+            test_loss=1.5, foreign_loss=2.0, next_line_exact_match=0.1, next_line_edit_similarity=0.4
+        ),
+        adapter=run_event_pb2.ProofFigures(
+            test_loss=1.2, foreign_loss=2.01, next_line_exact_match=0.3, next_line_edit_similarity=0.55
+        ),
+        test_files=7,
+        next_line_places=40,
+        test_loss_p=0.0001,
+        next_line_p=0.012,
+        verdict="better than the base model on test loss and next lines",
+    )
+    trainer.answers.update(
+        GetRun=run_pb2.GetRunResponse(run=run(proof=proof)), WatchRun=[message(1, proof=proof), *STORY[1:]]
+    )
+    done = codegraft("train", "show", "-p", "acme")
+    rows = [" ".join(line.split()) for line in done.out.splitlines()]
+    assert "test loss (7 files) 1.5000 1.2000 -20.0 % 0.0001" in rows
+    assert "loss on foreign code 2.0000 2.0100 +0.5 % -" in rows
+    assert "next line, exact match (40 places) 10.0 % 30.0 % +20.0 points -" in rows
+    assert "next line, edit similarity 40.0 % 55.0 % +15.0 points 0.0120" in rows
+    assert not any("filled-in" in row for row in rows) and proof.verdict in " ".join(done.err.split())
+    told = " ".join(codegraft("train", "watch", "-p", "acme").err.split())
+    assert f"proof: test loss 1.5000 -> 1.2000, next lines 40.0 -> 55.0 % alike; {proof.verdict}" in told
 
 
 def test_a_cancelled_run_ends_the_watch_with_130(trainer: Any, codegraft: Codegraft) -> None:

@@ -14,16 +14,21 @@ from services.core.errors import FailedPrecondition
 
 STORY = [
     RunEvent(evaluation=EvalMetrics(step=0, test_loss=1.5)),
-    RunEvent(step=StepMetrics(step=1, train_loss=1.4)),
+    RunEvent(step=StepMetrics(step=1, train_loss=1.4, learning_rate=5e-4)),
     RunEvent(note="something"),
-    RunEvent(step=StepMetrics(step=2, train_loss=1.2)),
+    RunEvent(step=StepMetrics(step=2, train_loss=1.2, learning_rate=1e-3)),
     RunEvent(evaluation=EvalMetrics(step=2, test_loss=1.25)),
     RunEvent(best=Checkpoint(step=2, test_loss=1.25)),
 ]
 
 
 def test_curves_of_a_story() -> None:
-    assert curves(STORY) == Curves([(1, 1.4), (2, 1.2)], [(0, 1.5), (2, 1.25)], (2, 1.25))
+    assert curves(STORY) == Curves(
+        train=[(1, 1.4), (2, 1.2)],
+        test=[(0, 1.5), (2, 1.25)],
+        best=(2, 1.25),
+        learning_rate=[(1, 5e-4), (2, 1e-3)],
+    )
 
 
 @pytest.mark.parametrize("name", ["loss.png", "loss.svg"])
@@ -36,6 +41,13 @@ def test_the_picture_is_written(tmp_path: Path, name: str) -> None:
 def test_nothing_to_draw(tmp_path: Path) -> None:
     with pytest.raises(FailedPrecondition, match="no loss yet"):
         draw(Curves(), "run", tmp_path / "loss.png")
+
+
+def test_the_picture_has_every_curve(tmp_path: Path) -> None:
+    draw(curves(STORY), "run", tmp_path / "loss.svg")
+    told = (tmp_path / "loss.svg").read_text()
+    for text in ("learning rate", "best 1.250", "test (held out)", "train"):
+        assert f"<!-- {text} -->" in told  # as matplotlib tells what its glyphs say
 
 
 @pytest.mark.parametrize("name", ["missing/loss.png", "loss.nonsense"])

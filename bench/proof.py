@@ -1,0 +1,139 @@
+"""The proof on real code: an adapter with AUTO settings on the source of installed packages, against the base model.
+
+    python -m bench.proof PACKAGE [PACKAGE ...] [--steps N] [--seconds S]
+
+One run for each package, with a fifth of its files (by hash of their path) held out. It goes through the trainer's own
+domain code, without NATS, store or scan.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from codegraft.trainer.v1.hyperparameters_pb2 import Hyperparameters
+from codegraft.trainer.v1.run_event_pb2 import Proof
+from services.core.models import catalogue
+from services.trainer import job, loop
+from services.trainer.config import TrainerSettings
+
+COLUMNS = pa.schema(
+    [
+        ("path", pa.string()),
+        ("source", pa.string()),
+        ("text", pa.large_string()),
+        ("tokens", pa.int64()),
+        ("loss", pa.float64()),
+    ]
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("packages", nargs="+", metavar="PACKAGE", help="an installed package, by its import name")
+    parser.add_argument("--steps", type=int, help="train so many steps instead of AUTO's")
+    parser.add_argument("--seconds", type=float, help="time limit of each run; AUTO plans within it")
+    asked = parser.parse_args()
+    for package in asked.packages:
+        requested = Hyperparameters(train_steps=asked.steps, time_limit_seconds=asked.seconds)
+        with tempfile.TemporaryDirectory(prefix="codegraft-bench-") as folder:
+            run(package, requested, Path(folder))
+
+
+def run(package: str, requested: Hyperparameters, folder: Path) -> None:
+    """Trains on one package and prints what came of it."""
+    train, test = split(package, folder)
+    began = time.monotonic()
+    loaded = job.load(catalogue.find(""), TrainerSettings(), requested, train, test, planned=None, resume=None)
+    plan, settings = loaded.plan, loaded.settings
+    print(
+        f"## {package}: {plan.train_tokens:,} tokens to train, {plan.test_tokens:,} held out\n\n"
+        f"{settings.train_steps} steps of {settings.batch_size} x {settings.context_length} tokens "
+        f"({plan.epochs:.1f} passes), learning rate {settings.learning_rate:g}, loaded in "
+        f"{time.monotonic() - began:.0f} s\n",
+        flush=True,
+    )
+    seconds = {loop.StepDone: 0.0, loop.Evaluated: 0.0, loop.Proved: 0.0}
+    began = time.monotonic()
+    story = loop.train(
+        loaded.trainee,
+        loaded.optimizer,
+        settings,
+        loaded.corpus,
+        loaded.held_out,
+        loaded.state,
+        lambda: False,
+        loaded.exam,
+    )
+    proof = None
+    for event in story:
+        match event:
+            case loop.StepDone():
+                seconds[loop.StepDone] += event.seconds
+            case loop.Evaluated():
+                seconds[loop.Evaluated] += event.seconds
+                foreign = "" if event.foreign_loss is None else f", foreign {event.foreign_loss:.4f}"
+                found = f"step {event.step}: test loss {event.test.loss:.4f}{foreign} ({event.seconds:.1f} s)"
+                print(found, event.refused, flush=True)
+            case loop.Proved(proof):
+                seconds[loop.Proved] = proof.seconds
+    total = time.monotonic() - began
+    if proof is None:
+        print(loop.nothing_best(loaded.state))
+    else:
+        tell(proof)
+    trained, evaluated = seconds[loop.StepDone], seconds[loop.Evaluated] + seconds[loop.Proved]
+    print(
+        f"\n{total:.0f} s (planned {plan.estimated_seconds:.0f}): {trained:.0f} s training, {evaluated:.0f} s "
+        f"evaluation ({100 * evaluated / total:.0f} %), {seconds[loop.Proved]:.0f} s of it the adapter's lines; "
+        f"{loaded.state.step} steps, ended: {loaded.state.ended}\n",
+        flush=True,
+    )
+
+
+def tell(proof: Proof) -> None:
+    """The table of a proof, in Markdown."""
+    print("\n| | base | adapter | p |\n|---|---|---|---|")
+    for name, field, p in (
+        ("test loss", "test_loss", "test_loss_p"),
+        ("foreign loss", "foreign_loss", ""),
+        ("next line, exact match", "next_line_exact_match", ""),
+        ("next line, edit similarity", "next_line_edit_similarity", "next_line_p"),
+        ("filled-in line, exact match", "fim_exact_match", ""),
+        ("filled-in line, edit similarity", "fim_edit_similarity", "fim_p"),
+    ):
+        if field == "test_loss" or proof.base.HasField(field):
+            before, after = getattr(proof.base, field), getattr(proof.adapter, field)
+            chance = f"{getattr(proof, p):.4f}" if p and proof.HasField(p) else ""
+            print(f"| {name} | {before:.4f} | {after:.4f} | {chance} |")
+    places = f"{proof.next_line_places} + {proof.fim_places} places"
+    print(f"\n{proof.test_files} test files, {places}: {proof.verdict}")
+
+
+def split(package: str, folder: Path) -> tuple[Path, Path]:
+    """The package's Python files as the train and the test part of a dataset."""
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(f"{package} is no installed package")
+    root = Path(spec.submodule_search_locations[0])
+    parts: dict[str, list[dict[str, object]]] = {"train": [], "test": []}
+    for file in sorted(root.rglob("*.py")):
+        path, text = str(file.relative_to(root.parent)), file.read_text(encoding="utf-8", errors="replace")
+        part = "test" if hashlib.sha256(path.encode()).digest()[0] < 51 else "train"
+        if text.strip():
+            parts[part].append({"path": path, "source": package, "text": text, "tokens": 0, "loss": None})
+    for part, rows in parts.items():
+        (folder / part).mkdir()
+        pq.write_table(pa.Table.from_pylist(rows, COLUMNS), folder / part / "0.parquet")
+    return folder / "train", folder / "test"
+
+
+if __name__ == "__main__":
+    main()
