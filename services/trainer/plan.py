@@ -12,12 +12,15 @@ EVALUATION_SPEEDUP = 2.5
 """Tokens evaluated in the time of one token trained: no backward pass, and no adapter gradients."""
 PROMPT_TOKENS = 320
 """Most tokens of a prompt at a place of the proof."""
-FOREIGN_TOKENS = 4096
-"""Of foreign code, evaluated with the base model and with each new best: enough to see a rise of 2 %."""
+_FOREIGN_TOKENS = 4096
+"""Enough to see a rise of 2 %: several times the noise between two versions."""
 PLACE_TOKENS = 500
 """Tokens evaluated in the time in which a line of the proof is written, its prompt included; as measured on a CPU."""
 _FEWEST_PLACES, _MOST_PLACES = 24, 400
 """Of each kind, next lines and filled-in ones: fewer show nothing, more show nothing more."""
+_LEAST_EVAL_TOKENS = 4096
+_EVAL_TOKENS_PER_PLACE = 64
+"""Of max_eval_tokens, which thus also keeps the proof short."""
 _LOSS_SHARE, _PROOF_SHARE = 0.12, 0.05
 """Of the training's time: all evaluations of the test set together; each version's lines of the proof."""
 _LEAST_STEPS = 80
@@ -62,15 +65,21 @@ class _Choices:
         return chosen
 
 
-def proof_places(train_tokens: int, *, has_fim: bool) -> int:
-    """Places of each kind at which the proof has a line written.
+def proof_places(settings: Settings, *, has_fim: bool) -> int:
+    """Places of each kind at which the proof has a line written: what a twentieth of the training's time pays for.
 
     Args:
-        train_tokens: that the run trains in all.
         has_fim: whether lines are filled in as well.
     """
-    affordable = _PROOF_SHARE * train_tokens * EVALUATION_SPEEDUP / (PLACE_TOKENS * (1 + has_fim))
-    return int(min(max(affordable, _FEWEST_PLACES), _MOST_PLACES))
+    trained = settings.train_steps * settings.batch_size * settings.context_length
+    affordable = _PROOF_SHARE * trained * EVALUATION_SPEEDUP / (PLACE_TOKENS * (1 + has_fim))
+    wanted = int(min(max(affordable, _FEWEST_PLACES), _MOST_PLACES))
+    return min(wanted, settings.max_eval_tokens // _EVAL_TOKENS_PER_PLACE)
+
+
+def foreign_tokens(settings: Settings) -> int:
+    """Tokens of foreign code that are evaluated with the base model, and with each version that would be the best."""
+    return min(_FOREIGN_TOKENS, settings.max_eval_tokens)
 
 
 def plan(requested: Hyperparameters, facts: Facts) -> tuple[Settings, Plan]:
@@ -109,7 +118,7 @@ def plan(requested: Hyperparameters, facts: Facts) -> tuple[Settings, Plan]:
     evaluations = min(20, max(2, steps // 40))
     eval_steps = int(pick.choose("eval_steps", max(1, math.ceil(steps / evaluations)), f"{evaluations} evaluations"))
     share = _LOSS_SHARE * steps * batch * window * EVALUATION_SPEEDUP / (evaluations + 1)
-    eval_tokens = int(min(max(share, 4096), max(64, facts.test_tokens), 500_000))
+    eval_tokens = int(min(max(share, _LEAST_EVAL_TOKENS), max(64, facts.test_tokens), 500_000))
     width = math.sqrt(1.3e9 / (facts.parameters or 1.3e9))  # relative to a model of hidden size 2,000
     settings = Settings(
         lora_r=int(pick.choose("lora_r", 16, "enough for the idioms of one code base")),
@@ -176,8 +185,8 @@ def amend(plan: Plan, name: str, *, why: str, value: str = "") -> None:
 def _describe(settings: Settings, facts: Facts, told: list[PlannedSetting]) -> Plan:
     trained = settings.train_steps * settings.batch_size * settings.context_length
     evaluations = 1 + math.ceil(settings.train_steps / settings.eval_steps)
-    evaluated = evaluations * (min(settings.max_eval_tokens, max(1, facts.test_tokens)) + FOREIGN_TOKENS)
-    evaluated += _proof_tokens(trained, has_fim=facts.has_fim)
+    evaluated = evaluations * (min(settings.max_eval_tokens, max(1, facts.test_tokens)) + foreign_tokens(settings))
+    evaluated += 2 * (1 + facts.has_fim) * proof_places(settings, has_fim=facts.has_fim) * PLACE_TOKENS
     seconds = (trained + evaluated / EVALUATION_SPEEDUP) / facts.tokens_per_second
     return Plan(
         hyperparameters=settings.to_proto(),
@@ -190,17 +199,13 @@ def _describe(settings: Settings, facts: Facts, told: list[PlannedSetting]) -> P
     )
 
 
-def _proof_tokens(train_tokens: int, *, has_fim: bool) -> int:
-    """Tokens evaluated in the time of the proof, base and adapter together."""
-    return 2 * (1 + has_fim) * proof_places(train_tokens, has_fim=has_fim) * PLACE_TOKENS
-
-
 def _train_budget(tokens: float, *, has_fim: bool) -> float:
     """Tokens that can be trained in the time of that many, beside evaluations and checkpoints.
 
     A quarter is theirs, or more where the least that they take is more; half of the time is trained in any case.
     """
-    least = (_proof_tokens(0, has_fim=has_fim) + 4 * (4096 + FOREIGN_TOKENS)) / EVALUATION_SPEEDUP
+    proof = 2 * (1 + has_fim) * _FEWEST_PLACES * PLACE_TOKENS
+    least = (proof + 4 * (_LEAST_EVAL_TOKENS + _FOREIGN_TOKENS)) / EVALUATION_SPEEDUP
     return max(0.5 * tokens, min(0.75 * tokens, 0.95 * tokens - least))
 
 

@@ -16,7 +16,7 @@ from services.trainer.data import Document
 from services.trainer.evaluate import HeldOut
 from services.trainer.generate import LineWriter
 from services.trainer.lora import Trainee
-from services.trainer.plan import FOREIGN_TOKENS, PROMPT_TOKENS, proof_places
+from services.trainer.plan import PROMPT_TOKENS, foreign_tokens, proof_places
 from services.trainer.settings import Settings
 
 RESAMPLES = 10_000
@@ -71,8 +71,7 @@ class Exam:
     ) -> Exam:
         """The exam of a run: a function of its settings and files."""
         has_fim = fmt.style != "plain"
-        train_tokens = settings.train_steps * settings.batch_size * settings.context_length
-        count = proof_places(train_tokens, has_fim=has_fim)
+        count = proof_places(settings, has_fim=has_fim)
         chosen = places.choose(
             [(document.path, document.text) for document in test], count * (1 + has_fim), settings.seed
         )
@@ -82,7 +81,7 @@ class Exam:
             LineWriter(tokenizer, fmt, budget=min(window, PROMPT_TOKENS)),
             chosen[::2] if has_fim else chosen,
             chosen[1::2] if has_fim else [],
-            HeldOut(others, tokenizer, fmt, window=window, max_tokens=FOREIGN_TOKENS) if others else None,
+            HeldOut(others, tokenizer, fmt, window=window, max_tokens=foreign_tokens(settings)) if others else None,
         )
 
     def add_foreign_loss(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from codegraft.trainer.v1.hyperparameters_pb2 import Hyperparameters
 from services.core.errors import InvalidHyperparameter
-from services.trainer.plan import Facts, plan
+from services.trainer.plan import Facts, foreign_tokens, plan, proof_places
 from services.trainer.settings import RANGES, Settings, check
 
 FACTS = Facts(
@@ -61,6 +61,28 @@ def test_a_time_limit_caps_the_tokens(limit: float, speed: float) -> None:
     facts = replace(FACTS, train_tokens=10**9, tokens_per_second=speed)
     tokens = planned_tokens(facts, time_limit_seconds=limit)
     assert tokens <= max(limit * speed, 512)
+
+
+@pytest.mark.parametrize("tokens", [300_000, 3_000_000, 30_000_000])
+def test_evaluation_takes_a_quarter_of_the_training_at_most(tokens: int) -> None:
+    settings, told = plan(Hyperparameters(), replace(FACTS, train_tokens=tokens, test_tokens=tokens))
+    trained = settings.train_steps * settings.batch_size * settings.context_length / FACTS.tokens_per_second
+    assert trained < told.estimated_seconds < 1.27 * trained  # beside 0.25 what foreign code takes
+
+
+def test_a_run_of_five_minutes_has_time_for_its_proof() -> None:
+    facts = replace(FACTS, train_tokens=10**7, test_tokens=10**6, tokens_per_second=400)
+    settings, told = plan(Hyperparameters(time_limit_seconds=300), facts)
+    trained = settings.train_steps * settings.batch_size * settings.context_length / 400
+    assert trained > 0.65 * 300 and told.estimated_seconds < 300 and proof_places(settings, has_fim=False) == 24
+
+
+def test_the_proof_grows_with_the_run_within_its_bounds() -> None:
+    plans = [plan(Hyperparameters(), replace(FACTS, train_tokens=n, test_tokens=n))[0] for n in (10**5, 10**6, 10**8)]
+    counts = [proof_places(settings, has_fim=False) for settings in plans]
+    assert counts == sorted(counts) and counts[0] >= 24 and counts[-1] == 400
+    few, _ = plan(Hyperparameters(max_eval_tokens=640), FACTS)
+    assert proof_places(few, has_fim=True) == 10 and foreign_tokens(few) == 640
 
 
 def test_code_that_the_base_predicts_badly_is_trained_longer() -> None:

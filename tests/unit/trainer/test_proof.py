@@ -235,10 +235,11 @@ def test_the_best_is_judged_and_the_last_goes_on(
             if event.is_best:
                 best_lines = writer.write(made, PLACES, lambda: False, use_suffix=False)
             checkpoint.save_state(made, optimizer, state, tmp_path)
+            last = checkpoint.save_adapter(made, tmp_path / "adapter", "tiny")[1]
         if isinstance(event, Proved):
             found.append(event.proof)
     assert 0 < state.best_step < 12
-    last = checkpoint.save_adapter(made, tmp_path / "adapter", "tiny")[1]
+    assert checkpoint.save_adapter(made, tmp_path / "adapter", "tiny")[1] == last, "judged, the best leaves no trace"
     (first,) = found
     assert first.adapter.test_loss == state.best_loss and first.base.test_loss == state.base_loss
     assert first.base.HasField("foreign_loss") and (first.next_line_places, first.fim_places) == (4, 2)
