@@ -48,7 +48,8 @@ class Figures:
         self.swap = swap
         evaluations = [event.evaluation for event in events if event.HasField("evaluation")]
         base = evaluations[0]
-        best = min(evaluations[1:], key=lambda evaluation: evaluation.test_loss)
+        published = [event.best.step for event in events if event.HasField("best")][-1]
+        best = next(evaluation for evaluation in evaluations if evaluation.step == published)
         self.base_loss, self.adapter_loss = base.test_loss, best.test_loss
         for source, loss in sorted(base.source_losses.items()):
             self.source_losses[source.rsplit("/", 1)[1]] = (loss, best.source_losses[source])
