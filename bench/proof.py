@@ -51,7 +51,18 @@ def run(package: str, requested: Hyperparameters, folder: Path) -> None:
     """Trains on one package and prints what came of it."""
     train, test = split(package, folder)
     began = time.monotonic()
-    loaded = job.load(catalogue.find(""), TrainerSettings(), requested, train, test, planned=None, resume=None)
+    loaded = job.load(
+        catalogue.find(""),
+        TrainerSettings(),
+        requested,
+        train,
+        test,
+        device="auto",
+        planned=None,
+        resume=None,
+        initial=None,
+        is_cancelled=lambda: False,
+    )
     plan, settings = loaded.plan, loaded.settings
     print(
         f"## {package}: {plan.train_tokens:,} tokens to train, {plan.test_tokens:,} held out\n\n"
@@ -70,7 +81,7 @@ def run(package: str, requested: Hyperparameters, folder: Path) -> None:
         loaded.held_out,
         loaded.state,
         lambda: False,
-        loaded.exam,
+        exam=loaded.exam,
     )
     proof = None
     for event in story:
@@ -86,7 +97,7 @@ def run(package: str, requested: Hyperparameters, folder: Path) -> None:
                 seconds[loop.Proved] = proof.seconds
     total = time.monotonic() - began
     if proof is None:
-        print(loop.nothing_best(loaded.state))
+        print(loop.nothing_best(loaded.state, "the base model"))
     else:
         tell(proof)
     trained, evaluated = seconds[loop.StepDone], seconds[loop.Evaluated] + seconds[loop.Proved]

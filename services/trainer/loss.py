@@ -39,9 +39,7 @@ class _SummedLoss(torch.autograd.Function):
         return gradient * (gradients[0] * ctx.scale).to(gradient.dtype), None, None, None
 
 
-def summed_loss(
-    hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, *, scale: float = 1.0
-) -> torch.Tensor:
+def summed_loss(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, *, scale: float = 1.0) -> torch.Tensor:
     """The sum of the losses in nats, fp32, differentiable by the hidden states.
 
     Args:
@@ -54,9 +52,7 @@ def summed_loss(
     return total
 
 
-def token_losses(
-    hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, *, scale: float = 1.0
-) -> torch.Tensor:
+def token_losses(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, *, scale: float = 1.0) -> torch.Tensor:
     """[tokens] losses in nats, fp32, without gradients; 0 where the label is IGNORED. Arguments as above."""
     return torch.cat(
         [
