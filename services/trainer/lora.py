@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from services.core.errors import InvalidHyperparameter, NotSupported
 from services.core.models import weights
-from services.trainer import attention, layers
+from services.trainer import attention, layers, low_memory
 from services.trainer.data import Row, padded
 from services.trainer.loss import summed_loss, token_losses
 from services.trainer.settings import Settings
@@ -75,8 +75,7 @@ class Trainee:
             parameter.data = parameter.data.to(dtype)
         self._trained: dict[str, nn.Parameter] = trained
         if settings.low_gpu_memory_mode:
-            self._base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            self._base.enable_input_require_grads()
+            low_memory.use(self._base)
 
     @property
     def target_modules(self) -> tuple[str, ...]:

@@ -15,6 +15,8 @@ IGNORED = -100
 """Label of a position without a loss."""
 CHUNK = 256
 """Positions whose logits are made at once; the product with the head is slower with fewer."""
+COLUMNS = 16_384
+"""Entries of the vocabulary in one product: oneDNN makes a copy of that part of the head."""
 CACHED = 4
 """Positions whose logits are in fp32 at once on a CPU: they stay in its cache."""
 
@@ -25,9 +27,10 @@ class _SummedLoss(torch.autograd.Function):
         gradient = torch.empty_like(hidden)
         losses = []
         for start in range(0, len(hidden), CHUNK):
-            logits = hidden[start : start + CHUNK] @ head.T
-            losses.append(_cross_entropy(logits, labels[start : start + CHUNK], scale))
-            torch.mm(logits, head, out=gradient[start : start + CHUNK])
+            part = slice(start, start + CHUNK)
+            logits = _logits(hidden[part], head)
+            losses.append(_cross_entropy(logits, labels[part], scale))
+            gradient[part] = _to_hidden(logits, head)
         gradient.masked_fill_((labels == IGNORED)[:, None], 0.0)
         ctx.save_for_backward(gradient)
         ctx.scale = scale
@@ -56,10 +59,27 @@ def token_losses(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor,
     """[tokens] losses in nats, fp32, without gradients; 0 where the label is IGNORED. Arguments as above."""
     return torch.cat(
         [
-            _cross_entropy(hidden[start : start + CHUNK] @ head.T, labels[start : start + CHUNK], scale)
+            _cross_entropy(_logits(hidden[start : start + CHUNK], head), labels[start : start + CHUNK], scale)
             for start in range(0, len(hidden), CHUNK)
         ]
     )
+
+
+def _logits(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """[tokens, vocabulary]"""
+    logits = hidden.new_empty(len(hidden), len(head))
+    for columns, rows in zip(logits.split(COLUMNS, 1), head.split(COLUMNS), strict=True):
+        torch.mm(hidden, rows.t(), out=columns)
+    return logits
+
+
+def _to_hidden(gradient: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """Gradient of the hidden states [tokens, hidden size] from that of the logits [tokens, vocabulary]."""
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    total = torch.zeros(len(gradient), head.shape[1], dtype=wide, device=head.device)
+    for columns, rows in zip(gradient.split(COLUMNS, 1), head.split(COLUMNS), strict=True):
+        total += torch.mm(columns, rows)
+    return total
 
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor, scale: float) -> torch.Tensor:

@@ -7,9 +7,11 @@ transformers are imported inside the functions, because a service answers its he
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import importlib.metadata
 import json
+import mmap
 import os
 import re
 import shutil
@@ -129,8 +131,19 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedMode
     for parameter in loaded.parameters():
         # In the mapped file they lie anywhere, which costs a tenth of every product on a CPU.
         if parameter.data_ptr() % ALIGNMENT:
-            parameter.data = parameter.data.clone()
+            mapped = parameter.data
+            parameter.data = mapped.clone()
+            _forget_pages(mapped.data_ptr(), mapped.nbytes)
     return loaded
+
+
+def _forget_pages(address: int, size: int) -> None:
+    """Gives back what was read of a mapped file; else file and copy are both in memory until the last weight is copied."""
+    first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (address + size) // mmap.PAGESIZE * mmap.PAGESIZE
+    if first < last:
+        with contextlib.suppress(AttributeError):  # another system
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
