@@ -46,13 +46,14 @@ class Trainee:
 
         Raises:
             InvalidHyperparameter: the model has no layer of a name in target_modules.
-            NotSupported: the model's logits are not the product of hidden states and head.
+            NotSupported: the model's logits are not the product of hidden states and head, scaled or not.
         """
         torch.manual_seed(settings.seed)
         base: Any = weights.load_model(folder, dtype)
         base.to(device)
         self._check_targets(base, settings)
-        self._check_head(base, device)
+        self._logit_scale = _logit_scale(base.config)
+        self._check_head(base, device, self._logit_scale)
         config = LoraConfig(
             r=settings.lora_r,
             lora_alpha=cast(int, settings.lora_alpha),
@@ -74,6 +75,7 @@ class Trainee:
         for parameter in trained.values():
             parameter.data = parameter.data.to(dtype)
         self._trained: dict[str, nn.Parameter] = trained
+        self._gradients: dict[str, torch.Tensor] = {}
         if settings.low_gpu_memory_mode:
             low_memory.use(self._base)
 
@@ -91,8 +93,14 @@ class Trainee:
         """Adds the gradient of sum(losses) / total_tokens over the rows; returns the sum of the losses in nats."""
         self._model.train()
         hidden, labels = self._forward(rows)
-        loss = summed_loss(hidden, self._head, labels)
+        loss = summed_loss(hidden, self._head, labels, scale=self._logit_scale)
         (loss / total_tokens).backward()  # type: ignore[no-untyped-call]
+        for name, parameter in self._trained.items():
+            if parameter.grad is not None:
+                # In fp32: a sum of many micro-batches in bf16 would lose the last ones.
+                gradient = parameter.grad.float()
+                self._gradients[name] = self._gradients[name].add_(gradient) if name in self._gradients else gradient
+                parameter.grad = None
         return loss.item()
 
     def losses(self, rows: Sequence[Row]) -> list[torch.Tensor]:
@@ -100,7 +108,7 @@ class Trainee:
         self._model.eval()
         with torch.inference_mode():
             hidden, labels = self._forward(rows)
-            flat = token_losses(hidden, self._head, labels).view(len(rows), -1)
+            flat = token_losses(hidden, self._head, labels, scale=self._logit_scale).view(len(rows), -1)
         return [flat[number, : len(row.ids)] for number, row in enumerate(rows)]
 
     def generate(
@@ -149,15 +157,13 @@ class Trainee:
                 parameter.copy_(weights[name])
 
     def take_gradients(self) -> None:
-        """Moves the gradients from the adapter to its masters."""
-        for name, parameter in self._trained.items():
-            self.masters[name].grad = None if parameter.grad is None else parameter.grad.float()
-            parameter.grad = None
+        """Moves the gradients that were accumulated to the masters."""
+        for name, master in self.masters.items():
+            master.grad = self._gradients.pop(name, None)
 
     def drop_gradients(self) -> None:
         """Forgets what was accumulated."""
-        for parameter in self._trained.values():
-            parameter.grad = None
+        self._gradients.clear()
 
     def publish(self) -> None:
         """Copies the masters back into the adapter, after a step of the optimizer."""
@@ -196,16 +202,16 @@ class Trainee:
                     parameter.mul_(norm / parameter.norm(dim=1, keepdim=True))
 
     @staticmethod
-    def _check_head(base: Any, device: torch.device) -> None:
-        """Some models scale or cap their logits; the chunked loss would silently train them for something else."""
+    def _check_head(base: Any, device: torch.device, scale: float) -> None:
+        """Some models cap or shift their logits; the chunked loss would silently train them for something else."""
         ids = torch.arange(8, device=device)[None]
         with torch.no_grad():
             hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            plain = (hidden @ base.get_output_embeddings().weight.T).float()
+            plain = (hidden @ base.get_output_embeddings().weight.T).float() * scale
             logits = base(input_ids=ids, use_cache=False).logits.float()
         if float((plain - logits).abs().max()) > 0.02 * float(logits.abs().max()):
             raise NotSupported(
-                "this model scales, caps or shifts its logits, which cannot be trained yet",
+                "this model caps or shifts its logits, which cannot be trained yet",
                 field="base_model",
                 hint="Take another base model.",
             )
@@ -219,3 +225,8 @@ class Trainee:
                 field="hyperparameters.target_modules",
                 hint=f"It has {', '.join(sorted(names))}.",
             )
+
+
+def _logit_scale(config: Any) -> float:
+    """What Granite and Cohere multiply their logits with."""
+    return float(getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1))
