@@ -16,6 +16,7 @@ from services.core.errors import (
     DigestMismatch,
     ObjectNotFound,
 )
+from services.core.models.adapter_files import CONFIG, WEIGHTS
 from services.core.store import Artifacts
 from services.inference.adapters import verify
 from services.inference.adapters.registry import Registry, Version
@@ -79,7 +80,7 @@ class Loader:
             raise DigestMismatch(f"{checkpoint} is version {manifest.sha256[:12]}, announced was {sha256[:12]}")
         verify.check_manifest(manifest, device.base)
         try:
-            folder = await self._artifacts.fetch(checkpoint, manifest.files, only=(verify.WEIGHTS, verify.CONFIG))
+            folder = await self._artifacts.fetch(checkpoint, manifest.files, only=(WEIGHTS, CONFIG))
         except ObjectNotFound as error:
             raise AdapterRejected(f"{checkpoint} is incomplete in the store: {error.message}") from None
         try:
@@ -92,6 +93,6 @@ class Loader:
 
 def _stage(folder: Path, manifest: AdapterManifest, device: Device) -> Version:
     scale = verify.check_config(folder, manifest)
-    pairs = verify.check_tensors(device.read(folder / verify.WEIGHTS), manifest, device.base)
+    pairs = verify.check_tensors(device.read(folder / WEIGHTS), manifest, device.base)
     weights = device.prepare(pairs, scale)
     return Version(manifest.sha256, manifest.name, weights, weights.rank, weights.size)

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest
 from services.core.errors import AdapterRejected, BaseModelMismatch, DigestMismatch
+from services.core.models import adapter_files
+from services.core.models.adapter_files import CONFIG, WEIGHTS
 
 if TYPE_CHECKING:
     import torch
 
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 _ALLOWED = {WEIGHTS, CONFIG, "README.md"}
-_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,23 +73,10 @@ def check_config(folder: Path, manifest: AdapterManifest) -> float:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != manifest.sha256:
         raise DigestMismatch(f"{manifest.name}: the weights have digest {digest[:12]}, not {manifest.sha256[:12]}")
-    try:
-        config: dict[str, Any] = dict(json.loads((folder / CONFIG).read_text()))
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise AdapterRejected(f"{manifest.name}: {CONFIG} is not readable ({error!r})") from None
-    if config.get("peft_type", "LORA") != "LORA":
-        raise AdapterRejected(f"{manifest.name} is {config['peft_type']}, not LORA")
-    unusual = [key for key in ("use_dora", "modules_to_save", "fan_in_fan_out", "rank_pattern") if config.get(key)]
-    if config.get("bias", "none") != "none":
-        unusual.append("bias")
-    if config.get("alpha_pattern"):
-        unusual.append("alpha_pattern")
-    if unusual:
-        raise AdapterRejected(f"{manifest.name} uses {unusual[0]}, which is not served")
-    if rank != manifest.lora_r or not math.isfinite(alpha):
-        raise AdapterRejected(f"{manifest.name}: {CONFIG} says rank {rank}, alpha {alpha}, not rank {manifest.lora_r}")
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    config = adapter_files.read_config(folder / CONFIG, manifest.name)
+    if config.rank != manifest.lora_r:
+        raise AdapterRejected(f"{manifest.name}: {CONFIG} says rank {config.rank}, not {manifest.lora_r}")
+    return config.scale
 
 
 def check_tensors(
@@ -101,24 +85,8 @@ def check_tensors(
     """Pairs up A and B by module path, as PEFT names them.
 
     Raises:
-        AdapterRejected: a strange name, a half pair, a wrong shape, a value that is not finite, or nothing at all.
+        AdapterRejected: as :func:`services.core.models.adapter_files.pair_up`.
     """
-    halves: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        path, _, half = name.removesuffix(".weight").removeprefix(_PREFIX).rpartition(".lora_")
-        if half not in ("A", "B") or path not in base.layers:
-            raise AdapterRejected(f"{manifest.name}: {base.model} has no layer for tensor {name}")
-        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-            raise AdapterRejected(f"{manifest.name}: tensor {name} has values that are not finite numbers")
-        halves.setdefault(path, {})[half] = tensor
-    if not halves:
-        raise AdapterRejected(f"{manifest.name} holds no tensors")
-    pairs = {}
-    for path, pair in halves.items():
-        rank, (out, width) = manifest.lora_r, base.layers[path]
-        wanted = {"A": (rank, width), "B": (out, rank)}
-        shapes = {half: tuple(tensor.shape) for half, tensor in pair.items()}
-        if shapes != wanted:
-            raise AdapterRejected(f"{manifest.name}: layer {path} has shapes {shapes}, not {wanted}")
-        pairs[path] = (pair["A"], pair["B"])
-    return pairs
+    return adapter_files.pair_up(
+        tensors, name=manifest.name, rank=manifest.lora_r, layers=base.layers, base_model=base.model
+    )
