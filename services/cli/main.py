@@ -9,7 +9,20 @@ from collections.abc import Sequence
 
 import typer
 
-from services.cli import complete, credential, doctor, models, project, scan, serve, snapshot, source, stack, train
+from services.cli import (
+    adapters,
+    complete,
+    credential,
+    doctor,
+    models,
+    project,
+    scan,
+    serve,
+    snapshot,
+    source,
+    stack,
+    train,
+)
 from services.cli.demo.command import demo
 from services.cli.local.supervisor import StopRequested
 from services.cli.output import EXIT_CODES, ExitCode, err, fail
@@ -25,6 +38,8 @@ app = typer.Typer(
 )
 for command in (stack.up, stack.down, stack.status, doctor.doctor):
     app.command(rich_help_panel="Local stack", epilog=EXIT_CODES)(command)
+train.app.command()(adapters.download)
+train.app.command()(adapters.upload)
 for name, group in (
     ("project", project.app),
     ("source", source.app),

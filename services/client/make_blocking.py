@@ -20,7 +20,7 @@ RULES = [
     (r"\bAsyncStream\b", "Stream"),
     (r"\banswer_async\b", "answer"),
     (r"\basync (def|for|with)\b", r"\1"),
-    (r"\bawait asyncio\.to_thread\(([\w.]+), ", r"\1("),
+    (r"\bawait asyncio\.to_thread\(([\w.]+)(?:, |(?=\)))", r"\1("),
     (r"\bawait ", ""),
     (r"\bgrpc\.aio\.", "grpc."),
     (r"\basyncio\.sleep\b", "time.sleep"),

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 
 from codegraft.common.v1.job_pb2 import JobState
 from codegraft.event.v1.events_pb2 import RunChanged
-from codegraft.trainer.v1 import run_pb2_grpc
+from codegraft.trainer.v1 import adapter_pb2_grpc, run_pb2_grpc
 from services.core.jobs import JobRunner
 from services.core.jobs.announcer import announce
 from services.core.rpc.server import Background, Registration
 from services.core.runtime import Runtime
 from services.trainer import machine
+from services.trainer.adapter_servicer import AdapterServicer
 from services.trainer.config import TrainerSettings
 from services.trainer.datasets import Newest
 from services.trainer.records import BUCKET, Tables
@@ -63,6 +64,11 @@ class Trainer:
                 run_pb2_grpc.add_ModelServiceServicer_to_server,
                 ModelServicer(settings),
                 "codegraft.trainer.v1.ModelService",
+            ),
+            (
+                adapter_pb2_grpc.add_AdapterServiceServicer_to_server,
+                AdapterServicer(runtime, settings, tables),
+                "codegraft.trainer.v1.AdapterService",
             ),
         ]
 

@@ -31,6 +31,9 @@ class TrainerSettings(CoreSettings):
     """Runs that this process works on at once, at most one a device; unset means one on each, 0 is a replica that only
     answers calls."""
 
+    trainer_max_adapter_bytes: int = Field(default=4 << 30, ge=1)
+    """Largest weights that ImportAdapter takes."""
+
     def with_defaults(self, requested: Hyperparameters) -> Hyperparameters:
         """What a run asks for, with what the deployment sets where it asks for nothing."""
         settled = Hyperparameters()

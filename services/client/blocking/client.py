@@ -10,6 +10,7 @@ from types import TracebackType
 import grpc
 
 from services.client.addresses import Addresses
+from services.client.blocking.adapters import Adapters
 from services.client.blocking.caller import Caller
 from services.client.blocking.inference import Completions, Serving
 from services.client.blocking.ingest import Credentials, Projects, Snapshots, Sources
@@ -32,6 +33,7 @@ class Codegraft:
         scans: verdicts per file.
         datasets: what was accepted.
         runs: training, checkpoints.
+        adapters: checkpoints as files, downloaded and uploaded.
         models: the catalogue.
         completions: completions and chat.
         serving: which adapter answers.
@@ -50,18 +52,23 @@ class Codegraft:
             for address in (addresses.ingest, addresses.scanner, addresses.trainer, addresses.inference)
         ]
         # Uploads go over the blocking library in both clients: services/client/streams.py says why.
-        self._uploads = grpc.insecure_channel(rpc.target(addresses.ingest), options=rpc.OPTIONS)
+        self._uploads = [
+            grpc.insecure_channel(rpc.target(address), options=rpc.OPTIONS)
+            for address in (addresses.ingest, addresses.trainer)
+        ]
         self._attach(Caller(timeout))
 
     def _attach(self, caller: Caller) -> None:
         ingest, scanner, trainer, inference = self._channels
         self.projects = Projects(ingest, caller)
-        self.sources = Sources(ingest, self._uploads, caller)
+        sources, adapters = self._uploads
+        self.sources = Sources(ingest, sources, caller)
         self.credentials = Credentials(ingest, caller)
         self.snapshots = Snapshots(ingest, caller)
         self.scans = Scans(scanner, caller)
         self.datasets = Datasets(scanner, caller)
         self.runs = Runs(trainer, caller)
+        self.adapters = Adapters(trainer, adapters, caller)
         self.models = Models(trainer, caller)
         self.completions = Completions(inference, caller)
         self.serving = Serving(inference, caller)
@@ -92,7 +99,8 @@ class Codegraft:
 
     def close(self) -> None:
         """Closes the connections; running calls end."""
-        self._uploads.close()
+        for uploads in self._uploads:
+            uploads.close()
         for channel in self._channels:
             channel.close()
 

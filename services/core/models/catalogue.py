@@ -132,6 +132,11 @@ def all_models() -> list[ModelSpec]:
     return list(_CATALOGUE)
 
 
+def known(name: str) -> ModelSpec | None:
+    """The catalogue's entry of that id or repository (``<organisation>/<name>``); None when it has none."""
+    return _BY_ID.get(name) or _BY_REPO.get(name)
+
+
 def find(id: str) -> ModelSpec:
     """The model of that id; an empty id means :data:`DEFAULT_MODEL`.
 

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _DIGEST_FILE = ".codegraft-digest.json"
-_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "merges.txt", "*.jinja"]
+MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "merges.txt", "*.jinja"]
+"""What a model folder consists of, as patterns of plain names. No pickles, no code."""
 ALIGNMENT = 64
 """Bytes of a cache line and of an AVX-512 register."""
 _VOLATILE = ("transformers_version", "_name_or_path")
@@ -231,7 +232,7 @@ def _download(repo: str, to: Path) -> None:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        snapshot_download(repo, local_dir=to, allow_patterns=_HUB_FILES)
+        snapshot_download(repo, local_dir=to, allow_patterns=MODEL_FILES)
     except RepositoryNotFoundError:
         raise ModelNotFound(
             f"the Hub has no model {repo!r}, or it is not public",

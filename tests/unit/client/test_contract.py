@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,15 +15,19 @@ from google.protobuf import descriptor_pool
 
 from codegraft.inference.v1 import completion_pb2, serving_pb2
 from codegraft.ingest.v1 import credential_pb2, project_pb2, source_pb2
+from codegraft.trainer.v1.adapter_pb2 import DownloadCheckpointResponse, DownloadHeader
 from services.client import AsyncCodegraft, Codegraft, make_blocking
 
 SERVICES = [
     "ingest.v1.ProjectService", "ingest.v1.SourceService", "ingest.v1.UploadService", "ingest.v1.SnapshotService",
     "ingest.v1.CredentialService",
-    "scanner.v1.ScanService", "trainer.v1.RunService", "trainer.v1.ModelService",
+    "scanner.v1.ScanService", "trainer.v1.RunService", "trainer.v1.ModelService", "trainer.v1.AdapterService",
     "inference.v1.CompletionService", "inference.v1.ServingService",
 ]  # fmt: skip
 P, S, R = "projects/p", "projects/p/scans/s", "projects/p/runs/r"
+ADAPTER = Path(tempfile.mkdtemp())
+for name in ("adapter_model.safetensors", "adapter_config.json"):
+    (ADAPTER / name).write_text("x")
 MODE = serving_pb2.ServingMode.SERVING_MODE_OFF
 
 CALLS: list[Callable[[Any], Any]] = [
@@ -56,6 +62,8 @@ CALLS: list[Callable[[Any], Any]] = [
     lambda c: c.runs.keep(f"{R}/checkpoints/best"),
     lambda c: c.runs.checkpoint(f"{R}/checkpoints/best"),
     lambda c: c.runs.best("p"),
+    lambda c: c.adapters.download(f"{R}/checkpoints/1", Path(tempfile.mkdtemp()) / "to"),
+    lambda c: c.adapters.upload("p", ADAPTER),
     lambda c: c.completions.score("p", "x", prefix="y"),
     lambda c: c.serving.set("p", MODE),
     lambda c: c.serving.get("p"),
@@ -88,6 +96,7 @@ ITERATIONS: list[Callable[[Any], Any]] = [
 
 
 async def test_every_rpc_of_the_contract_has_its_method(codegraft: Any, fake: Any) -> None:
+    fake.scripts["DownloadCheckpoint"] = [[DownloadCheckpointResponse(header=DownloadHeader())]]
     for use in CALLS:
         await codegraft.call(use)
     for use in ITERATIONS:
@@ -112,6 +121,7 @@ GROUPS = [
     "scans",
     "datasets",
     "runs",
+    "adapters",
     "models",
     "completions",
     "serving",
