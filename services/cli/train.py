@@ -13,6 +13,7 @@ import typer
 from codegraft.trainer.v1.hyperparameters_pb2 import Hyperparameters, Plan
 from codegraft.trainer.v1.run_event_pb2 import RunEvent
 from codegraft.trainer.v1.run_pb2 import Run
+from services.cli import tensorboard
 from services.cli.connect import Project, connect, full_name, id_of
 from services.cli.output import Json, err, print_json, print_table
 from services.cli.plot import curves, draw
@@ -21,6 +22,7 @@ from services.cli.proof import proof_line, proof_rows
 from services.client import Codegraft
 from services.client.jobs import raise_failure
 from services.core import names
+from services.core.errors import FailedPrecondition
 
 app = typer.Typer(help="Training: LoRA adapters of a base model, judged on held-out files.", no_args_is_help=True)
 
@@ -209,6 +211,28 @@ def plot(
         return
     draw(drawn, found.title or id_of(found.name), output)
     err.print(f"wrote {output}")
+
+
+@app.command("tensorboard")
+def tensorboard_(
+    project: Project,
+    run: RunId = LATEST,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Log folder; each run gets a folder of its own in it.")
+    ] = Path("tensorboard"),
+    json: Json = False,
+) -> None:
+    """Write a run's losses, learning rate, gradient norm and speed as TensorBoard files; anew each time."""
+    with connect() as client:
+        found = client.runs.get(full_name(names.RUN, run, project))
+        if not found.last_sequence:
+            raise FailedPrecondition(f"{found.name} has no story yet", hint="Wait for its first steps.")
+        folder = output / id_of(found.name)
+        count = tensorboard.write(story(client, found), folder)
+    if json:
+        print_json({"run": found.name, "folder": str(folder), "scalars": count})
+    else:
+        err.print(f"wrote {count:,} values to {folder}; look at them with: tensorboard --logdir {output}")
 
 
 def story(client: Codegraft, run: Run) -> Iterator[RunEvent]:
