@@ -46,12 +46,12 @@ for name, group in (
     ("credential", credential.app),
     ("snapshot", snapshot.app),
     ("scan", scan.app),
+    ("models", models.app),
     ("train", train.app),
     ("serve", serve.app),
 ):
     app.add_typer(group, name=name, rich_help_panel="From code to completions", epilog=EXIT_CODES)
 app.command(rich_help_panel="From code to completions", epilog=EXIT_CODES)(complete.complete)
-app.command(rich_help_panel="From code to completions", epilog=EXIT_CODES)(models.models)
 
 
 app.command(rich_help_panel="From code to completions", epilog=EXIT_CODES)(demo)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from codegraft.common.v1.artifact_pb2 import ArtifactFile, FileChunk
 from services.core.errors import InvalidArgument
 
 CHUNK = 1 << 20
 """Bytes per message: well under gRPC's default limit of 4 MiB."""
+MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "merges.txt", "*.jinja")
+"""What of a model's folder is sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,3 +65,31 @@ class Content:
             while data := file.read(CHUNK):
                 yield offset, data
                 offset += len(data)
+
+
+def measured(folder: Path, patterns: Sequence[str]) -> list[Content]:
+    """The files of a folder that match one of the patterns, by name; hidden ones are left out.
+
+    Raises:
+        InvalidArgument: one cannot be read, or there is none.
+    """
+    paths = {path for pattern in patterns for path in folder.glob(pattern) if not path.name.startswith(".")}
+    if not paths:
+        raise InvalidArgument(
+            f"{folder} has no {' or '.join(patterns)}", field="path", hint="Give the folder that holds the files."
+        )
+    return [Content.of(path) for path in sorted(paths)]
+
+
+def announced(contents: Sequence[Content]) -> list[ArtifactFile]:
+    """The files as an upload's header tells of them."""
+    return [ArtifactFile(path=each.filename, sha256=each.sha256, size=each.size) for each in contents]
+
+
+def chunks(contents: Sequence[Content]) -> Iterator[FileChunk]:
+    """The bytes of all files, as if they lay one behind the other."""
+    begin = 0
+    for content in contents:
+        for offset, data in content.chunks(0):
+            yield FileChunk(offset=begin + offset, data=data)
+        begin += content.size

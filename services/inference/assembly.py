@@ -10,6 +10,7 @@ from codegraft.inference.v1 import completion_pb2_grpc, serving_pb2_grpc
 from codegraft.inference.v1.serving_pb2 import Serving
 from services.core import log
 from services.core.errors import CodegraftError, ServingNotFound
+from services.core.models import stored
 from services.core.models.catalogue import ModelSpec
 from services.core.rpc.server import Registration
 from services.core.runtime import Runtime
@@ -49,6 +50,7 @@ class Replica:
         load: Callable[[], LoadedModel],
     ) -> None:
         self._load = load
+        self._spec, self._cache_dir, self._artifacts = spec, settings.cache_dir, runtime.artifacts
         self.model: asyncio.Future[LoadedModel] = asyncio.get_running_loop().create_future()
         self.registry = Registry(settings.inference_idle_adapters)
         table = Table(runtime.state("inference"), Serving, missing=ServingNotFound)
@@ -104,6 +106,7 @@ class Replica:
         try:
             began = asyncio.get_running_loop().time()
             try:
+                await stored.bring(self._spec, self._cache_dir, self._artifacts)
                 model = await asyncio.to_thread(self._load)
             except CodegraftError as error:
                 self.model.set_exception(error)

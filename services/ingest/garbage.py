@@ -99,7 +99,7 @@ class Garbage:
         """Marks what manifests name; yields the manifests of snapshots that have no record and are old."""
         snapshots = {record.name for record in await self._tables.snapshots.all()}
         projects = await self._tables.projects.all()
-        async for found in self._runtime.store.objects("projects/"):
+        async for found in self._manifests():
             name, _, file = found.key.rpartition("/")
             if file != "manifest.json":
                 continue
@@ -119,6 +119,12 @@ class Garbage:
             self._live.update(file["sha256"] for file in manifest.get("files", []))
             if is_snapshot:
                 self._live |= await asyncio.to_thread(snapshot.packs, await self._snapshots.table(name))
+
+    async def _manifests(self) -> AsyncIterator[StoredObject]:
+        """Objects of projects and of base models, the manifests of all artifacts among them."""
+        for prefix in ("projects/", "models/"):
+            async for found in self._runtime.store.objects(prefix):
+                yield found
 
     async def _mark_sources(self) -> None:
         used: set[str] = set()

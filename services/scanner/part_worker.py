@@ -17,7 +17,7 @@ from services.core import log
 from services.core.errors import CodegraftError, DigestMismatch, FailedPrecondition, JobCancelled, ObjectNotFound
 from services.core.jobs import is_final
 from services.core.jobs.parts import parse_part, part_name
-from services.core.models import catalogue, weights
+from services.core.models import catalogue, stored, weights
 from services.core.runtime import Runtime
 from services.core.state import Table
 from services.core.store import Packs
@@ -164,6 +164,7 @@ class PartWorker:
         planned = plan.from_parquet(await self._runtime.store.get(part_name(scan.name, plan.PHASE, 0)))
         settled = rules.resolve(scan.settings, default_model=self._settings.scanner_model)
         spec = catalogue.find(planned.model)
+        await stored.bring(spec, self._settings.cache_dir, self._runtime.artifacts)
         folder = await asyncio.to_thread(weights.ensure_weights, spec, self._settings.cache_dir)
         digest = await asyncio.to_thread(weights.base_digest, folder)
         if digest != planned.model_digest:

@@ -30,7 +30,7 @@ from services.core.errors import (
 )
 from services.core.jobs import JobContext
 from services.core.jobs.parts import Parts, part_name
-from services.core.models import catalogue, weights
+from services.core.models import catalogue, stored, weights
 from services.core.runtime import Runtime
 from services.core.state import Table
 from services.core.store import Packs
@@ -171,6 +171,7 @@ class ScanWorker:
         spec = catalogue.find(settled.model)
         if not weights.is_cached(spec, self._settings.cache_dir):
             await context.progress(0, 0, "tokens", f"stage 2: bringing the model {spec.id}")
+        await _unless_cancelled(context, stored.bring(spec, self._settings.cache_dir, self._runtime.artifacts))
         folder = await _unless_cancelled(
             context, asyncio.to_thread(weights.ensure_weights, spec, self._settings.cache_dir)
         )

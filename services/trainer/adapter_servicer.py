@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 
+from codegraft.common.v1.artifact_pb2 import FileChunk
 from codegraft.trainer.v1 import adapter_pb2 as pb
 from codegraft.trainer.v1.adapter_pb2_grpc import AdapterServiceServicer
 from services.core.errors import InvalidArgument
@@ -42,7 +43,7 @@ class AdapterServicer(AdapterServiceServicer):
             yield pb.DownloadCheckpointResponse(header=header)
             async with aclosing(export.chunks(request.offset)) as chunks:
                 async for offset, data in chunks:
-                    yield pb.DownloadCheckpointResponse(chunk=pb.FileChunk(offset=offset, data=data))
+                    yield pb.DownloadCheckpointResponse(chunk=FileChunk(offset=offset, data=data))
 
     async def ImportAdapter(
         self, request_iterator: AsyncIterator[pb.ImportAdapterRequest], context: Context

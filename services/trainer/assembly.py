@@ -19,8 +19,9 @@ from services.trainer import machine
 from services.trainer.adapter_servicer import AdapterServicer
 from services.trainer.config import TrainerSettings
 from services.trainer.datasets import Newest
+from services.trainer.model_servicer import ModelServicer
 from services.trainer.records import BUCKET, Tables
-from services.trainer.servicer import KIND, ModelServicer, RunServicer
+from services.trainer.servicer import KIND, RunServicer
 from services.trainer.worker import RunWorker
 
 CHANGED = "codegraft.trainer.run.changed.v1"
@@ -62,7 +63,7 @@ class Trainer:
             ),
             (
                 run_pb2_grpc.add_ModelServiceServicer_to_server,
-                ModelServicer(settings),
+                ModelServicer(runtime, settings),
                 "codegraft.trainer.v1.ModelService",
             ),
             (

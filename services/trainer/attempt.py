@@ -14,7 +14,7 @@ from codegraft.trainer.v1.run_pb2 import Run
 from services.core import log, names
 from services.core.errors import ArtifactNotFound, CheckpointNotFound
 from services.core.jobs import JobContext
-from services.core.models import catalogue
+from services.core.models import catalogue, stored
 from services.core.runtime import Runtime
 from services.trainer import datasets
 from services.trainer.config import TrainerSettings
@@ -92,11 +92,13 @@ class Attempt:
         # Without a plan no step was taken: another attempt's state would be of another run of this name.
         resume = await self._states.newest() if planned is not None else None
         initial = await self._initial()
+        spec = catalogue.find(run.base_model)
+        await stored.bring(spec, self._settings.cache_dir, self._runtime.artifacts)
         from services.trainer import job  # imports torch: seconds in which calls are answered already
 
         return await asyncio.to_thread(
             job.load,
-            catalogue.find(run.base_model),
+            spec,
             self._settings,
             run.requested,
             train,

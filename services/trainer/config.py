@@ -34,6 +34,9 @@ class TrainerSettings(CoreSettings):
     trainer_max_adapter_bytes: int = Field(default=4 << 30, ge=1)
     """Largest weights that ImportAdapter takes."""
 
+    trainer_max_model_bytes: int = Field(default=200 << 30, ge=1)
+    """Largest model that PushModel takes; it needs as much disk in the cache folder on its way."""
+
     def with_defaults(self, requested: Hyperparameters) -> Hyperparameters:
         """What a run asks for, with what the deployment sets where it asks for nothing."""
         settled = Hyperparameters()

@@ -17,7 +17,7 @@ from codegraft.common.v1.job_pb2 import Progress
 from codegraft.trainer.v1.adapter_pb2 import ADAPTER_FORMAT_GGUF, ADAPTER_FORMAT_PEFT, AdapterFormat, GgufType
 from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest
 from services.core.errors import ArtifactNotFound, BaseModelMismatch, CheckpointNotFound, InvalidArgument
-from services.core.models import catalogue, weights
+from services.core.models import catalogue, stored, weights
 from services.core.models.adapter_files import CONFIG, WEIGHTS
 from services.core.store import Artifacts
 from services.core.store.blobs import digest_of
@@ -106,6 +106,7 @@ class Export:
             self.files = [file for file in self.manifest.files if file.path in (WEIGHTS, CONFIG)]
             return
         spec = catalogue.find(self.manifest.base_model)
+        await stored.bring(spec, self._exporter.cache_dir, artifacts)
         base = await asyncio.to_thread(weights.ensure_weights, spec, self._exporter.cache_dir)
         from services.trainer.merge import Meter  # imports torch
 

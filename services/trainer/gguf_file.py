@@ -18,7 +18,8 @@ from gguf import GGMLQuantizationType, LlamaFileType
 from codegraft.trainer.v1.adapter_pb2 import GGUF_TYPE_BF16, GGUF_TYPE_F16, GgufType
 from services.core.errors import NotSupported
 from services.trainer import gguf_tokenizer
-from services.trainer.merge import Merged, Meter, check_room
+from services.trainer.disk import check_room
+from services.trainer.merge import Merged, Meter
 
 if TYPE_CHECKING:
     import numpy as np
@@ -89,7 +90,7 @@ def write(merged: Merged, to: Path, title: str, type: GgufType, meter: Meter) ->
             nbytes = _bytes_of(stored.shape, chosen)
             size += nbytes
             writer.add_tensor_info(_name(names, stored.name), stored.shape, _float32(), nbytes, chosen)
-        check_room(to, size)
+        check_room(to, size, "the GGUF file")
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()

@@ -27,7 +27,7 @@ from services.core.errors import (
 )
 from services.core.jobs import new_status
 from services.core.jobs.states import advance
-from services.core.models import adapter_files, catalogue, weights
+from services.core.models import adapter_files, catalogue, stored, weights
 from services.core.models.adapter_files import CONFIG, WEIGHTS
 from services.core.models.catalogue import ModelSpec
 from services.core.runtime import Runtime
@@ -75,6 +75,7 @@ class Importer:
         folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="codegraft-import-"))
         try:
             await arrival.receive(header.files, chunks, folder)
+            await stored.bring(spec, self._settings.cache_dir, self._runtime.artifacts)
             base = await asyncio.to_thread(weights.ensure_weights, spec, self._settings.cache_dir)
             manifest = await asyncio.to_thread(_verified, folder, base, spec, f"{name}/checkpoints/{STEP}")
             return await self._keep(name, header, manifest, folder)

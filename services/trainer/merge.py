@@ -15,12 +15,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from services.core.errors import Cancelled, NotSupported, ResourceExhausted
+from services.core.errors import Cancelled, NotSupported
 from services.core.models import adapter_files, weights
 from services.core.models.adapter_files import Pairs
-
-_SPARE_BYTES = 256 << 20
-"""Of a disk that is left alone: a full one stops everything else on the machine."""
+from services.trainer.disk import check_room
 
 
 class Meter:
@@ -101,7 +99,7 @@ class Merged:
             ResourceExhausted: the disk has no room.
             Cancelled: the meter was stopped.
         """
-        check_room(to, self.size)
+        check_room(to, self.size, "the merged model")
         for pattern in weights.MODEL_FILES:
             for file in self.base.glob(pattern):
                 if file.suffix != ".safetensors" and not file.name.startswith("."):
@@ -126,17 +124,6 @@ class Merged:
             )
         a, b = pair
         return (weight.float() + self._scale * (b.float() @ a.float())).to(weight.dtype)
-
-
-def check_room(folder: Path, size: int) -> None:
-    """Raises ResourceExhausted unless the folder's disk has room for so many bytes."""
-    free = shutil.disk_usage(folder).free
-    if size + _SPARE_BYTES > free:
-        raise ResourceExhausted(
-            f"the conversion needs {size:,} bytes of disk, and {free:,} are free",
-            hint="Free some space in the trainer's CODEGRAFT_CACHE_DIR, or download the adapter as PEFT.",
-            retry_after=60,
-        )
 
 
 def _stored(file: Path) -> list[Stored]:

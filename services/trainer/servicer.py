@@ -1,4 +1,4 @@
-"""RunService and ModelService: requests in, tables and plans, responses out."""
+"""RunService: requests in, tables and plans, responses out."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Any
 import grpc
 
 from codegraft.common.v1.job_pb2 import JOB_STATE_QUEUED
-from codegraft.common.v1.model_pb2 import Model
 from codegraft.scanner.v1.dataset_pb2 import DatasetManifest
 from codegraft.trainer.v1 import run_pb2 as pb
 from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest
 from codegraft.trainer.v1.hyperparameters_pb2 import Hyperparameters
-from codegraft.trainer.v1.run_pb2_grpc import ModelServiceServicer, RunServiceServicer
+from codegraft.trainer.v1.run_pb2_grpc import RunServiceServicer
 from services.core import names
 from services.core.errors import (
     BaseModelMismatch,
@@ -26,7 +25,7 @@ from services.core.errors import (
     RunNotFound,
 )
 from services.core.jobs import is_final, new_status, request_cancel, request_pause, request_resume
-from services.core.models import catalogue, weights
+from services.core.models import catalogue
 from services.core.models.catalogue import ModelSpec
 from services.core.pages import bounds, token
 from services.core.runtime import Runtime
@@ -249,27 +248,3 @@ def _ordinal(number: int) -> str:
     """``1st``, ``12th``."""
     last = {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
     return f"{number}{'th' if number % 100 in (11, 12, 13) else last}"
-
-
-class ModelServicer(ModelServiceServicer):
-    """The catalogue, as the proto describes it."""
-
-    def __init__(self, settings: TrainerSettings) -> None:
-        self._settings = settings
-
-    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
-        begin, end = bounds(request.page_size, request.page_token, "models")
-        specs = catalogue.all_models()
-        models = [
-            Model(
-                id=spec.id,
-                title=spec.title,
-                functions=[f"MODEL_FUNCTION_{function.name}" for function in sorted(spec.functions)],
-                parameters=spec.parameters,
-                context_length=spec.context_length,
-                lora_targets=spec.lora_targets,
-                cached=weights.is_cached(spec, self._settings.cache_dir),
-            )
-            for spec in specs[begin:end]
-        ]
-        return pb.ListModelsResponse(models=models, next_page_token=token(end, "models") if end < len(specs) else "")

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from codegraft.common.v1.artifact_pb2 import ArtifactFile
+from codegraft.common.v1.artifact_pb2 import ArtifactFile, FileChunk
 from codegraft.common.v1.job_pb2 import JOB_STATE_SUCCEEDED
 from codegraft.trainer.v1 import adapter_pb2 as pb
 from codegraft.trainer.v1.adapter_pb2_grpc import AdapterServiceStub
@@ -382,7 +382,7 @@ async def refused(house: House, *parts: Any) -> errors.CodegraftError:
     """The answer to a header (its files, or None for no header) and chunks."""
     requests = [
         pb.ImportAdapterRequest(chunk=part)
-        if isinstance(part, pb.FileChunk)
+        if isinstance(part, FileChunk)
         else pb.ImportAdapterRequest(header=pb.ImportHeader(parent="projects/demo", base_model=house.model, files=part))
         for part in parts
     ]
@@ -400,8 +400,8 @@ def files(**changes: Any) -> list[ArtifactFile]:
     return both
 
 
-def chunk(offset: int, data: bytes) -> pb.FileChunk:
-    return pb.FileChunk(offset=offset, data=data)
+def chunk(offset: int, data: bytes) -> FileChunk:
+    return FileChunk(offset=offset, data=data)
 
 
 @pytest.mark.parametrize(

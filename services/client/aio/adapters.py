@@ -8,13 +8,12 @@ from pathlib import Path
 
 import grpc
 
-from codegraft.common.v1.artifact_pb2 import ArtifactFile
 from codegraft.common.v1.job_pb2 import Progress
 from codegraft.trainer.v1 import adapter_pb2, adapter_pb2_grpc, run_pb2
 from services.client import retry
 from services.client.aio.caller import Caller, new_request_id
 from services.client.aio.ingest import project_name
-from services.client.content import Content
+from services.client.content import Content, announced, chunks
 from services.client.incoming import IncomingFiles
 from services.core.errors import CodegraftError
 
@@ -115,7 +114,7 @@ class Adapters:
             base_model=base_model,
             title=title,
             request_id=request_id or new_request_id(),
-            files=[ArtifactFile(path=c.filename, sha256=c.sha256, size=c.size) for c in contents],
+            files=announced(contents),
         )
         failures = 0
         while True:
@@ -131,11 +130,8 @@ class Adapters:
 
 def _parts(header: adapter_pb2.ImportHeader, contents: list[Content]) -> Iterator[adapter_pb2.ImportAdapterRequest]:
     yield adapter_pb2.ImportAdapterRequest(header=header)
-    begin = 0
-    for content in contents:
-        for offset, data in content.chunks(0):
-            yield adapter_pb2.ImportAdapterRequest(chunk=adapter_pb2.FileChunk(offset=begin + offset, data=data))
-        begin += content.size
+    for chunk in chunks(contents):
+        yield adapter_pb2.ImportAdapterRequest(chunk=chunk)
 
 
 def _arrived(header: adapter_pb2.DownloadHeader, offset: int) -> Progress:

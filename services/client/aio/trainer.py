@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 
 import grpc
 
 from codegraft.common.v1 import model_pb2
 from codegraft.trainer.v1 import checkpoint_pb2, hyperparameters_pb2, run_pb2, run_pb2_grpc
+from codegraft.trainer.v1 import model_pb2 as trainer_model_pb2
 from services.client.aio.caller import Caller, new_request_id
 from services.client.aio.ingest import project_name
+from services.client.content import MODEL_FILES, announced, chunks, measured
 from services.client.jobs import raise_failure
 
 
@@ -144,13 +148,45 @@ class Runs:
 class Models:
     """Base models that can be fine-tuned."""
 
-    def __init__(self, channel: grpc.aio.Channel, caller: Caller) -> None:
+    def __init__(self, channel: grpc.aio.Channel, uploads: grpc.Channel, caller: Caller) -> None:
         self._stub = run_pb2_grpc.ModelServiceStub(channel)
+        self._uploads = run_pb2_grpc.ModelServiceStub(uploads)
         self._caller = caller
 
     async def list(self, page_size: int = 0) -> AsyncIterator[model_pb2.Model]:
-        """The catalogue."""
+        """The catalogue, then the models in the object store."""
         request = run_pb2.ListModelsRequest(page_size=page_size)
         async for page in self._caller.pages(self._stub.ListModels, request):
             for model in page.models:
                 yield model
+
+    async def get(self, id: str = "") -> model_pb2.Model:
+        """One model, also of those that no list names; the trainer's default for an empty id. Raises ModelNotFound."""
+        request = trainer_model_pb2.GetModelRequest(id=id)
+        return (await self._caller.unary(self._stub.GetModel, request, repeat=True)).model
+
+    async def push(
+        self, folder: str | Path, name: str, *, on_progress: Callable[[int], None] = lambda sent: None
+    ) -> model_pb2.Model:
+        """Puts a model's folder into the object store; its id is then ``store:<name>``.
+
+        Args:
+            folder: as transformers saves a model; only configuration, tokenizer and safetensors are sent.
+            on_progress: called with the bytes sent so far, from another thread.
+
+        Raises:
+            InvalidArgument: a file cannot be read.
+            ResourceExists: there is another model of that name.
+            ModelNotFound: the folder holds no model.
+            InvalidName, LimitExceeded, ResourceExhausted, UploadMismatch.
+        """
+        contents = await asyncio.to_thread(measured, Path(folder), MODEL_FILES)
+        header = trainer_model_pb2.ModelHeader(name=name, files=announced(contents))
+
+        def parts() -> Iterator[trainer_model_pb2.PushModelRequest]:
+            yield trainer_model_pb2.PushModelRequest(header=header)
+            for chunk in chunks(contents):
+                yield trainer_model_pb2.PushModelRequest(chunk=chunk)
+                on_progress(chunk.offset + len(chunk.data))
+
+        return (await self._caller.upload(self._uploads.PushModel, parts())).model

@@ -34,7 +34,7 @@ class Codegraft:
         datasets: what was accepted.
         runs: training, checkpoints.
         adapters: checkpoints as files, downloaded and uploaded.
-        models: the catalogue.
+        models: the catalogue, and models in the object store.
         completions: completions and chat.
         serving: which adapter answers.
     """
@@ -61,15 +61,15 @@ class Codegraft:
     def _attach(self, caller: Caller) -> None:
         ingest, scanner, trainer, inference = self._channels
         self.projects = Projects(ingest, caller)
-        sources, adapters = self._uploads
-        self.sources = Sources(ingest, sources, caller)
+        to_ingest, to_trainer = self._uploads
+        self.sources = Sources(ingest, to_ingest, caller)
         self.credentials = Credentials(ingest, caller)
         self.snapshots = Snapshots(ingest, caller)
         self.scans = Scans(scanner, caller)
         self.datasets = Datasets(scanner, caller)
         self.runs = Runs(trainer, caller)
-        self.adapters = Adapters(trainer, adapters, caller)
-        self.models = Models(trainer, caller)
+        self.adapters = Adapters(trainer, to_trainer, caller)
+        self.models = Models(trainer, to_trainer, caller)
         self.completions = Completions(inference, caller)
         self.serving = Serving(inference, caller)
 

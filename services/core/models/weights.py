@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from services.core.errors import DigestMismatch, ModelNotFound, Unavailable
-from services.core.models.catalogue import FolderSource, HubSource, ModelSpec, WheelSource
+from services.core.models.catalogue import FolderSource, HubSource, ModelSpec, StoreSource, WheelSource
 
 if TYPE_CHECKING:
     import torch
@@ -56,10 +56,20 @@ def ensure_weights(spec: ModelSpec, cache_dir: Path) -> Path:
         case WheelSource():
             gguf = _gguf_of(spec, spec.source)
             folder = cache_dir / "models" / f"{_slug(spec.id)}-{_file_key(gguf)}"
-            return _make_once(folder, lambda to: _dequantize(gguf, to))
+            return make_once(folder, lambda to: _dequantize(gguf, to))
         case HubSource(repo):
             folder = cache_dir / "models" / f"{_slug(spec.id)}-{hashlib.sha256(repo.encode()).hexdigest()[:12]}"
-            return _make_once(folder, lambda to: _download(repo, to))
+            return make_once(folder, lambda to: _download(repo, to))
+        case StoreSource():
+            folder = stored_folder(spec, cache_dir)
+            if not folder.is_dir():
+                raise ModelNotFound(f"{spec.id} was not brought here", field="model", hint="Fetch it first.")
+            return folder
+
+
+def stored_folder(spec: ModelSpec, cache_dir: Path) -> Path:
+    """Where a model of the object store lies once services/core/models/stored.py has brought it."""
+    return cache_dir / "models" / f"{_slug(spec.id)}-{hashlib.sha256(spec.id.encode()).hexdigest()[:12]}"
 
 
 def is_cached(spec: ModelSpec, cache_dir: Path) -> bool:
@@ -189,7 +199,11 @@ def _file_key(path: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def _make_once(folder: Path, make: Callable[[Path], None]) -> Path:
+def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """The model's folder, filled by ``make`` unless it is there; others who ask meanwhile wait.
+
+    It is there whole or not at all, whatever fails on the way.
+    """
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from codegraft.common.v1.artifact_pb2 import ArtifactFile
+from codegraft.common.v1.artifact_pb2 import ArtifactFile, FileChunk
 from codegraft.common.v1.job_pb2 import Progress
 from codegraft.trainer.v1 import adapter_pb2 as pb
 from codegraft.trainer.v1 import checkpoint_pb2, run_pb2
@@ -26,7 +26,7 @@ def answer(content: bytes = b"weights", announced: bytes = b"weights", path: str
     return [
         pb.DownloadCheckpointResponse(progress=Progress(done=1, total=2, unit="bytes", message="merging")),
         pb.DownloadCheckpointResponse(header=header),
-        pb.DownloadCheckpointResponse(chunk=pb.FileChunk(offset=0, data=content)),
+        pb.DownloadCheckpointResponse(chunk=FileChunk(offset=0, data=content)),
     ]
 
 

@@ -19,7 +19,7 @@ from codegraft.common.v1.split_pb2 import Split
 from codegraft.inference.v1 import completion_pb2, serving_pb2
 from codegraft.ingest.v1 import project_pb2, snapshot_pb2, source_pb2, upload_pb2
 from codegraft.scanner.v1 import scan_pb2, verdict_pb2
-from codegraft.trainer.v1 import checkpoint_pb2, hyperparameters_pb2, run_event_pb2, run_pb2
+from codegraft.trainer.v1 import checkpoint_pb2, hyperparameters_pb2, model_pb2, run_event_pb2, run_pb2
 from services.cli import train
 from services.core import errors
 
@@ -437,6 +437,28 @@ def test_serve_show(fake: Any, codegraft: Codegraft) -> None:
 def test_models(fake: Any, codegraft: Codegraft) -> None:
     fake.answers["ListModels"] = run_pb2.ListModelsResponse(models=[Model(id="smollm2-135m", parameters=134_515_008)])
     assert "134,515,008" in codegraft("models").out
+    assert json.loads(codegraft("models", "--json").out)[0]["id"] == "smollm2-135m"
+
+
+def test_one_model_with_everything_that_is_known_of_it(fake: Any, codegraft: Codegraft) -> None:
+    model = Model(id="store:m", fim_style="psm", fim_tokens=["<a>", "<b>", "<c>"], serving_bytes=16_200_000_000)
+    fake.answers["GetModel"] = model_pb2.GetModelResponse(model=model)
+    shown = codegraft("models", "show", "store:m").out
+    assert fake.last("GetModel").id == "store:m"
+    assert "prefix, suffix, middle" in shown and "<a> <b> <c>" in shown and "16.2" in shown
+    assert json.loads(codegraft("models", "show", "store:m", "--json").out)["fim_style"] == "psm"
+
+
+def test_a_model_is_pushed_without_what_is_none_of_its_files(fake: Any, codegraft: Codegraft, tmp_path: Path) -> None:
+    fake.answers["PushModel"] = model_pb2.PushModelResponse(model=Model(id="store:m"))
+    for name, text in (("config.json", "{}"), ("model.safetensors", "abc"), ("model.bin", "x"), (".hidden.json", "x")):
+        (tmp_path / name).write_text(text)
+    done = codegraft("models", "push", str(tmp_path), "m")
+    assert done.code == 0 and "--model store:m" in done.err
+    header, *chunks = fake.last("PushModel")
+    assert [(file.path, file.size) for file in header.header.files] == [("config.json", 2), ("model.safetensors", 3)]
+    assert [(part.chunk.offset, part.chunk.data) for part in chunks] == [(0, b"{}"), (2, b"abc")]
+    assert codegraft("models", "push", str(tmp_path / "none"), "m").code == 2
 
 
 # --- how commands end -------------------------------------------------------------------------------------------

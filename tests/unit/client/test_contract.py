@@ -64,6 +64,8 @@ CALLS: list[Callable[[Any], Any]] = [
     lambda c: c.runs.best("p"),
     lambda c: c.adapters.download(f"{R}/checkpoints/1", Path(tempfile.mkdtemp()) / "to"),
     lambda c: c.adapters.upload("p", ADAPTER),
+    lambda c: c.models.get("smollm2-135m"),
+    lambda c: c.models.push(ADAPTER, "m"),
     lambda c: c.completions.score("p", "x", prefix="y"),
     lambda c: c.serving.set("p", MODE),
     lambda c: c.serving.get("p"),

@@ -6,14 +6,16 @@ import json
 import shutil
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from services.core.errors import DigestMismatch, ModelNotFound
-from services.core.models import catalogue, weights
-from services.core.models.catalogue import Function, ModelSpec, WheelSource
+from services.core.models import catalogue, document, memory, prompts, weights
+from services.core.models.spec import Function, ModelSpec, Shape, WheelSource
 from tests.unit.inference import tiny
 
 
@@ -39,13 +41,100 @@ def test_every_model_of_the_catalogue_is_found_by_its_id_and_its_repository() ->
     assert len({spec.id for spec in catalogue.all_models()}) == len(catalogue.all_models())
 
 
+def matrices(shape: Shape) -> int:
+    """Weights of the blocks' matrices and of one embedding."""
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    block = shape.hidden * (2 * q + 2 * kv + (3 if shape.is_gated else 2) * shape.intermediate)
+    return shape.layers * block + shape.vocabulary * shape.hidden
+
+
+@pytest.mark.parametrize("spec", catalogue.all_models(), ids=lambda spec: spec.id)
+def test_sizes_of_the_catalogue_make_up_its_numbers_of_weights(spec: ModelSpec) -> None:
+    assert spec.shape is not None and spec.licence
+    head = spec.shape.vocabulary * spec.shape.hidden
+    # Norms, biases and learned positions are what is left; untied models have a head as large as the embedding.
+    assert any(0 <= spec.parameters - matrices(spec.shape) - extra < 0.01 * spec.parameters for extra in (0, head))
+
+
+class Vocabulary:
+    """A tokenizer with these special tokens, and single letters."""
+
+    def __init__(self, tokens: Sequence[str]) -> None:
+        self._ids = {token: id for id, token in enumerate([*tokens, "x"])}
+        self.eos_token_id = None
+        self.all_special_tokens = list(tokens)
+
+    def get_vocab(self) -> dict[str, int]:
+        return self._ids
+
+    get_added_vocab = get_vocab
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return [self._ids[char] for char in text]
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return [list(self._ids)[id] for id in ids]
+
+
+@pytest.mark.parametrize("spec", catalogue.all_models(), ids=lambda spec: spec.id)
+def test_what_the_catalogue_says_of_tokens_is_what_prompts_make_of_them(spec: ModelSpec) -> None:
+    assert spec.markers is not None
+    tokens = [*spec.markers.fim, *spec.markers.stop]
+    fmt = prompts.detect(Vocabulary(tokens))
+    assert fmt.style == spec.markers.style
+    found = [fmt.prefix_id, fmt.suffix_id, fmt.middle_id]
+    assert [id for id in found if id is not None] == list(range(len(spec.markers.fim)))
+    assert sorted(fmt.stop_ids) == list(range(len(tokens)))
+
+
+def test_memory_grows_with_the_model_and_shrinks_in_low_memory_mode() -> None:
+    for spec in catalogue.all_models():
+        served, trained, low = memory.needs(spec)
+        assert 2 * spec.parameters < served and 2 * spec.parameters < low < trained
+    keys_and_values = 2 * 2 * 28 * 4 * 128 * 8192  # bytes, two of them, layers, heads, head_dim, tokens
+    weights = 2 * 7_615_616_512
+    assert memory.needs(catalogue.find("qwen2.5-coder-7b"))[0] == weights + keys_and_values + memory.RUNTIME
+    small, large = (memory.needs(catalogue.find(f"qwen2.5-coder-{size}")) for size in ("7b", "32b"))
+    assert all(less < more for less, more in zip(small, large, strict=True))
+    assert memory.needs(catalogue.find("hf:some/model")) == (0, 0, 0)
+
+
+def test_the_adapter_that_memory_counts_is_the_one_that_peft_makes(folder: Path) -> None:
+    spec = catalogue.find(f"dir:{folder}")
+    assert spec.shape == Shape(3, 64, 96, 4, 2, 16, 258)
+    config = LoraConfig(r=memory.RANK, target_modules=list(spec.lora_targets))
+    adapted = get_peft_model(weights.load_model(folder), config)
+    assert memory.adapter_weights(spec.shape) == adapted.get_nb_trainable_parameters()[0]
+
+
+def test_the_page_about_models_is_up_to_date() -> None:
+    page = Path(__file__).parents[3] / "docs" / "models.md"
+    assert page.read_text() == document.markdown(), "python -m services.core.models.document > docs/models.md"
+
+
 def test_any_repository_of_the_hub_is_a_model() -> None:
     spec = catalogue.find("hf:someone/some-model_1.0")
     assert spec.source == catalogue.HubSource("someone/some-model_1.0") and spec.parameters == 0
 
 
 @pytest.mark.parametrize(
-    "id", ["nope", "hf:", "hf:a", "hf:a/b/c", "hf:../x", "hf:a/..", "dir:", "dir:relative", "dir:/nowhere", "x:y"]
+    "id",
+    [
+        "nope",
+        "store:",
+        "store:../x",
+        "store:a/b",
+        "store:A",
+        "hf:",
+        "hf:a",
+        "hf:a/b/c",
+        "hf:../x",
+        "hf:a/..",
+        "dir:",
+        "dir:relative",
+        "dir:/nowhere",
+        "x:y",
+    ],
 )
 def test_what_is_no_model(id: str) -> None:
     with pytest.raises(ModelNotFound) as caught:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from codegraft.trainer.v1.adapter_pb2 import GGUF_TYPE_BF16, GGUF_TYPE_F16, GGUF_TYPE_Q8_0, GgufType
 from services.core.errors import AdapterRejected, Cancelled, NotSupported, ResourceExhausted
-from services.trainer import checkpoint, gguf_file, gguf_tokenizer, merge
+from services.trainer import checkpoint, disk, gguf_file, gguf_tokenizer
 from services.trainer.lora import Trainee
 from services.trainer.merge import Merged, Meter
 from services.trainer.settings import Settings
@@ -183,7 +183,7 @@ def test_a_full_disk_and_a_caller_who_left_end_a_conversion(
     meter.stop()
     with pytest.raises(Cancelled):
         merged.write(tmp_path, meter)
-    monkeypatch.setattr(merge, "_SPARE_BYTES", 2**62)
+    monkeypatch.setattr(disk, "SPARE_BYTES", 2**62)
     for write in (merged.write, lambda to, m: gguf_file.write(merged, to, "t", GGUF_TYPE_Q8_0, m)):
         with pytest.raises(ResourceExhausted) as caught:
             write(tmp_path, Meter())

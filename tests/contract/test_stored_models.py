@@ -1,0 +1,193 @@
+"""Base models in the object store: pushed through the trainer, brought from there by every service."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import shutil
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from codegraft.common.v1.artifact_pb2 import ArtifactFile, FileChunk
+from codegraft.common.v1.job_pb2 import JOB_STATE_SUCCEEDED
+from codegraft.trainer.v1 import model_pb2 as pb
+from codegraft.trainer.v1.hyperparameters_pb2 import Hyperparameters
+from codegraft.trainer.v1.run_pb2_grpc import ModelServiceStub
+from services.client import Addresses, AsyncCodegraft
+from services.core import errors
+from services.core.models import catalogue, stored, weights
+from services.core.rpc.interceptors import CallInterceptor
+from services.core.rpc.status import from_rpc
+from services.core.runtime import Runtime
+from services.core.store.blobs import key
+from services.inference.assembly import Replica
+from services.inference.config import InferenceSettings
+from services.ingest.garbage import Garbage
+from services.ingest.records import Tables as IngestTables
+from services.trainer.assembly import Trainer
+from services.trainer.config import TrainerSettings
+from tests.contract.test_trainer import QUICK, Scanner, commit_dataset
+from tests.unit.trainer.whole import make_adapter, make_base
+
+SPEC = catalogue.find("store:tiny-1.0")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base("llama", tmp_path_factory.mktemp("base"))
+
+
+@dataclass
+class House:
+    """A trainer that works, and a client."""
+
+    runtime: Runtime
+    cache: Path
+    client: AsyncCodegraft
+    uploads: Any
+    """The blocking stub: services/client/streams.py says why."""
+
+
+@pytest.fixture
+async def house(tmp_path: Path) -> AsyncIterator[House]:
+    runtime = Runtime.memory()
+    await commit_dataset(runtime, tmp_path)
+    cache = tmp_path / "cache"
+    settings = TrainerSettings(
+        trainer_device="cpu", trainer_threads=1, cache_dir=cache, trainer_max_model_bytes=1 << 20
+    )
+    trainer = Trainer(runtime, settings, Scanner())
+    server = grpc.aio.server(interceptors=[CallInterceptor()])
+    for add, servicer, _ in trainer.services:
+        add(servicer, server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    tasks = [asyncio.ensure_future(background()) for background in trainer.background]
+    async with AsyncCodegraft(Addresses(address, address, address, address)) as client:
+        with grpc.insecure_channel(address) as channel:
+            yield House(runtime, cache, client, ModelServiceStub(channel))
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await server.stop(0)
+
+
+def left(folder: Path) -> list[Path]:
+    """What lies in a folder."""
+    return list(folder.glob("*"))
+
+
+async def test_a_pushed_model_is_listed_brought_trained_and_adapted(house: House, base: Path, tmp_path: Path) -> None:
+    sent: list[int] = []
+    model = await house.client.models.push(base, "tiny-1.0", on_progress=sent.append)
+    assert model.id == SPEC.id and model.parameters > 0 and model.context_length == 512 and model.serving_bytes > 0
+    assert sent == sorted(sent) and sent[-1] > (base / "model.safetensors").stat().st_size
+    listed = [each async for each in house.client.models.list()]
+    assert listed[0].id == catalogue.DEFAULT_MODEL and listed[-1] == model and not model.cached
+    assert await house.client.models.push(base, "tiny-1.0") == model, "again it changes nothing"
+    # Another machine brings it.
+    await stored.bring(SPEC, tmp_path / "other", house.runtime.artifacts)
+    folder = weights.ensure_weights(SPEC, tmp_path / "other")
+    assert weights.base_digest(folder) == weights.base_digest(base)
+    assert weights.load_tokenizer(folder).encode("def") == weights.load_tokenizer(base).encode("def")
+    # The trainer trains on it, and takes adapters for it.
+    run = await house.client.runs.create("demo", Hyperparameters(**{**QUICK, "train_steps": 4}), base_model=SPEC.id)
+    assert (await house.client.runs.wait(run.name)).status.state == JOB_STATE_SUCCEEDED
+    assert (await house.client.models.get(SPEC.id)).cached
+    adapter = make_adapter(base, tmp_path / "adapter")
+    assert (await house.client.adapters.upload("demo", adapter, base_model=SPEC.id)).base_model == SPEC.id
+    # It stays when garbage is collected.
+    collecting = Garbage(house.runtime, IngestTables.of(house.runtime.state("ingest")), dry_run=True)
+    async for counts in collecting.collect():
+        assert counts.removed == 0 and counts.young < counts.examined
+
+
+async def test_inference_brings_it_before_it_loads(house: House, base: Path, tmp_path: Path) -> None:
+    await house.client.models.push(base, "tiny-1.0")
+    settings = InferenceSettings(cache_dir=tmp_path / "served")
+
+    def load() -> Any:
+        assert weights.ensure_weights(SPEC, settings.cache_dir).is_dir()
+        raise errors.FailedPrecondition("enough")
+
+    nobody: Any = None
+    replica = Replica(house.runtime, settings, SPEC, bests=nobody, projects=nobody, load=load)
+    with pytest.raises(errors.FailedPrecondition, match="enough"):
+        await replica.run()
+
+
+async def test_a_model_in_the_store_never_changes(house: House, base: Path, tmp_path: Path) -> None:
+    await house.client.models.push(base, "tiny-1.0")
+    other = make_base("qwen2", tmp_path / "other")
+    with pytest.raises(errors.ResourceExists) as caught:
+        await house.client.models.push(other, "tiny-1.0")
+    assert caught.value.field == "header.name"
+    await house.client.models.push(other, "tiny-2.0")
+
+
+async def test_what_is_not_there_and_what_came_damaged(house: House, base: Path, tmp_path: Path) -> None:
+    with pytest.raises(errors.ModelNotFound) as caught:
+        await house.client.models.get("store:none")
+    assert "codegraft models push" in caught.value.hint
+    with pytest.raises(errors.ModelNotFound):
+        await stored.bring(SPEC, tmp_path / "other", house.runtime.artifacts)
+    with pytest.raises(errors.ModelNotFound):
+        weights.ensure_weights(SPEC, tmp_path / "other")
+    await house.client.models.push(base, "tiny-1.0")
+    manifest = await stored.manifest("tiny-1.0", house.runtime.artifacts)
+    (weights_file,) = (file for file in manifest.files if file.path == "model.safetensors")
+    await house.runtime.store.put(key(weights_file.sha256), b"damaged")
+    with pytest.raises(errors.DigestMismatch):
+        await stored.bring(SPEC, tmp_path / "other", house.runtime.artifacts)
+    assert not weights.is_cached(SPEC, tmp_path / "other")
+
+
+async def test_a_folder_that_is_no_model_stays_outside(house: House, base: Path, tmp_path: Path) -> None:
+    for damage in (
+        lambda folder: (folder / "tokenizer.json").unlink(),
+        lambda folder: (folder / "config.json").unlink(),
+        lambda folder: (folder / "config.json").write_text("{"),
+        lambda folder: (folder / "model.safetensors").unlink(),
+        lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 100),
+    ):
+        broken = tmp_path / "broken"
+        shutil.rmtree(broken, ignore_errors=True)
+        shutil.copytree(base, broken)
+        damage(broken)
+        with pytest.raises(errors.ModelNotFound):
+            await house.client.models.push(broken, "broken")
+    (broken / "model.safetensors").write_bytes(bytes(2 << 20))
+    with pytest.raises(errors.LimitExceeded):
+        await house.client.models.push(broken, "broken")
+    for name in ("Bad", "", "a/b", "..", "x" * 65):
+        with pytest.raises(errors.InvalidName):
+            await house.client.models.push(base, name)
+    assert not [each async for each in house.client.models.list() if each.id.startswith("store:")]
+    assert not left(house.cache / "incoming")
+
+
+@pytest.mark.parametrize(
+    "path", ["model.bin", "modeling.py", "../config.json", "a/config.json", ".json", "", "x\0.json"]
+)
+async def test_only_files_of_a_model_are_taken(house: House, path: str) -> None:
+    file = ArtifactFile(path=path, size=2, sha256=hashlib.sha256(b"{}").hexdigest())
+    requests = [
+        pb.PushModelRequest(header=pb.ModelHeader(name="m", files=[file])),
+        pb.PushModelRequest(chunk=FileChunk(data=b"{}")),
+    ]
+    with pytest.raises(grpc.RpcError) as caught:
+        await asyncio.to_thread(house.uploads.PushModel, iter(requests), timeout=10)
+    error = from_rpc(caught.value)
+    assert type(error) is errors.InvalidArgument and error.field == "header.files"
+
+
+async def test_pages_of_models_go_on_behind_the_catalogue(house: House, base: Path) -> None:
+    await house.client.models.push(base, "tiny-1.0")
+    ids = [model.id async for model in house.client.models.list(page_size=7)]
+    assert ids == [spec.id for spec in catalogue.all_models()] + [SPEC.id]
+    assert (await house.client.models.get()).id == catalogue.DEFAULT_MODEL
