@@ -7,6 +7,7 @@ import hashlib
 import shutil
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,11 @@ async def test_a_pushed_model_is_listed_brought_trained_and_adapted(house: House
     adapter = make_adapter(base, tmp_path / "adapter")
     assert (await house.client.adapters.upload("demo", adapter, base_model=SPEC.id)).base_model == SPEC.id
     # It stays when garbage is collected.
-    collecting = Garbage(house.runtime, IngestTables.of(house.runtime.state("ingest")), dry_run=True)
-    async for counts in collecting.collect():
-        assert counts.removed == 0 and counts.young < counts.examined
+    tables = IngestTables.of(house.runtime.state("ingest"))
+    async for _ in Garbage(house.runtime, tables, min_age=timedelta(0), dry_run=False).collect():
+        pass
+    for file in (await stored.manifest("tiny-1.0", house.runtime.artifacts)).files:
+        assert await house.runtime.blobs.has(file.sha256), file.path
 
 
 async def test_inference_brings_it_before_it_loads(house: House, base: Path, tmp_path: Path) -> None:
@@ -145,6 +148,11 @@ async def test_what_is_not_there_and_what_came_damaged(house: House, base: Path,
     with pytest.raises(errors.DigestMismatch):
         await stored.bring(SPEC, tmp_path / "other", house.runtime.artifacts)
     assert not weights.is_cached(SPEC, tmp_path / "other")
+    lying, files = pb.ModelManifest(name="models/lying", digest="0" * 64), {"config.json": base / "config.json"}
+    await house.runtime.artifacts.commit(lying.name, lying, {**files, "a.safetensors": base / "model.safetensors"})
+    with pytest.raises(errors.DigestMismatch):
+        await stored.bring(catalogue.find("store:lying"), tmp_path / "other", house.runtime.artifacts)
+    assert not weights.is_cached(catalogue.find("store:lying"), tmp_path / "other")
 
 
 async def test_a_folder_that_is_no_model_stays_outside(house: House, base: Path, tmp_path: Path) -> None:
