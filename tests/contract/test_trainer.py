@@ -265,7 +265,7 @@ async def test_a_run_that_never_beats_the_base_publishes_no_best(world: World) -
     assert last.status.state == JOB_STATE_SUCCEEDED and not last.best_checkpoint
     assert not world.told("codegraft.trainer.checkpoint.best.v1")
     lowest = min(event.evaluation.test_loss for event in events if event.evaluation.step)
-    figures = f"(test loss {lowest:.4f} at best, {last.base_test_loss:.4f} without an adapter)"
+    figures = f"(test loss {lowest:.4f} at best, of the base model {last.base_test_loss:.4f})"
     assert any("better than the base" in event.note and figures in event.note for event in events)
     assert not last.HasField("proof")
     error = await refused(world.runs.GetCheckpoint(pb.GetCheckpointRequest(name=f"{last.name}/checkpoints/best")))
