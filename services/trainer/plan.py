@@ -118,7 +118,8 @@ def plan(requested: Hyperparameters, facts: Facts) -> tuple[Settings, Plan]:
     evaluations = min(20, max(2, steps // 40))
     eval_steps = int(pick.choose("eval_steps", max(1, math.ceil(steps / evaluations)), f"{evaluations} evaluations"))
     share = _LOSS_SHARE * steps * batch * window * EVALUATION_SPEEDUP / (evaluations + 1)
-    eval_tokens = int(min(max(share, _LEAST_EVAL_TOKENS), max(64, facts.test_tokens), 500_000))
+    least_tokens = min(_LEAST_EVAL_TOKENS, max(512, budget / 16))  # less within a short time limit
+    eval_tokens = int(min(max(share, least_tokens), max(64, facts.test_tokens), 500_000))
     width = math.sqrt(1.3e9 / (facts.parameters or 1.3e9))  # relative to a model of hidden size 2,000
     settings = Settings(
         lora_r=int(pick.choose("lora_r", 16, "enough for the idioms of one code base")),
@@ -149,7 +150,9 @@ def plan(requested: Hyperparameters, facts: Facts) -> tuple[Settings, Plan]:
         early_stopping_patience=int(pick.choose("early_stopping_patience", 5, "five evaluations without gain")),
         eval_steps=eval_steps,
         checkpoint_steps=int(pick.choose("checkpoint_steps", max(eval_steps, 50), "little is lost with a worker")),
-        max_eval_tokens=int(pick.choose("max_eval_tokens", eval_tokens, "an eighth of the training's time, or 4,096")),
+        max_eval_tokens=int(
+            pick.choose("max_eval_tokens", eval_tokens, "an eighth of the training's time, or what tells something")
+        ),
         max_grad_norm=pick.choose("max_grad_norm", 1.0, "usual for language models"),
         keep_checkpoints=int(pick.choose("keep_checkpoints", 3, "beside best, last and kept ones: a way back")),
         max_foreign_loss_increase=pick.choose(

@@ -77,6 +77,14 @@ def test_a_run_of_five_minutes_has_time_for_its_proof() -> None:
     assert trained > 0.65 * 300 and told.estimated_seconds < 300 and proof_places(settings, has_fim=False) == 24
 
 
+def test_a_run_of_a_minute_trains_for_half_of_it() -> None:
+    facts = replace(FACTS, train_tokens=10**7, test_tokens=10**6)
+    settings, told = plan(Hyperparameters(time_limit_seconds=60), facts)
+    trained = settings.train_steps * settings.batch_size * settings.context_length / FACTS.tokens_per_second
+    assert trained > 0.45 * 60 and told.estimated_seconds < 60
+    assert proof_places(settings, has_fim=False) >= 8 and foreign_tokens(settings) >= 512
+
+
 def test_the_proof_grows_with_the_run_within_its_bounds() -> None:
     plans = [plan(Hyperparameters(), replace(FACTS, train_tokens=n, test_tokens=n))[0] for n in (10**5, 10**6, 10**8)]
     counts = [proof_places(settings, has_fim=False) for settings in plans]
