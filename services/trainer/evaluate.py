@@ -13,6 +13,7 @@ from services.core.models import prompts
 from services.core.models.prompts import PromptFormat, Tokenizer
 from services.trainer.data import Document, Row
 from services.trainer.lora import Trainee
+from services.trainer.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,24 +44,32 @@ class HeldOut:
         self._rows.sort(key=lambda item: len(item[1].ids))  # rows of a batch are padded to the longest
         self.tokens = sum(len(row.ids) for _, row in self._rows)
 
-    def evaluate(self, trainee: Trainee, batch: int, is_cancelled: Callable[[], bool]) -> HeldOutLoss:
-        """The loss of the model as it is now.
+    def evaluate(
+        self, trainee: Trainee, batch: int, is_cancelled: Callable[[], bool], ranks: Ranks = ALONE
+    ) -> HeldOutLoss:
+        """The loss of the model as it is now; with more ranks each of them evaluates its share, and knows the whole.
 
         Args:
             batch: rows at once.
+            is_cancelled: with more ranks a question that they agree on.
 
         Raises:
             JobCancelled: it was asked for meanwhile.
         """
         nats = [0.0] * len(self._sources)
         counts = [0] * len(self._sources)
-        for start in range(0, len(self._rows), batch):
+        for number, row in self._rows:
+            counts[number] += len(row.ids)
+        share = ranks.share([row for _, row in self._rows])
+        numbers = [number for number, _ in self._rows][ranks.rank :: ranks.size]
+        for start in range(0, len(share), batch):
             if is_cancelled():
                 raise JobCancelled("cancelled during an evaluation")
-            part = self._rows[start : start + batch]
-            for (number, row), losses in zip(part, trainee.losses([row for _, row in part]), strict=True):
+            part = slice(start, start + batch)
+            # Not strict: the row that fills up a short share belongs to no file.
+            for number, losses in zip(numbers[part], trainee.losses(share[part]), strict=False):
                 nats[number] += float(losses.to(torch.float64).sum())
-                counts[number] += len(row.ids)
+        nats = ranks.sum(nats)
         sources: dict[str, tuple[float, int]] = {}
         for source, sum_, count in zip(self._sources, nats, counts, strict=True):
             before, tokens = sources.get(source, (0.0, 0))

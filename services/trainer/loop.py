@@ -15,6 +15,7 @@ from services.trainer.data import IGNORED, Corpus
 from services.trainer.evaluate import HeldOut, HeldOutLoss
 from services.trainer.lora import Trainee
 from services.trainer.proof import Exam, Measures, forgets, judge
+from services.trainer.ranks import ALONE, Ranks
 from services.trainer.settings import Settings
 
 
@@ -129,8 +130,11 @@ def train(
     is_cancelled: Callable[[], bool],
     initial: Callable[[], None] | None = None,
     exam: Exam | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Event]:
     """Trains from ``state`` to the end of the settings, the time limit or the patience; then the best is judged.
+
+    With more ranks every one of them runs this loop, over its share of each batch, and yields the same events.
 
     Args:
         initial: puts the weights of an earlier adapter on the trainee; None for a run that starts afresh. A best
@@ -141,29 +145,34 @@ def train(
         JobCancelled: it was asked for; the model stands after the last whole step.
         TrainingDiverged: a loss or a gradient is no finite number; the model stands after the last good step.
     """
+    is_cancelled = ranks.agreed(is_cancelled)
     state.tick()
     if state.step == 0 and state.base_loss is None:
         # A fresh adapter is zero, so that this is the base model's loss.
-        yield _evaluate(trainee, settings, test, exam, state, is_cancelled)
+        yield _evaluate(trainee, settings, test, exam, state, is_cancelled, ranks)
         if initial is not None:
             initial()
-            yield _evaluate(trainee, settings, test, exam, state, is_cancelled)
+            yield _evaluate(trainee, settings, test, exam, state, is_cancelled, ranks)
             state.evaluations_without_gain = 0
     if state.step and not state.ended and state.evaluated_step != state.step:
         # An earlier process may have been stopped in the middle of this evaluation.
-        yield from _after_step(trainee, settings, test, exam, state, is_cancelled, is_new=False)
+        yield from _after_step(trainee, settings, test, exam, state, is_cancelled, ranks, is_new=False)
     while not state.ended:
         before = state.tick()
         rows = corpus.batch(state.step, settings.batch_size)
         tokens = sum(label != IGNORED for row in rows for label in row.labels)
-        torch.manual_seed(settings.seed * 1_000_003 + state.step)  # dropout is a function of the step: resume is exact
+        share = ranks.share(rows)
+        # Dropout is a function of step and rank: resume is exact.
+        torch.manual_seed((settings.seed * 1_000_003 + state.step + (ranks.rank << 40)) % 2**63)
         loss = 0.0
-        for start in range(0, len(rows), settings.micro_batch_size):
+        for start in range(0, len(share), settings.micro_batch_size):
             if is_cancelled():
                 trainee.drop_gradients()
                 raise JobCancelled(f"cancelled after step {state.step}")
-            loss += trainee.accumulate(rows[start : start + settings.micro_batch_size], tokens)
+            loss += trainee.accumulate(share[start : start + settings.micro_batch_size], tokens)
         trainee.take_gradients()
+        ranks.sum_gradients(trainee.masters.values())
+        [loss] = ranks.sum([loss])
         norm = torch.nn.utils.clip_grad_norm_(trainee.masters.values(), settings.max_grad_norm)
         _check_finite(loss + float(norm), settings, state)
         rate = learning_rate(settings, state.step)
@@ -174,7 +183,7 @@ def train(
         state.step += 1
         state.step_seconds = state.tick() - before
         yield StepDone(state.step, loss / tokens, rate, float(norm), tokens, state.step_seconds)
-        yield from _after_step(trainee, settings, test, exam, state, is_cancelled, is_new=True)
+        yield from _after_step(trainee, settings, test, exam, state, is_cancelled, ranks, is_new=True)
     if exam is not None and not state.proved:
         yield from _prove(trainee, settings, exam, state, is_cancelled)
 
@@ -211,6 +220,7 @@ def _after_step(
     exam: Exam | None,
     state: State,
     is_cancelled: Callable[[], bool],
+    ranks: Ranks,
     *,
     is_new: bool,
 ) -> Iterator[Event]:
@@ -221,11 +231,12 @@ def _after_step(
     """
     # The next step would have to be followed by the last evaluation, the last checkpoint and the proof.
     needed = state.step_seconds + state.evaluation_seconds + state.commit_seconds + state.proof_seconds
-    out_of_time = settings.time_limit_seconds is not None and state.seconds + needed >= settings.time_limit_seconds
+    limit = settings.time_limit_seconds
+    out_of_time = ranks.any(limit is not None and state.seconds + needed >= limit)
     last = state.step >= settings.train_steps or out_of_time
     evaluated = None
     if last or state.step % settings.eval_steps == 0:
-        evaluated = _evaluate(trainee, settings, test, exam, state, is_cancelled)
+        evaluated = _evaluate(trainee, settings, test, exam, state, is_cancelled, ranks)
         yield evaluated
     impatient = 0 < settings.early_stopping_patience <= state.evaluations_without_gain
     if last or impatient:
@@ -244,16 +255,17 @@ def _evaluate(
     exam: Exam | None,
     state: State,
     is_cancelled: Callable[[], bool],
+    ranks: Ranks,
 ) -> Evaluated:
     """The test loss; of the base model, and of what would be the best, also what else the exam asks."""
     before = state.tick()
-    found = test.evaluate(trainee, settings.micro_batch_size, is_cancelled)
+    found = test.evaluate(trainee, settings.micro_batch_size, is_cancelled, ranks)
     _check_finite(found.loss, settings, state)
     measures, refused = Measures(found.loss, found.by_file), ""
     is_base = state.base_loss is None
     is_lowest = state.best_loss is None or found.loss < state.best_loss
     if is_lowest and exam is not None:
-        exam.add_foreign_loss(trainee, measures, settings.micro_batch_size, is_cancelled)
+        exam.add_foreign_loss(trainee, measures, settings.micro_batch_size, is_cancelled, ranks)
         if state.base is not None:
             refused = forgets(state.base, measures, settings.max_foreign_loss_increase)
     state.evaluation_seconds = state.tick() - before

@@ -23,6 +23,7 @@ from services.trainer import attention, layers, low_memory
 from services.trainer.data import Row, padded
 from services.trainer.loss import summed_loss, token_losses
 from services.trainer.settings import Settings
+from services.trainer.shard import shard_base
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -36,13 +37,20 @@ class Trainee:
     """
 
     def __init__(
-        self, folder: Path, settings: Settings, *, device: torch.device, dtype: torch.dtype = torch.bfloat16
+        self,
+        folder: Path,
+        settings: Settings,
+        *,
+        device: torch.device,
+        dtype: torch.dtype = torch.bfloat16,
+        shards: int = 1,
     ) -> None:
         """Loads the base and puts a fresh adapter on it.
 
         Args:
             folder: of the base model, see services/core/models/weights.
             dtype: fp32 where exactness matters more than speed (tests).
+            shards: ranks over which the base is spread, see services/trainer/shard.
 
         Raises:
             InvalidHyperparameter: the model has no layer of a name in target_modules.
@@ -50,7 +58,10 @@ class Trainee:
         """
         torch.manual_seed(settings.seed)
         base: Any = weights.load_model(folder, dtype)
-        base.to(device)
+        if shards > 1:
+            shard_base(base, device, shards)
+        else:
+            base.to(device)
         self._check_targets(base, settings)
         self._logit_scale = _logit_scale(base.config)
         self._check_head(base, device, self._logit_scale)

@@ -17,6 +17,7 @@ from services.trainer.evaluate import HeldOut
 from services.trainer.generate import LineWriter
 from services.trainer.lora import Trainee
 from services.trainer.plan import PROMPT_TOKENS, foreign_tokens, proof_places
+from services.trainer.ranks import ALONE, Ranks
 from services.trainer.settings import Settings
 
 RESAMPLES = 10_000
@@ -85,7 +86,12 @@ class Exam:
         )
 
     def add_foreign_loss(
-        self, trainee: Trainee, measures: Measures, batch: int, is_cancelled: Callable[[], bool]
+        self,
+        trainee: Trainee,
+        measures: Measures,
+        batch: int,
+        is_cancelled: Callable[[], bool],
+        ranks: Ranks = ALONE,
     ) -> None:
         """Measures the model as it is now on foreign code.
 
@@ -96,10 +102,10 @@ class Exam:
             JobCancelled: it was asked for meanwhile.
         """
         if self._foreign is not None:
-            measures.foreign_loss = self._foreign.evaluate(trainee, batch, is_cancelled).loss
+            measures.foreign_loss = self._foreign.evaluate(trainee, batch, is_cancelled, ranks).loss
 
     def add_lines(self, trainee: Trainee, measures: Measures, is_cancelled: Callable[[], bool]) -> None:
-        """Measures how well the model as it is now writes the lines.
+        """Measures how well the model as it is now writes the lines. Of several ranks each writes all of them.
 
         Raises:
             JobCancelled: it was asked for meanwhile.

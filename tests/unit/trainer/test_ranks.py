@@ -1,0 +1,111 @@
+"""Two ranks do what one does: plain data parallelism and a sharded base, over gloo, in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from services.cli.local import ports
+from services.trainer.data import IGNORED, Row
+from services.trainer.ranks import ALONE, Ranks
+from tests.unit.trainer.two_ranks import cases
+
+ROOT = Path(__file__).parents[3]
+
+
+def rows(count: int) -> list[Row]:
+    return [Row([n, n], [n, n], [0, 1]) for n in range(count)]
+
+
+def test_shares_are_equally_long_and_hold_every_row_once() -> None:
+    shares = [Ranks(rank, 3).share(rows(7)) for rank in range(3)]
+    assert [len(share) for share in shares] == [3, 3, 3]
+    labelled = [row for share in shares for row in share if row.labels[0] != IGNORED]
+    assert sorted(row.ids[0] for row in labelled) == list(range(7))
+    assert ALONE.share(rows(4)) == rows(4)
+
+
+def test_fewer_rows_than_ranks() -> None:
+    shares = [Ranks(rank, 4).share(rows(1)) for rank in range(4)]
+    assert [len(share) for share in shares] == [1] * 4
+    assert sum(row.labels[0] != IGNORED for share in shares for row in share) == 1
+
+
+@pytest.fixture(scope="module")
+def found(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one rank found ("alone"), and each of two."""
+    folder = tmp_path_factory.mktemp("two")
+    shutil.copytree(base, folder / "base")
+    env = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(ports.choose(["group"], {})["group"]),
+        "WORLD_SIZE": "2",
+    }
+    group = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.unit.trainer.two_ranks", str(folder)],
+            cwd=ROOT,
+            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": f"{ROOT}:{ROOT / 'gen'}"},
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+    try:
+        alone = cases(base, ALONE)
+        for process in group:
+            _, said = process.communicate(timeout=100)
+            assert process.returncode == 0, said.decode()[-3000:]
+    finally:
+        for process in group:
+            process.kill()
+    return {"alone": alone, **{str(rank): torch.load(folder / f"rank-{rank}.pt") for rank in range(2)}}
+
+
+def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", ["gradients", "sharded gradients"])
+def test_two_ranks_have_the_loss_and_the_gradients_of_one(found: dict[str, Any], way: str) -> None:
+    expected = found["alone"]["gradients"]
+    assert any(gradient.abs().max() > 1e-4 for gradient in expected["gradients"].values())
+    for rank in "01":
+        assert found[rank][way]["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        close(found[rank][way]["gradients"], expected["gradients"])
+
+
+@pytest.mark.parametrize("way", ["run", "sharded run"])
+def test_a_run_of_two_ranks_ends_with_the_adapter_of_one(found: dict[str, Any], way: str) -> None:
+    expected = found["alone"]["run"]
+    assert len(expected["steps"]) == 6 and len(expected["tests"]) == 3 and len(expected["tests"][0]) == 3
+    for rank in "01":
+        for what in ("steps", "tests"):
+            assert torch.tensor(found[rank][way][what]) == pytest.approx(torch.tensor(expected[what]), rel=1e-6)
+        close(found[rank][way]["masters"], expected["masters"])
+    one, other = (found[rank][way]["masters"] for rank in "01")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_sharded_base_is_held_in_halves(found: dict[str, Any], base: Path) -> None:
+    from services.core.models import weights
+
+    whole = sum(p.numel() for p in weights.load_model(base, torch.float32).base_model.layers.parameters())
+    assert found["0"]["held"] + found["1"]["held"] == whole
+    assert max(found["0"]["held"], found["1"]["held"]) < 0.6 * whole
+
+
+def test_what_one_rank_is_told_all_do(found: dict[str, Any]) -> None:
+    one, other = (found[rank]["cancelled"] for rank in "01")
+    assert one["cancelled"] and other["cancelled"] and one["step"] == other["step"] > 0
+    one, other = (found[rank]["late"] for rank in "01")
+    assert one["ended"] == other["ended"] == "out of time" and one["step"] == other["step"] == 1

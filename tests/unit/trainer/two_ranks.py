@@ -1,0 +1,123 @@
+"""One rank of a group that trains the tiny model in several ways; its findings go into a file.
+
+``python -m tests.unit.trainer.two_ranks FOLDER`` with torchrun's variables; FOLDER/base is the model.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from services.core.errors import JobCancelled
+from services.core.models import prompts
+from services.trainer import loop
+from services.trainer.data import Corpus
+from services.trainer.evaluate import HeldOut
+from services.trainer.loop import Evaluated, State, StepDone
+from services.trainer.lora import Trainee
+from services.trainer.ranks import Ranks, joined
+from services.trainer.settings import Settings
+from tests.unit.inference.tiny import make_tokenizer
+from tests.unit.trainer.conftest import SMALL, documents
+
+ODD = Settings(**{**SMALL, "batch_size": 5, "train_steps": 6, "eval_steps": 3, "learning_rate": 1e-3})
+"""Five rows on two ranks: one of them gets a row less."""
+
+
+class Case:
+    """A run of the tiny model in fp32, like every time."""
+
+    def __init__(self, base: Path, settings: Settings, ranks: Ranks, *, sharded: bool = False) -> None:
+        tokenizer = make_tokenizer()
+        fmt = prompts.detect(tokenizer)
+        self.settings, self.ranks, self.state = settings, ranks, State()
+        self.trainee = Trainee(
+            base,
+            settings,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            shards=ranks.size if sharded else 1,
+        )
+        self.corpus = Corpus(documents(), tokenizer, fmt, window=64, fim_rate=0.0, seed=settings.seed)
+        self.held_out = HeldOut(
+            [*documents(2), *documents(3, "projects/p/sources/t")], tokenizer, fmt, window=64, max_tokens=4096
+        )
+
+    def gradients(self) -> dict[str, Any]:
+        """Loss and gradients of the first batch, with B moved away from zero so that A gets gradients too."""
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for master in self.trainee.masters.values():
+                master.add_(torch.randn(master.shape, generator=generator) * 0.05)
+        self.trainee.publish()
+        rows = self.corpus.batch(0, self.settings.batch_size)
+        tokens = sum(len(row.ids) for row in rows)
+        loss = sum(self.trainee.accumulate([row], tokens) for row in self.ranks.share(rows))
+        self.trainee.take_gradients()
+        self.ranks.sum_gradients(self.trainee.masters.values())
+        grads = {name: master.grad for name, master in self.trainee.masters.items()}
+        return {"loss": self.ranks.sum([loss])[0] / tokens, "gradients": grads}
+
+    def run(self, is_cancelled: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+        """Losses and the adapter at the end."""
+        optimizer = loop.make_optimizer(self.trainee, self.settings)
+        steps, tests = [], []
+        cancelled = False
+        try:
+            for event in loop.train(
+                self.trainee,
+                optimizer,
+                self.settings,
+                self.corpus,
+                self.held_out,
+                self.state,
+                is_cancelled,
+                ranks=self.ranks,
+            ):
+                if isinstance(event, StepDone):
+                    steps.append(event.train_loss)
+                elif isinstance(event, Evaluated):
+                    tests.append([event.test.loss, *event.test.by_source.values()])
+        except JobCancelled:
+            cancelled = True
+        masters = {name: master.detach().clone() for name, master in self.trainee.masters.items()}
+        end = {"step": self.state.step, "ended": self.state.ended, "cancelled": cancelled}
+        return {"steps": steps, "tests": tests, "masters": masters, **end}
+
+
+def cases(base: Path, ranks: Ranks) -> dict[str, Any]:
+    """What is compared between one rank and two."""
+    return {
+        "gradients": Case(base, ODD, ranks).gradients(),
+        "run": Case(base, ODD, ranks).run(),
+    }
+
+
+def main(folder: Path) -> None:
+    """Everything that two ranks do."""
+    torch.set_num_threads(1)
+    base = folder / "base"
+    low_memory = Settings(**{**SMALL, "batch_size": 5, "low_gpu_memory_mode": True})
+    endless = {**SMALL, "train_steps": 1_000_000, "decay_steps": 100, "eval_steps": 1_000_000}
+    with joined() as ranks:
+        found = cases(base, ranks)
+        found["sharded gradients"] = Case(base, low_memory, ranks, sharded=True).gradients()
+        sharded = Case(base, ODD, ranks, sharded=True)
+        found["sharded run"] = sharded.run()
+        layers = sharded.trainee._base.base_model.layers
+        found["held"] = sum(p.to_local().numel() for p in layers.parameters() if hasattr(p, "to_local"))
+        asked = iter(range(1_000_000))
+        only_second = ranks.rank == 1
+        found["cancelled"] = Case(base, Settings(**endless), ranks).run(lambda: only_second and next(asked) > 20)
+        late = Case(base, Settings(**{**endless, "time_limit_seconds": 1e6}), ranks)
+        late.state.seconds = 2e6 * only_second
+        found["late"] = late.run()
+    torch.save(found, folder / f"rank-{ranks.rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
