@@ -24,12 +24,19 @@ class TrainerSettings(CoreSettings):
     """Time limit of runs that ask for none; unset means that those have no limit."""
     trainer_nice: int = Field(default=10, ge=0, le=19)
     """By how much the process lowers its priority, so that completions on the same cores stay fast."""
+    trainer_launcher: Literal["elastic", "thread"] = "elastic"
+    """Where runs train: in processes of their own, started by torch elastic, whose end is not the service's; or in a
+    thread of the service, which starts at once and takes the service with it when memory runs out."""
+    trainer_processes: int = Field(default=1, ge=1, le=64)
+    """Processes that train one run together on this machine, each on a device of its own."""
+    trainer_sharding: Literal["auto", "on", "off"] = "auto"
+    """Whether the base model is spread over the processes of a run (FSDP2); auto does so when it would fill a GPU."""
     trainer_devices: tuple[str, ...] = ()
-    """Devices by name, a JSON list such as ["cuda:0", "cuda:2"]; each trains one run at a time. Empty means every GPU,
-    or the CPU, as trainer_device says."""
+    """Devices by name, a JSON list such as ["cuda:0", "cuda:2"]; each run takes trainer_processes of them. Empty means
+    every GPU, or the CPU, as trainer_device says."""
     trainer_workers: int | None = Field(default=None, ge=0)
-    """Runs that this process works on at once, at most one a device; unset means one on each, 0 is a replica that only
-    answers calls."""
+    """Runs that this process works on at once, at most as many as there are devices for; unset means that many, 0 is a
+    replica that only answers calls."""
 
     trainer_max_adapter_bytes: int = Field(default=4 << 30, ge=1)
     """Largest weights that ImportAdapter takes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from services.trainer.loop import State
 from services.trainer.lora import Trainee
 from services.trainer.plan import plan
 from services.trainer.proof import Exam
+from services.trainer.ranks import ALONE, Ranks
 from services.trainer.settings import Settings
 
 
@@ -45,6 +47,9 @@ class Loaded:
     prompt_format: str
     put_initial: Callable[[], None] | None
     """Puts the weights of the adapter that the run starts from on the trainee; None for a fresh one."""
+    ranks: Ranks
+    sharded: bool
+    """Whether the base is spread over the ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,7 @@ def load(
     resume: Path | None,
     initial: Initial | None,
     is_cancelled: Callable[[], bool],
+    ranks: Ranks = ALONE,
 ) -> Loaded:
     """Loads everything, measures the machine, and resolves the plan.
 
@@ -74,6 +80,7 @@ def load(
         device: where to train: "cpu", "cuda:1", "auto".
         planned: the plan of an earlier attempt, which is kept: the machine may be another one by now.
         resume: folder of the state to go on from.
+        ranks: the processes that train together; all of them load, and come to the same plan.
 
     Raises:
         EmptyDataset: a part has no token to learn from.
@@ -82,8 +89,8 @@ def load(
         JobCancelled: it was asked for meanwhile.
         InvalidHyperparameter, ModelNotFound.
     """
-    if config.trainer_threads:
-        torch.set_num_threads(config.trainer_threads)
+    if config.trainer_threads or ranks.size > 1:
+        torch.set_num_threads(config.trainer_threads or max(1, (os.cpu_count() or 1) // ranks.size))
     target = machine.device(device)
     folder = weights.ensure_weights(spec, config.cache_dir)
     began = time.monotonic()  # a download is not the run's time
@@ -105,6 +112,8 @@ def load(
     fmt = prompts.detect(tokenizer)
     train_part, test_part = data.read_part(train), data.read_part(test)
     on_gpu = target.type == "cuda"
+    guess = ranks.size * machine.guess_speed(spec, on_gpu=on_gpu)
+    sharded = machine.shards(spec, target, ranks, config.trainer_sharding)
 
     def corpus_of(settings: Settings) -> Corpus:
         return Corpus(
@@ -117,7 +126,7 @@ def load(
         )
 
     def make(settings: Settings) -> Trainee:
-        return Trainee(folder, settings, device=target)
+        return Trainee(folder, settings, device=target, shards=ranks.size if sharded else 1)
 
     def resolve(tokens: int, test_tokens: int, speed: float) -> tuple[Settings, Plan]:
         facts = machine.facts(
@@ -138,10 +147,10 @@ def load(
         trainee = make(settings)
     else:
         # The corpus tells the tokens, and one micro-batch the speed; the plan is made of both.
-        settings, _ = resolve(1, 1, machine.guess_speed(spec, on_gpu=on_gpu))
+        settings, _ = resolve(1, 1, guess)
         corpus = corpus_of(settings)
         counting = HeldOut(test_part.documents, tokenizer, fmt, window=settings.context_length, max_tokens=2**40)
-        settings, _ = resolve(corpus.tokens, counting.tokens, machine.guess_speed(spec, on_gpu=on_gpu))
+        settings, _ = resolve(corpus.tokens, counting.tokens, guess)
         _refuse_empty(corpus)
         row = longest(corpus.batch(0, settings.batch_size), settings.context_length)
         trainee, fit = find_fit(
@@ -150,11 +159,12 @@ def load(
             settings,
             may_save=not requested.HasField("low_gpu_memory_mode"),
             is_cancelled=is_cancelled,
-            free=memory.free if not on_gpu and memory.is_known() else None,
+            # Ranks that share the layers must try the same, and each sees another amount of free memory.
+            free=memory.free if not (on_gpu or sharded) and memory.is_known() else None,
         )
+        fit = replace(fit, rows=int(ranks.least(fit.rows)), low_memory=ranks.any(fit.low_memory))
         tried = replace(settings, micro_batch_size=fit.rows)
-        guess = machine.guess_speed(spec, on_gpu=on_gpu)
-        speed = machine.measure_speed(trainee, corpus, tried, guess, is_cancelled)
+        speed = machine.measure_speed(trainee, corpus, tried, guess, is_cancelled, ranks)
         settings, told = resolve(corpus.tokens, counting.tokens, speed)
         settings = limited(settings, told, fit)
         if initial is not None:
@@ -169,6 +179,8 @@ def load(
     optimizer = loop.make_optimizer(trainee, settings)
     state = checkpoint.load_state(trainee, optimizer, resume) if resume is not None else State()
     state.seconds += time.monotonic() - began
+    ranks.copy_from_first(trainee.masters.values())  # drawn from the same seed, but perhaps on other hardware
+    trainee.publish()
     return Loaded(
         settings=settings,
         plan=told,
@@ -181,6 +193,8 @@ def load(
         base_digest=base_digest,
         prompt_format=fmt.name,
         put_initial=None if initial is None else lambda: checkpoint.load_adapter(trainee, initial.folder),
+        ranks=ranks,
+        sharded=sharded,
     )
 
 

@@ -71,6 +71,7 @@ class Proved:
 
 
 Event = StepDone | Evaluated | CheckpointDue | Proved
+Story = Iterator[Event]
 
 
 @dataclass(slots=True)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from services.trainer.data import Corpus
     from services.trainer.lora import Trainee
+    from services.trainer.ranks import Ranks
     from services.trainer.settings import Settings
 
 _CPU_FLOPS_PER_CORE = 7e10
@@ -29,6 +30,8 @@ _BYTES_PER_TOKEN = 3.5
 _PASSES = 3
 """The fastest one counts: the first still tunes, and the machine may have had other work."""
 _PATIENCE_SECONDS = 30.0
+_MOST_OF_A_GPU = 0.6
+"""Share of its memory that a base in bf16 may take; the rest is for activations, adapter and optimizer."""
 _LEAST_SHARE = 0.6
 """Of the guessed speed: a lower measurement is put down to other work."""
 
@@ -65,10 +68,28 @@ def guess_speed(spec: ModelSpec, *, on_gpu: bool) -> float:
     return flops / (4 * max(1, spec.parameters))
 
 
+def shards(spec: ModelSpec, device: torch.device, ranks: Ranks, wanted: str) -> bool:
+    """Whether the base is spread over the ranks: "on", "off", or "auto", when it would fill a GPU."""
+    if ranks.size == 1 or wanted != "auto":
+        return ranks.size > 1 and wanted == "on"
+    if device.type == "cpu":
+        return False
+    import torch
+
+    room = int(torch.cuda.get_device_properties(device).total_memory)
+    # The same on all ranks, even if their GPUs differ.
+    return ranks.any(2 * spec.parameters > _MOST_OF_A_GPU * room)
+
+
 def measure_speed(
-    trainee: Trainee, corpus: Corpus, settings: Settings, guess: float, is_cancelled: Callable[[], bool]
+    trainee: Trainee,
+    corpus: Corpus,
+    settings: Settings,
+    guess: float,
+    is_cancelled: Callable[[], bool],
+    ranks: Ranks,
 ) -> float:
-    """Tokens a second of one micro-batch, forward and backward; leaves the adapter as it was.
+    """Tokens a second of one micro-batch on every rank, forward and backward; leaves the adapter as it was.
 
     Raises:
         JobCancelled.
@@ -77,16 +98,16 @@ def measure_speed(
     tokens = sum(len(row.ids) for row in rows)
     best = float("inf")
     for _ in range(_PASSES):
-        if is_cancelled():
+        if ranks.any(is_cancelled()):
             raise JobCancelled("cancelled while the speed was measured")
         began = time.monotonic()
         trainee.accumulate(rows, tokens)
         trainee.drop_gradients()
         best = min(best, time.monotonic() - began)
-        if best > _PATIENCE_SECONDS:
+        if ranks.any(best > _PATIENCE_SECONDS):
             break
     # A machine that is busy just now must not make a plan of a few steps: the time limit holds in any case.
-    return max(tokens / best, _LEAST_SHARE * guess)
+    return max(ranks.size * ranks.least(tokens / best), _LEAST_SHARE * guess)
 
 
 def facts(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +14,16 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from services.cli.local import ports
 from services.core.models import prompts
 from services.trainer.data import Corpus, Document
 from services.trainer.evaluate import HeldOut
 from services.trainer.lora import Trainee
+from services.trainer.ranks import ALONE
 from services.trainer.settings import Settings
 from tests.unit.inference.tiny import make_model, make_tokenizer
 
+ROOT = Path(__file__).parents[3]
 SMALL: dict[str, Any] = {
     "lora_r": 4,
     "lora_alpha": 8.0,
@@ -109,3 +116,39 @@ def held_out(tokenizer: PreTrainedTokenizerFast) -> Callable[..., HeldOut]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def found(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one rank found ("alone"), and each of two; and "told", how a run of two went. See two_ranks.py."""
+    from tests.unit.trainer import two_ranks
+    from tests.unit.trainer.folders import prepared
+
+    folder = tmp_path_factory.mktemp("two")
+    shutil.copytree(base, folder / "base")
+    run = prepared(folder / "run", folder / "base")
+    env = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(ports.choose(["group"], {})["group"]),
+        "WORLD_SIZE": "2",
+    }
+    group = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.unit.trainer.two_ranks", str(folder)],
+            cwd=ROOT,
+            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": f"{ROOT}:{ROOT / 'gen'}"},
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+    try:
+        alone = two_ranks.cases(base, ALONE)
+        for process in group:
+            _, said = process.communicate(timeout=100)
+            assert process.returncode == 0, said.decode()[-3000:]
+    finally:
+        for process in group:
+            process.kill()
+    told = run.read()[0]
+    return {"alone": alone, "told": told, **{str(rank): torch.load(folder / f"rank-{rank}.pt") for rank in range(2)}}

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from services.cli.local import ports
 from services.trainer.data import IGNORED, Row
 from services.trainer.ranks import ALONE, Ranks
-from tests.unit.trainer.two_ranks import cases
-
-ROOT = Path(__file__).parents[3]
 
 
 def rows(count: int) -> list[Row]:
@@ -36,37 +28,6 @@ def test_fewer_rows_than_ranks() -> None:
     shares = [Ranks(rank, 4).share(rows(1)) for rank in range(4)]
     assert [len(share) for share in shares] == [1] * 4
     assert sum(row.labels[0] != IGNORED for share in shares for row in share) == 1
-
-
-@pytest.fixture(scope="module")
-def found(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What one rank found ("alone"), and each of two."""
-    folder = tmp_path_factory.mktemp("two")
-    shutil.copytree(base, folder / "base")
-    env = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(ports.choose(["group"], {})["group"]),
-        "WORLD_SIZE": "2",
-    }
-    group = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.unit.trainer.two_ranks", str(folder)],
-            cwd=ROOT,
-            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": f"{ROOT}:{ROOT / 'gen'}"},
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
-    try:
-        alone = cases(base, ALONE)
-        for process in group:
-            _, said = process.communicate(timeout=100)
-            assert process.returncode == 0, said.decode()[-3000:]
-    finally:
-        for process in group:
-            process.kill()
-    return {"alone": alone, **{str(rank): torch.load(folder / f"rank-{rank}.pt") for rank in range(2)}}
 
 
 def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:

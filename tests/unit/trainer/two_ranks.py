@@ -1,6 +1,7 @@
 """One rank of a group that trains the tiny model in several ways; its findings go into a file.
 
-``python -m tests.unit.trainer.two_ranks FOLDER`` with torchrun's variables; FOLDER/base is the model.
+``python -m tests.unit.trainer.two_ranks FOLDER`` with torchrun's variables; FOLDER/base is the model, and FOLDER/run a
+folder that is prepared for training.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import torch
 
 from services.core.errors import JobCancelled
 from services.core.models import prompts
-from services.trainer import loop
+from services.trainer import loop, rank
 from services.trainer.data import Corpus
 from services.trainer.evaluate import HeldOut
+from services.trainer.launch.folder import RunFolder
 from services.trainer.loop import Evaluated, State, StepDone
 from services.trainer.lora import Trainee
 from services.trainer.ranks import Ranks, joined
@@ -116,6 +118,7 @@ def main(folder: Path) -> None:
         late = Case(base, Settings(**{**endless, "time_limit_seconds": 1e6}), ranks)
         late.state.seconds = 2e6 * only_second
         found["late"] = late.run()
+        rank.train(RunFolder(folder / "run"), ranks)
     torch.save(found, folder / f"rank-{ranks.rank}.pt")
 
 

@@ -1,0 +1,134 @@
+"""Training in processes of its own on this machine, started and restarted by torch elastic (what torchrun uses).
+
+    service -- agent (torch elastic) -- rank 0
+                                     -- rank 1 ...
+
+The service imports no torch. The agent notices that the service is gone by the end of its input, and each rank is
+killed by the kernel when the agent is gone; so nothing trains on that nobody follows. What they write to stderr comes
+out in the service's log, line by line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import IO
+
+from codegraft.trainer.v1.training_pb2 import TrainingMessage
+from services.core import config, log
+from services.core.errors import InvalidArgument
+from services.trainer.launch.folder import RunFolder
+from services.trainer.launch.launcher import Training, follow
+
+_TAIL = 20
+"""Lines of stderr that are told together with a crash."""
+
+logger = log.get(__name__)
+
+
+class ElasticLauncher:
+    """See :class:`~services.trainer.launch.launcher.Launcher`.
+
+    Args:
+        processes: ranks of a run; each has a GPU of its own, where there are any.
+        gpus: ids of the GPUs that runs may use, as for CUDA_VISIBLE_DEVICES; each run gets ``processes`` of them. Empty
+            leaves that to the environment.
+    """
+
+    def __init__(self, processes: int = 1, gpus: tuple[str, ...] = ()) -> None:
+        self._processes = processes
+        self._free: asyncio.Queue[tuple[str, ...]] | None = asyncio.Queue() if gpus else None
+        if self._free is not None:
+            for start in range(0, len(gpus) - processes + 1, processes):
+                self._free.put_nowait(gpus[start : start + processes])
+            if self._free.empty():
+                raise InvalidArgument(
+                    f"a run takes {processes} GPUs, and there are {len(gpus)}",
+                    field=f"{config.PREFIX}TRAINER_GPUS",
+                    hint="Name more GPUs, or lower trainer_processes.",
+                )
+
+    async def start(self, folder: RunFolder) -> Training:
+        gpus = await self._free.get() if self._free is not None else ()
+        return _Group(folder, self._processes, gpus, self._give_back)
+
+    def _give_back(self, gpus: tuple[str, ...]) -> None:
+        if self._free is not None:
+            self._free.put_nowait(gpus)
+
+
+class _Group:
+    def __init__(
+        self,
+        folder: RunFolder,
+        processes: int,
+        gpus: tuple[str, ...],
+        give_back: Callable[[tuple[str, ...]], None],
+    ) -> None:
+        self._folder = folder
+        self._gpus = gpus
+        self._give_back = give_back
+        argv = [sys.executable, "-m", "services.trainer.launch.agent", str(folder.path), str(processes)]
+        # No preexec_fn: Python would fork for it, which gRPC's threads do not survive; without one it only execs.
+        self._agent = subprocess.Popen(
+            argv,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env=_environment(gpus),
+            start_new_session=True,
+        )
+        self._said: deque[str] = deque(maxlen=_TAIL)
+        assert self._agent.stderr is not None
+        self._relay = threading.Thread(target=relay, args=(self._agent.stderr, self._said), daemon=True)
+        self._relay.start()
+
+    def events(self) -> AsyncIterator[TrainingMessage]:
+        return follow(self._folder, lambda: self._agent.poll() is not None, self._describe)
+
+    def stop(self) -> None:
+        self._folder.stop()
+
+    async def fence(self) -> None:
+        self._agent.kill()  # the kernel kills its ranks
+        await asyncio.to_thread(self._agent.wait)
+        await asyncio.to_thread(self._relay.join)  # they hold the other end of its pipe: all have ended
+        assert self._agent.stdin is not None
+        self._agent.stdin.close()
+        if self._gpus:
+            self._give_back(self._gpus)
+            self._gpus = ()
+
+    def _describe(self) -> str:
+        self._relay.join(timeout=1)
+        code = self._agent.wait()
+        how = f"the agent was ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        logger.error("training crashed", how=how, said="\n".join(self._said))
+        return how
+
+
+def _environment(gpus: tuple[str, ...]) -> Mapping[str, str]:
+    """The service's own, without its settings: those that matter are in the folder, and the rest holds secrets."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(config.PREFIX)}
+    return inherited | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
+
+
+def relay(stream: IO[bytes], said: deque[str]) -> None:
+    """Lines of JSON come from services/core/log and pass as they are; what libraries print is logged, and kept."""
+    for raw in stream:
+        line = log.scrub(raw.decode(errors="replace").rstrip())
+        with contextlib.suppress(ValueError):
+            if isinstance(json.loads(line), dict):
+                sys.stderr.write(line + "\n")
+                continue
+        if line:
+            said.append(line)
+            logger.info("said by a training process", line=line)

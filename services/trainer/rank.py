@@ -1,0 +1,170 @@
+"""What each of the processes that train a run does: it reads from a folder what to do, and rank 0 tells what happens.
+
+See services/trainer/launch/folder. Nothing here knows of NATS or of the store: the worker takes the checkpoints from
+the folder.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from codegraft.trainer.v1.run_event_pb2 import EvalMetrics
+from codegraft.trainer.v1.training_pb2 import (
+    CheckpointWritten,
+    StepTrained,
+    TrainingEnded,
+    TrainingLoaded,
+    TrainingMessage,
+    TrainingSpec,
+)
+from services.core import log
+from services.core.errors import CodegraftError, InternalError, JobCancelled
+from services.core.models import catalogue
+from services.trainer import checkpoint, job, loop
+from services.trainer.config import TrainerSettings
+from services.trainer.job import Loaded
+from services.trainer.launch.folder import RunFolder
+from services.trainer.ranks import ALONE, Ranks
+
+MOST_WAITING = 3
+"""Checkpoints that may wait for the worker; training stands still before there are more, lest the disk fill up."""
+
+logger = log.get(__name__)
+
+
+def train(folder: RunFolder, ranks: Ranks = ALONE) -> None:
+    """Trains what the folder asks for. Errors that have a reason are told there, others are raised."""
+    if folder.failure() is not None:  # an earlier start of this group found out that it cannot go on
+        return
+    try:
+        _train(folder, ranks)
+    except CodegraftError as error:
+        folder.fail(error)
+    except Exception as error:
+        if ranks.size == 1:
+            # Not the echo of another rank's end: the same would happen again.
+            logger.exception("training failed")
+            folder.fail(InternalError(f"an unexpected error ended it ({type(error).__name__})", hint="See the log."))
+            return
+        raise
+
+
+def _train(folder: RunFolder, ranks: Ranks) -> None:
+    spec, told = folder.spec(), folder.read()[0]
+    loaded = _load(spec, told, ranks)
+    rank_zero = _RankZero(folder, loaded, spec) if ranks.rank == 0 else None
+    story = loop.train(
+        loaded.trainee,
+        loaded.optimizer,
+        loaded.settings,
+        loaded.corpus,
+        loaded.held_out,
+        loaded.state,
+        folder.is_stopped,
+        ranks,
+    )
+    if rank_zero is not None:
+        rank_zero.tell(story)
+    else:
+        for _ in story:
+            pass
+
+
+def _load(spec: TrainingSpec, told: list[TrainingMessage], ranks: Ranks) -> Loaded:
+    """Model, data and state: of the last checkpoint that was told, else of an earlier attempt, else none."""
+    plans = [message.loaded.plan for message in told if message.HasField("loaded")]
+    states = [message.checkpoint.state_path for message in told if message.HasField("checkpoint")]
+    resume = states[-1] if states else spec.resume_path
+    return job.load(
+        catalogue.find(spec.base_model),
+        TrainerSettings.model_validate_json(spec.settings),
+        spec.requested,
+        Path(spec.train_path),
+        Path(spec.test_path),
+        planned=plans[0] if plans else spec.plan if spec.HasField("plan") else None,
+        resume=Path(resume) if resume else None,
+        ranks=ranks,
+    )
+
+
+class _RankZero:
+    """What rank 0 does beside training: it tells of it, and keeps checkpoints."""
+
+    def __init__(self, folder: RunFolder, loaded: Loaded, spec: TrainingSpec) -> None:
+        self._folder = folder
+        self._loaded = loaded
+        self._spec = spec
+        told = folder.open_messages()
+        self._kept_step = max([loaded.state.step, *(m.checkpoint.step for m in told if m.HasField("checkpoint"))])
+        message = TrainingLoaded(
+            plan=loaded.plan,
+            base_digest=loaded.base_digest,
+            prompt_format=loaded.prompt_format,
+            target_modules=loaded.trainee.target_modules,
+            step=loaded.state.step,
+            ranks=loaded.ranks.size,
+            sharded=loaded.sharded,
+        )
+        folder.write(TrainingMessage(loaded=message))
+
+    def tell(self, story: loop.Story) -> None:
+        """Goes through the story and tells it.
+
+        Raises:
+            JobCancelled: the worker asked to stop; a checkpoint of the last step is there.
+        """
+        state = self._loaded.state
+        try:
+            for event in story:
+                match event:
+                    case loop.StepDone():
+                        self._folder.write(TrainingMessage(step=_step(event)))
+                    case loop.Evaluated():
+                        self._folder.write(TrainingMessage(evaluation=_evaluation(event)))
+                    case loop.CheckpointDue():
+                        self._keep(event)
+        except JobCancelled:
+            if state.step > self._kept_step:
+                self._keep(loop.CheckpointDue(state.step, None, False))
+            raise
+        self._folder.write(TrainingMessage(ended=TrainingEnded(step=state.step, why=state.ended)))
+
+    def _keep(self, due: loop.CheckpointDue) -> None:
+        while self._folder.waiting() >= MOST_WAITING and not self._folder.is_stopped():
+            time.sleep(0.1)
+        loaded = self._loaded
+        adapter, state = self._folder.adapter_path(due.step), self._folder.state_path(due.step)
+        _, sha256 = checkpoint.save_adapter(loaded.trainee, adapter, self._spec.base_model)
+        checkpoint.save_state(loaded.trainee, loaded.optimizer, loaded.state, state, owner=self._spec.run)
+        self._kept_step = due.step
+        written = CheckpointWritten(
+            step=due.step,
+            test_loss=due.test_loss,
+            best=due.is_best,
+            adapter_path=str(adapter),
+            sha256=sha256,
+            state_path=str(state),
+        )
+        self._folder.write(TrainingMessage(checkpoint=written))
+
+
+def _step(done: loop.StepDone) -> StepTrained:
+    return StepTrained(
+        step=done.step,
+        train_loss=done.train_loss,
+        learning_rate=done.learning_rate,
+        grad_norm=done.grad_norm,
+        tokens=done.tokens,
+        seconds=done.seconds,
+    )
+
+
+def _evaluation(found: loop.Evaluated) -> EvalMetrics:
+    return EvalMetrics(
+        step=found.step,
+        test_loss=found.test.loss,
+        tokens=found.test.tokens,
+        seconds=found.seconds,
+        source_losses=found.test.by_source,
+    )
