@@ -10,3 +10,5 @@ AGENT_VARIABLE = "CODEGRAFT_AGENT_PID"
 STORE_OF_ITS_OWN = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 """Environment of torch elastic's agents. Without it a restarted group shares a store with the one before, finds that
 one's addresses there, and more often than not fails to connect (https://github.com/pytorch/pytorch/issues/135712)."""
+MAX_RESTARTS = 3
+"""Of a group of processes, within one attempt at a run."""

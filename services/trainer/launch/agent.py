@@ -14,10 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from services.core import log
-from services.trainer.launch import AGENT_VARIABLE, STORE_OF_ITS_OWN
-
-MAX_RESTARTS = 3
-"""Of a group, within one attempt at a run."""
+from services.trainer.launch import AGENT_VARIABLE, MAX_RESTARTS, STORE_OF_ITS_OWN
 
 logger = log.get(__name__)
 
