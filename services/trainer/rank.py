@@ -40,7 +40,9 @@ def train(folder: RunFolder, ranks: Ranks = ALONE) -> None:
     try:
         _train(folder, ranks)
     except CodegraftError as error:
-        folder.fail(error)
+        # All ranks are cancelled together, but rank 0 has a checkpoint to write before the worker may hear of it.
+        if ranks.rank == 0 or not isinstance(error, JobCancelled):
+            folder.fail(error)
     except Exception as error:
         if ranks.size == 1:
             # Not the echo of another rank's end: the same would happen again.

@@ -19,12 +19,11 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import IO
 
 from codegraft.trainer.v1.training_pb2 import TrainingMessage
 from services.core import config, log
-from services.core.errors import InvalidArgument
 from services.trainer.launch.folder import RunFolder
 from services.trainer.launch.launcher import Training, follow
 
@@ -38,44 +37,19 @@ class ElasticLauncher:
     """See :class:`~services.trainer.launch.launcher.Launcher`.
 
     Args:
-        processes: ranks of a run; each has a GPU of its own, where there are any.
-        gpus: ids of the GPUs that runs may use, as for CUDA_VISIBLE_DEVICES; each run gets ``processes`` of them. Empty
-            leaves that to the environment.
+        processes: ranks of a run; each takes the GPU of its number among those that the run gets.
     """
 
-    def __init__(self, processes: int = 1, gpus: tuple[str, ...] = ()) -> None:
+    def __init__(self, processes: int = 1) -> None:
         self._processes = processes
-        self._free: asyncio.Queue[tuple[str, ...]] | None = asyncio.Queue() if gpus else None
-        if self._free is not None:
-            for start in range(0, len(gpus) - processes + 1, processes):
-                self._free.put_nowait(gpus[start : start + processes])
-            if self._free.empty():
-                raise InvalidArgument(
-                    f"a run takes {processes} GPUs, and there are {len(gpus)}",
-                    field=f"{config.PREFIX}TRAINER_GPUS",
-                    hint="Name more GPUs, or lower trainer_processes.",
-                )
 
-    async def start(self, folder: RunFolder) -> Training:
-        gpus = await self._free.get() if self._free is not None else ()
-        return _Group(folder, self._processes, gpus, self._give_back)
-
-    def _give_back(self, gpus: tuple[str, ...]) -> None:
-        if self._free is not None:
-            self._free.put_nowait(gpus)
+    def start(self, folder: RunFolder, gpus: Sequence[str] = ()) -> Training:
+        return _Group(folder, self._processes, gpus)
 
 
 class _Group:
-    def __init__(
-        self,
-        folder: RunFolder,
-        processes: int,
-        gpus: tuple[str, ...],
-        give_back: Callable[[tuple[str, ...]], None],
-    ) -> None:
+    def __init__(self, folder: RunFolder, processes: int, gpus: Sequence[str]) -> None:
         self._folder = folder
-        self._gpus = gpus
-        self._give_back = give_back
         argv = [sys.executable, "-m", "services.trainer.launch.agent", str(folder.path), str(processes)]
         # No preexec_fn: Python would fork for it, which gRPC's threads do not survive; without one it only execs.
         self._agent = subprocess.Popen(
@@ -103,9 +77,6 @@ class _Group:
         await asyncio.to_thread(self._relay.join)  # they hold the other end of its pipe: all have ended
         assert self._agent.stdin is not None
         self._agent.stdin.close()
-        if self._gpus:
-            self._give_back(self._gpus)
-            self._gpus = ()
 
     def _describe(self) -> str:
         self._relay.join(timeout=1)
@@ -115,7 +86,7 @@ class _Group:
         return how
 
 
-def _environment(gpus: tuple[str, ...]) -> Mapping[str, str]:
+def _environment(gpus: Sequence[str]) -> Mapping[str, str]:
     """The service's own, without its settings: those that matter are in the folder, and the rest holds secrets."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(config.PREFIX)}
     return inherited | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol
 
 from codegraft.trainer.v1.training_pb2 import TrainingMessage
@@ -40,8 +40,12 @@ class Training(Protocol):
 class Launcher(Protocol):
     """Starts the processes of runs."""
 
-    async def start(self, folder: RunFolder) -> Training:
-        """Starts training of what a prepared folder asks for."""
+    def start(self, folder: RunFolder, gpus: Sequence[str] = ()) -> Training:
+        """Starts training of what a prepared folder asks for.
+
+        Args:
+            gpus: ids of those that it may use, as for CUDA_VISIBLE_DEVICES; empty for all that are visible.
+        """
         ...
 
 
@@ -72,18 +76,21 @@ async def follow(
     """
     steps, offset = Steps(), 0
     while True:
-        is_last = has_ended()  # before the look, so that nothing is written after it
+        # Both before the look at the messages, so that none is missed that was written earlier.
+        is_last, failure = has_ended(), folder.failure()
         messages, offset = folder.read(offset)
         for message in messages:
             if steps.is_new(message):
                 yield message
             if message.HasField("ended"):  # what is left is to leave, which takes torch seconds
                 return
+        if failure is not None:
+            raise failure
         if is_last:
             break
         if not messages:
             await asyncio.sleep(LOOK_SECONDS)
-    raise folder.failure() or InternalError(
+    raise InternalError(
         f"the training processes ended without a result: {describe()}",
         hint="See the worker's log; a process that was ended by SIGKILL most likely needed too much memory.",
     )

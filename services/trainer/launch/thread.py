@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from codegraft.trainer.v1.training_pb2 import TrainingMessage
 from services.trainer.launch.folder import RunFolder
@@ -19,7 +19,7 @@ from services.trainer.launch.launcher import Training, follow
 class ThreadLauncher:
     """See :class:`~services.trainer.launch.launcher.Launcher`."""
 
-    async def start(self, folder: RunFolder) -> Training:
+    def start(self, folder: RunFolder, gpus: Sequence[str] = ()) -> Training:
         return _Thread(folder)
 
 
