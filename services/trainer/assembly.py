@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import secrets
 import socket
@@ -19,6 +18,9 @@ from services.trainer import machine
 from services.trainer.adapter_servicer import AdapterServicer
 from services.trainer.config import TrainerSettings
 from services.trainer.datasets import Newest
+from services.trainer.launch.elastic import ElasticLauncher
+from services.trainer.launch.launcher import Launcher
+from services.trainer.launch.thread import ThreadLauncher
 from services.trainer.model_servicer import ModelServicer
 from services.trainer.records import BUCKET, Tables
 from services.trainer.servicer import KIND, RunServicer
@@ -38,21 +40,25 @@ class Trainer:
 
     def __init__(self, runtime: Runtime, settings: TrainerSettings, newest: Newest) -> None:
         self.tables = tables = Tables.of(runtime.state(BUCKET))
+        launcher: Launcher = (
+            ThreadLauncher() if settings.trainer_launcher == "thread" else ElasticLauncher(settings.trainer_processes)
+        )
         me = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
 
-        async def work() -> None:
-            """One runner a device: two runs on one would only wait for each other, and share its memory."""
-            if settings.trainer_workers == 0:
-                return
-            found = await asyncio.to_thread(machine.devices, settings.trainer_device, settings.trainer_devices)
-            async with asyncio.TaskGroup() as runners:
-                for device in found[: settings.trainer_workers]:
-                    worker = RunWorker(runtime, settings, tables, newest, device)
-                    runner = JobRunner(KIND, tables.runs, runtime.jobs, worker.handle, worker_id=f"{me}-{device}")
-                    runners.create_task(runner.run())
-
+        # One runner for the devices of a run: two runs there would only wait for each other, and share the memory.
+        groups = machine.devices(settings.trainer_device, settings.trainer_devices, settings.trainer_processes)
+        runners = [
+            JobRunner(
+                KIND,
+                tables.runs,
+                runtime.jobs,
+                RunWorker(runtime, settings, tables, newest, launcher, devices).handle,
+                worker_id=f"{me}-{number}",
+            )
+            for number, devices in enumerate(groups[: settings.trainer_workers])
+        ]
         self.background: Sequence[Background] = [
-            work,
+            *(runner.run for runner in runners),
             lambda: announce(tables.runs, runtime.events, CHANGED, _changed),
         ]
         self.services: Sequence[Registration] = [

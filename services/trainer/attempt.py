@@ -1,16 +1,16 @@
-"""One attempt at one run: find its dataset and what earlier attempts left, load, train."""
+"""One attempt at one run: find its dataset and what earlier attempts left, have it trained."""
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from codegraft.common.v1.job_pb2 import JOB_STATE_RUNNING
 from codegraft.scanner.v1.dataset_pb2 import DatasetManifest
 from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest
 from codegraft.trainer.v1.run_event_pb2 import RunEvent
 from codegraft.trainer.v1.run_pb2 import Run
+from codegraft.trainer.v1.training_pb2 import TrainingSpec
 from services.core import log, names
 from services.core.errors import ArtifactNotFound, CheckpointNotFound
 from services.core.jobs import JobContext
@@ -19,13 +19,12 @@ from services.core.runtime import Runtime
 from services.trainer import datasets
 from services.trainer.config import TrainerSettings
 from services.trainer.datasets import Newest
+from services.trainer.launch.folder import RunFolder
+from services.trainer.launch.launcher import Launcher
 from services.trainer.records import Tables
 from services.trainer.resume import States
 from services.trainer.telling import Teller
 from services.trainer.training import Training
-
-if TYPE_CHECKING:
-    from services.trainer.job import Initial, Loaded
 
 logger = log.get(__name__)
 
@@ -35,7 +34,7 @@ class Attempt:
 
     Args:
         folder: an empty one, for as long as the attempt lasts.
-        device: where to train: "cpu", "cuda:1", "auto".
+        devices: where to train, by name; see Launcher.start.
     """
 
     def __init__(
@@ -44,15 +43,17 @@ class Attempt:
         settings: TrainerSettings,
         tables: Tables,
         context: JobContext[Run],
+        launcher: Launcher,
         folder: Path,
-        device: str,
+        devices: Sequence[str],
     ) -> None:
         self._runtime = runtime
         self._settings = settings
         self._tables = tables
         self._context = context
-        self._folder = folder
-        self._device = device
+        self._launcher = launcher
+        self._folder = RunFolder(folder)
+        self._devices = devices
         self._teller = Teller(tables.story, runtime.events, context)
         self._states = States(runtime, context.job.name)
 
@@ -67,60 +68,45 @@ class Attempt:
         await teller.tell(RunEvent(state=JOB_STATE_RUNNING))
         await context.progress(0, 0, "steps", "loading the model")
         manifest = await datasets.find(self._runtime.artifacts, newest, names.project_of(run.name), run.dataset)
-        loaded = await self._load(manifest)
-        if not run.HasField("plan"):
-            await teller.tell(RunEvent(plan=loaded.plan), lambda record: record.plan.CopyFrom(loaded.plan))
-        if loaded.state.step:
-            await teller.note(f"goes on after step {loaded.state.step}")
-        training = Training(
-            self._runtime, self._tables, context, teller, self._states, loaded, manifest.digest, self._folder
-        )
-        await training.run()
-        if loaded.state.ended != "all steps done":
-            await teller.note(f"ended early: {loaded.state.ended}")
+        self._folder.prepare(await self._spec(manifest))
+        training = Training(self._runtime, self._tables, context, teller, self._states, manifest.digest, self._folder)
+        ended = await training.run(self._launcher.start(self._folder, self._devices))
+        if ended.why != "all steps done":
+            await teller.note(f"ended early: {ended.why}")
         if not teller.run.best_checkpoint:
-            from services.trainer.loop import nothing_best
+            await teller.note(ended.nothing_best)
+        logger.info("run trained", run=run.name, steps=ended.step, ended=ended.why)
 
-            rivals = "the base model and the adapter it started from" if run.initial_checkpoint else "the base model"
-            await teller.note(nothing_best(loaded.state, rivals))
-        logger.info("run trained", run=run.name, steps=loaded.state.step, ended=loaded.state.ended)
-
-    async def _load(self, manifest: DatasetManifest) -> Loaded:
+    async def _spec(self, manifest: DatasetManifest) -> TrainingSpec:
+        """What the training processes are to do, with everything that they need on this machine."""
         run = self._context.job
-        planned = run.plan if run.HasField("plan") else None
         train, test = await datasets.fetch(self._runtime.artifacts, manifest)
-        # Without a plan no step was taken: another attempt's state would be of another run of this name.
-        resume = await self._states.newest() if planned is not None else None
-        initial = await self._initial()
-        spec = catalogue.find(run.base_model)
-        await stored.bring(spec, self._settings.cache_dir, self._runtime.artifacts)
-        from services.trainer import job  # imports torch: seconds in which calls are answered already
-
-        return await asyncio.to_thread(
-            job.load,
-            spec,
-            self._settings,
-            run.requested,
-            train,
-            test,
-            device=self._device,
-            planned=planned,
-            resume=resume,
-            initial=initial,
-            is_cancelled=self._context.is_cancelled,
+        spec = TrainingSpec(
+            run=run.name,
+            base_model=run.base_model,
+            requested=run.requested,
+            train_path=str(train),
+            test_path=str(test),
+            settings=self._settings.model_dump_json(),
+            proved=run.HasField("proof"),
         )
+        await stored.bring(catalogue.find(run.base_model), self._settings.cache_dir, self._runtime.artifacts)
+        if run.HasField("plan"):
+            spec.plan.CopyFrom(run.plan)
+            # Without a plan no step was taken: another attempt's state would be of another run of this name.
+            if (resume := await self._states.newest()) is not None:
+                spec.resume_path = str(resume)
+        if run.initial_checkpoint:
+            initial = await self._initial(run.initial_checkpoint)
+            spec.initial.CopyFrom(initial)
+            spec.initial_path = str(await self._runtime.artifacts.fetch(initial.name, initial.files))
+        return spec
 
-    async def _initial(self) -> Initial | None:
-        """The adapter that the run starts from."""
-        name = self._context.job.initial_checkpoint
-        if not name:
-            return None
-        from services.trainer.job import Initial
-
+    async def _initial(self, name: str) -> AdapterManifest:
+        """Manifest of the adapter that the run starts from."""
         try:
-            manifest = await self._runtime.artifacts.manifest(name, AdapterManifest)
+            return await self._runtime.artifacts.manifest(name, AdapterManifest)
         except ArtifactNotFound:
             raise CheckpointNotFound(
                 f"{name} does not exist any more", field="initial_checkpoint", hint="Start from another one."
             ) from None
-        return Initial(manifest, await self._runtime.artifacts.fetch(name, manifest.files))

@@ -6,24 +6,19 @@ the same bytes, so that whatever is there already is what it would have written.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from codegraft.event.v1.events_pb2 import BestCheckpointChanged, CheckpointCreated
 from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest, Checkpoint
 from codegraft.trainer.v1.run_event_pb2 import RunEvent
 from codegraft.trainer.v1.run_pb2 import Run
+from codegraft.trainer.v1.training_pb2 import CheckpointWritten, TrainingLoaded
 from services.core.errors import ResourceExists
 from services.core.state import Table
 from services.core.store import Artifacts
+from services.trainer.launch.folder import files_in
 from services.trainer.telling import Teller
-
-if TYPE_CHECKING:
-    from services.trainer.job import Loaded
-    from services.trainer.loop import CheckpointDue
 
 CREATED = "codegraft.trainer.checkpoint.created.v1"
 BEST = "codegraft.trainer.checkpoint.best.v1"
@@ -34,7 +29,6 @@ class Committer:
 
     Args:
         dataset_digest: of the dataset that the run trains on.
-        folder: for the files on their way to the store.
     """
 
     def __init__(
@@ -42,29 +36,28 @@ class Committer:
         teller: Teller,
         checkpoints: Table[Checkpoint],
         artifacts: Artifacts,
-        loaded: Loaded,
+        loaded: TrainingLoaded,
         dataset_digest: str,
-        folder: Path,
     ) -> None:
         self._teller = teller
         self._checkpoints = checkpoints
         self._artifacts = artifacts
         self._loaded = loaded
         self._dataset_digest = dataset_digest
-        self._folder = folder
 
-    async def commit(self, due: CheckpointDue) -> None:
-        """Commits the adapter as it is now, and tells about it."""
+    async def commit(self, written: CheckpointWritten) -> None:
+        """Commits an adapter that is written, and tells about it."""
         loaded, teller, run = self._loaded, self._teller, self._teller.run
         train_loss = run.train_loss if run.HasField("train_loss") else None
-        stored = await self._commit_adapter(due, train_loss)
+        test_loss = written.test_loss if written.HasField("test_loss") else None
+        stored = await self._commit_adapter(written, train_loss, test_loss)
         record = Checkpoint(
             name=stored.name,
-            step=due.step,
+            step=written.step,
             sha256=stored.sha256,
             train_loss=train_loss,
-            test_loss=due.test_loss,
-            best=due.is_best,
+            test_loss=test_loss,
+            best=written.best,
             base_model=run.base_model,
             base_digest=loaded.base_digest,
             size=sum(file.size for file in stored.files),
@@ -72,39 +65,37 @@ class Committer:
         record.create_time.GetCurrentTime()
         record = await self._record(record)
         await teller.tell(RunEvent(checkpoint=record))
-        created = CheckpointCreated(checkpoint=record.name, sha256=record.sha256, test_loss=due.test_loss)
-        await teller.publish(CREATED, created, f"checkpoint-{due.step}")
-        if due.is_best and due.test_loss is not None:
-            await self._make_best(record, due.test_loss)
+        created = CheckpointCreated(checkpoint=record.name, sha256=record.sha256, test_loss=test_loss)
+        await teller.publish(CREATED, created, f"checkpoint-{written.step}")
+        if written.best and test_loss is not None:
+            await self._make_best(record, test_loss)
 
-    async def _commit_adapter(self, due: CheckpointDue, train_loss: float | None) -> AdapterManifest:
+    async def _commit_adapter(
+        self, written: CheckpointWritten, train_loss: float | None, test_loss: float | None
+    ) -> AdapterManifest:
         """The manifest as it is stored, which may be an earlier attempt's."""
-        from services.trainer import checkpoint
-
-        loaded, run, settings = self._loaded, self._teller.run, self._loaded.settings
-        name = f"{run.name}/checkpoints/{due.step}"
-        folder = self._folder / f"adapter-{due.step}"
-        files, sha256 = await asyncio.to_thread(checkpoint.save_adapter, loaded.trainee, folder, run.base_model)
+        loaded, run = self._loaded, self._teller.run
+        settings = loaded.plan.hyperparameters
+        name = f"{run.name}/checkpoints/{written.step}"
         manifest = AdapterManifest(
             name=name,
-            sha256=sha256,
+            sha256=written.sha256,
             base_model=run.base_model,
             base_digest=loaded.base_digest,
             lora_r=settings.lora_r,
             lora_alpha=settings.lora_alpha,
-            target_modules=loaded.trainee.target_modules,
+            target_modules=loaded.target_modules,
             prompt_format=loaded.prompt_format,
             dataset=run.dataset,
             dataset_digest=self._dataset_digest,
-            step=due.step,
+            step=written.step,
             train_loss=train_loss,
-            test_loss=due.test_loss,
-            base_test_loss=loaded.state.base_loss,
-            hyperparameters=settings.to_proto(),
+            test_loss=test_loss,
+            base_test_loss=run.base_test_loss if run.HasField("base_test_loss") else None,
+            hyperparameters=settings,
         )
         with contextlib.suppress(ResourceExists):
-            await self._artifacts.commit(name, manifest, dict(files))
-        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+            await self._artifacts.commit(name, manifest, files_in(Path(written.adapter_path)))
         return await self._artifacts.manifest(name, AdapterManifest)
 
     async def _record(self, record: Checkpoint) -> Checkpoint:
@@ -134,7 +125,7 @@ class Committer:
             base_model=record.base_model,
             base_digest=record.base_digest,
             test_loss=test_loss,
-            base_test_loss=self._loaded.state.base_loss or 0.0,
+            base_test_loss=self._teller.run.base_test_loss,
         )
         await self._teller.publish(BEST, changed, f"best-{record.step}")
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from services.core.errors import JobCancelled
+from services.core.errors import InvalidArgument, JobCancelled
 from services.core.models.catalogue import ModelSpec
 from services.trainer.plan import Facts
 
@@ -36,21 +36,35 @@ _LEAST_SHARE = 0.6
 """Of the guessed speed: a lower measurement is put down to other work."""
 
 
-def devices(wanted: str, listed: Sequence[str]) -> list[str]:
-    """The devices of this process, each good for one run at a time.
+def devices(wanted: str, listed: Sequence[str], each: int) -> list[tuple[str, ...]]:
+    """The devices of this process in groups, each good for one run at a time. Needs no torch.
 
     Args:
         wanted: "cpu", "cuda" or "auto".
         listed: by name, if somebody chose them.
-    """
-    if listed:
-        return list(listed)
-    # Only where there is a driver is it worth the seconds of importing torch to ask it for GPUs.
-    if wanted == "cpu" or not Path("/proc/driver/nvidia").exists():
-        return [wanted]
-    import torch
+        each: devices of a run.
 
-    return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or [wanted]
+    Raises:
+        InvalidArgument: there are GPUs, but too few for one run.
+    """
+    found = list(listed) if listed or wanted == "cpu" else [f"cuda:{number}" for number in range(_gpus())]
+    if not any(name.startswith("cuda") for name in found):
+        return [()]  # all processes of a run share the CPU
+    if len(found) < each:
+        raise InvalidArgument(
+            f"a run takes {each} devices, and there are {len(found)}",
+            field="trainer_processes",
+            hint="Lower CODEGRAFT_TRAINER_PROCESSES.",
+        )
+    return [tuple(found[start : start + each]) for start in range(0, len(found) - each + 1, each)]
+
+
+def _gpus() -> int:
+    """GPUs that this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([one for one in visible.split(",") if one.strip() and one.strip() != "-1"])
+    return sum(file.name.removeprefix("nvidia").isdecimal() for file in Path("/dev").glob("nvidia*"))
 
 
 def device(wanted: str) -> torch.device:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 from codegraft.event.v1.events_pb2 import RunMetric
-from codegraft.trainer.v1.run_event_pb2 import EvalMetrics, Proof, RunEvent, StepMetrics
+from codegraft.trainer.v1.run_event_pb2 import Proof, RunEvent, StepMetrics
 from codegraft.trainer.v1.run_pb2 import Run
+from codegraft.trainer.v1.training_pb2 import SetEvaluated, StepTrained
 from services.trainer.settings import Settings
 from services.trainer.telling import Teller
-
-if TYPE_CHECKING:
-    from services.trainer.loop import Evaluated, StepDone
 
 METRIC = "codegraft.trainer.run.metric.v1"
 _STEP_SECONDS = 1.0
@@ -30,10 +27,10 @@ class Metrics:
         self._teller = teller
         self._tokens_per_step = settings.batch_size * settings.context_length
         self._corpus_tokens = corpus_tokens
-        self._steps: list[StepDone] = []
+        self._steps: list[StepTrained] = []
         self._told = time.monotonic()
 
-    async def step(self, done: StepDone) -> None:
+    async def step(self, done: StepTrained) -> None:
         """Tells a step, now or with the next ones."""
         self._steps.append(done)
         if time.monotonic() - self._told >= _STEP_SECONDS or done.step == 1:
@@ -65,35 +62,28 @@ class Metrics:
         metric = RunMetric(run=self._teller.run.name, step=last.step, train_loss=loss)
         await self._teller.publish(METRIC, metric, f"step-{last.step}")
 
-    async def evaluation(self, found: Evaluated) -> None:
+    async def evaluation(self, evaluated: SetEvaluated, *, is_base: bool) -> None:
         """Tells an evaluation; the one of an earlier run's adapter, before the first step, as a note."""
         await self.flush()
-        if found.step == 0 and not found.is_base:
+        found, refused = evaluated.metrics, evaluated.refused
+        if found.step == 0 and not is_base:
             base = self._teller.run.base_test_loss
             await self._teller.note(
-                f"the adapter it starts from has a test loss of {found.test.loss:.4f}, the base model {base:.4f}"
-                + (f"; {found.refused}" if found.refused else "")
+                f"the adapter it starts from has a test loss of {found.test_loss:.4f}, the base model {base:.4f}"
+                + (f"; {refused}" if refused else "")
             )
             return
-        metrics = EvalMetrics(
-            step=found.step,
-            test_loss=found.test.loss,
-            tokens=found.test.tokens,
-            seconds=found.seconds,
-            source_losses=found.test.by_source,
-            foreign_loss=found.foreign_loss,
-        )
 
         def change(record: Run) -> None:
-            record.test_loss = found.test.loss
-            if found.is_base:
-                record.base_test_loss = found.test.loss
+            record.test_loss = found.test_loss
+            if is_base:
+                record.base_test_loss = found.test_loss
 
-        await self._teller.tell(RunEvent(evaluation=metrics), change)
-        metric = RunMetric(run=self._teller.run.name, step=found.step, test_loss=found.test.loss)
+        await self._teller.tell(RunEvent(evaluation=found), change)
+        metric = RunMetric(run=self._teller.run.name, step=found.step, test_loss=found.test_loss)
         await self._teller.publish(METRIC, metric, f"evaluation-{found.step}")
-        if found.refused:
-            await self._teller.note(f"step {found.step}: {found.refused}")
+        if refused:
+            await self._teller.note(f"step {found.step}: {refused}")
 
     async def proof(self, proof: Proof) -> None:
         """Tells how the best checkpoint compares with the base model."""

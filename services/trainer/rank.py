@@ -7,11 +7,13 @@ the folder.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from codegraft.trainer.v1.run_event_pb2 import EvalMetrics
 from codegraft.trainer.v1.training_pb2 import (
     CheckpointWritten,
+    SetEvaluated,
     StepTrained,
     TrainingEnded,
     TrainingLoaded,
@@ -23,7 +25,7 @@ from services.core.errors import CodegraftError, InternalError, JobCancelled
 from services.core.models import catalogue
 from services.trainer import checkpoint, job, loop
 from services.trainer.config import TrainerSettings
-from services.trainer.job import Loaded
+from services.trainer.job import Initial, Loaded
 from services.trainer.launch.folder import RunFolder
 from services.trainer.ranks import ALONE, Ranks
 
@@ -33,12 +35,16 @@ MOST_WAITING = 3
 logger = log.get(__name__)
 
 
-def train(folder: RunFolder, ranks: Ranks = ALONE) -> None:
-    """Trains what the folder asks for. Errors that have a reason are told there, others are raised."""
+def train(folder: RunFolder, ranks: Ranks = ALONE, device: str = "") -> None:
+    """Trains what the folder asks for. Errors that have a reason are told there, others are raised.
+
+    Args:
+        device: where: "cpu", "cuda:1"; empty means as the settings say.
+    """
     if folder.failure() is not None:  # an earlier start of this group found out that it cannot go on
         return
     try:
-        _train(folder, ranks)
+        _train(folder, ranks, device)
     except CodegraftError as error:
         # All ranks are cancelled together, but rank 0 has a checkpoint to write before the worker may hear of it.
         if ranks.rank == 0 or not isinstance(error, JobCancelled):
@@ -52,9 +58,10 @@ def train(folder: RunFolder, ranks: Ranks = ALONE) -> None:
         raise
 
 
-def _train(folder: RunFolder, ranks: Ranks) -> None:
+def _train(folder: RunFolder, ranks: Ranks, device: str) -> None:
     spec, told = folder.spec(), folder.read()[0]
-    loaded = _load(spec, told, ranks)
+    loaded = _load(spec, told, ranks, device, folder.is_stopped)
+    loaded.state.proved = spec.proved or any(message.HasField("proof") for message in told)
     rank_zero = _RankZero(folder, loaded, spec) if ranks.rank == 0 else None
     story = loop.train(
         loaded.trainee,
@@ -64,6 +71,8 @@ def _train(folder: RunFolder, ranks: Ranks) -> None:
         loaded.held_out,
         loaded.state,
         folder.is_stopped,
+        loaded.put_initial,
+        loaded.exam,
         ranks,
     )
     if rank_zero is not None:
@@ -73,19 +82,25 @@ def _train(folder: RunFolder, ranks: Ranks) -> None:
             pass
 
 
-def _load(spec: TrainingSpec, told: list[TrainingMessage], ranks: Ranks) -> Loaded:
+def _load(
+    spec: TrainingSpec, told: list[TrainingMessage], ranks: Ranks, device: str, is_cancelled: Callable[[], bool]
+) -> Loaded:
     """Model, data and state: of the last checkpoint that was told, else of an earlier attempt, else none."""
     plans = [message.loaded.plan for message in told if message.HasField("loaded")]
     states = [message.checkpoint.state_path for message in told if message.HasField("checkpoint")]
     resume = states[-1] if states else spec.resume_path
+    settings = TrainerSettings.model_validate_json(spec.settings)
     return job.load(
         catalogue.find(spec.base_model),
-        TrainerSettings.model_validate_json(spec.settings),
+        settings,
         spec.requested,
         Path(spec.train_path),
         Path(spec.test_path),
+        device=device or settings.trainer_device,
         planned=plans[0] if plans else spec.plan if spec.HasField("plan") else None,
         resume=Path(resume) if resume else None,
+        initial=Initial(spec.initial, Path(spec.initial_path)) if spec.HasField("initial") else None,
+        is_cancelled=is_cancelled,
         ranks=ranks,
     )
 
@@ -107,6 +122,11 @@ class _RankZero:
             step=loaded.state.step,
             ranks=loaded.ranks.size,
             sharded=loaded.sharded,
+            corpus_tokens=loaded.corpus.tokens,
+            seconds=loaded.state.seconds,
+            evaluated_step=loaded.state.evaluated_step,
+            evaluation_seconds=loaded.state.evaluation_seconds,
+            proof_seconds=loaded.state.proof_seconds,
         )
         folder.write(TrainingMessage(loaded=message))
 
@@ -121,16 +141,21 @@ class _RankZero:
             for event in story:
                 match event:
                     case loop.StepDone():
-                        self._folder.write(TrainingMessage(step=_step(event)))
+                        self._folder.write(TrainingMessage(step=_step(event, state.seconds)))
                     case loop.Evaluated():
-                        self._folder.write(TrainingMessage(evaluation=_evaluation(event)))
+                        self._folder.write(_evaluation(event, state.proof_seconds))
                     case loop.CheckpointDue():
                         self._keep(event)
+                    case loop.Proved():
+                        self._folder.write(TrainingMessage(proof=event.proof))
         except JobCancelled:
             if state.step > self._kept_step:
                 self._keep(loop.CheckpointDue(state.step, None, False))
             raise
-        self._folder.write(TrainingMessage(ended=TrainingEnded(step=state.step, why=state.ended)))
+        initial = self._spec.HasField("initial")
+        rivals = "the base model and the adapter it started from" if initial else "the base model"
+        ended = TrainingEnded(step=state.step, why=state.ended, nothing_best=loop.nothing_best(state, rivals))
+        self._folder.write(TrainingMessage(ended=ended))
 
     def _keep(self, due: loop.CheckpointDue) -> None:
         while self._folder.waiting() >= MOST_WAITING and not self._folder.is_stopped():
@@ -147,11 +172,12 @@ class _RankZero:
             adapter_path=str(adapter),
             sha256=sha256,
             state_path=str(state),
+            last=bool(loaded.state.ended),
         )
         self._folder.write(TrainingMessage(checkpoint=written))
 
 
-def _step(done: loop.StepDone) -> StepTrained:
+def _step(done: loop.StepDone, run_seconds: float) -> StepTrained:
     return StepTrained(
         step=done.step,
         train_loss=done.train_loss,
@@ -159,14 +185,18 @@ def _step(done: loop.StepDone) -> StepTrained:
         grad_norm=done.grad_norm,
         tokens=done.tokens,
         seconds=done.seconds,
+        run_seconds=run_seconds,
     )
 
 
-def _evaluation(found: loop.Evaluated) -> EvalMetrics:
-    return EvalMetrics(
+def _evaluation(found: loop.Evaluated, proof_seconds: float) -> TrainingMessage:
+    metrics = EvalMetrics(
         step=found.step,
         test_loss=found.test.loss,
         tokens=found.test.tokens,
         seconds=found.seconds,
         source_losses=found.test.by_source,
+        foreign_loss=found.foreign_loss,
     )
+    told = SetEvaluated(step=found.step, metrics=metrics, refused=found.refused, proof_seconds=proof_seconds)
+    return TrainingMessage(base_evaluation=told) if found.is_base else TrainingMessage(evaluation=told)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from codegraft.trainer.v1.checkpoint_pb2 import TrainStateManifest
+from codegraft.trainer.v1.training_pb2 import CheckpointWritten
 from services.core import log
 from services.core.errors import CodegraftError, DigestMismatch, NotFound, ResourceExists
 from services.core.runtime import Runtime
 from services.core.store.blobs import key
-
-if TYPE_CHECKING:
-    from services.trainer.job import Loaded
+from services.trainer.launch.folder import files_in
 
 logger = log.get(__name__)
 
@@ -48,21 +45,14 @@ class States:
         self.step = max(steps)
         return folder
 
-    async def keep(self, loaded: Loaded, folder: Path) -> None:
-        """Keeps what a later attempt needs to go on from here, then drops the state before.
-
-        Args:
-            folder: an empty one to write it in.
-        """
-        from services.trainer import checkpoint
-
-        step, before = loaded.state.step, self.step
-        files = await asyncio.to_thread(
-            checkpoint.save_state, loaded.trainee, loaded.optimizer, loaded.state, folder, owner=self._run
-        )
+    async def keep(self, written: CheckpointWritten) -> None:
+        """Keeps what a later attempt needs to go on from this checkpoint, then drops the state before."""
+        step, before = written.step, self.step
         name = f"{self._prefix}{step}"
         with contextlib.suppress(ResourceExists):
-            await self._artifacts.commit(name, TrainStateManifest(name=name, step=step), dict(files))
+            await self._artifacts.commit(
+                name, TrainStateManifest(name=name, step=step), files_in(Path(written.state_path))
+            )
         self.step = step
         if before and before != step:
             await self._drop(f"{self._prefix}{before}")

@@ -1,27 +1,36 @@
-"""A loaded run on its way: every event of the loop is told, committed and counted. The loop itself runs in threads."""
+"""A run on its way: what its training processes tell is told on, committed and counted.
+
+The processes train on meanwhile: what is slow here (an upload, an outage of the store) holds them up only when several
+checkpoints wait, see services/trainer/launch/folder.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING
 
+from codegraft.trainer.v1.run_event_pb2 import RunEvent
 from codegraft.trainer.v1.run_pb2 import Run
-from services.core.errors import JobCancelled
+from codegraft.trainer.v1.training_pb2 import (
+    CheckpointWritten,
+    SetEvaluated,
+    TrainingEnded,
+    TrainingLoaded,
+    TrainingMessage,
+)
+from services.core.errors import InternalError, JobCancelled
 from services.core.jobs import JobContext
 from services.core.runtime import Runtime
 from services.trainer.commit import Committer
 from services.trainer.eta import Estimate
+from services.trainer.launch.folder import RunFolder
+from services.trainer.launch.launcher import Processes
 from services.trainer.metrics import Metrics
 from services.trainer.records import Tables
 from services.trainer.resume import States
 from services.trainer.retention import delete_surplus
+from services.trainer.settings import Settings
 from services.trainer.telling import Teller
-
-if TYPE_CHECKING:
-    from services.trainer.job import Loaded
-    from services.trainer.loop import CheckpointDue
 
 
 class Training:
@@ -29,7 +38,7 @@ class Training:
 
     Args:
         dataset_digest: of the dataset that it trains on.
-        folder: for files on their way to the store.
+        folder: shared with the processes.
     """
 
     def __init__(
@@ -39,91 +48,106 @@ class Training:
         context: JobContext[Run],
         teller: Teller,
         states: States,
-        loaded: Loaded,
         dataset_digest: str,
-        folder: Path,
+        folder: RunFolder,
     ) -> None:
-        self._store = runtime.store
+        self._runtime = runtime
         self._checkpoints = tables.checkpoints
         self._context = context
         self._teller = teller
         self._states = states
-        self._loaded = loaded
+        self._dataset_digest = dataset_digest
         self._folder = folder
-        self._metrics = Metrics(teller, loaded.settings, loaded.corpus.tokens)
-        self._committer = Committer(
-            teller, tables.checkpoints, runtime.artifacts, loaded, dataset_digest, folder / "adapters"
-        )
-        state = loaded.state
-        self._estimate = Estimate(
-            loaded.settings, evaluated_step=state.evaluated_step, evaluation_seconds=state.evaluation_seconds
-        )
+        self._step = 0
+        self._seconds = 0.0
+        self._proof_seconds = 0.0
 
-    async def run(self) -> None:
-        """Trains to the end.
+    async def run(self, processes: Processes) -> TrainingEnded:
+        """Follows the processes to their end, and sees to it that there is one.
 
         Raises:
             JobCancelled: it should stop. What was trained is kept, unless the run is in other hands.
-            TrainingDiverged: see the loop; the last good checkpoint stays.
+            CodegraftError: why they cannot go on; the last good checkpoint stays.
         """
-        from services.trainer import loop
-
-        loaded = self._loaded
-        loaded.state.proved = self._teller.run.HasField("proof")
-        await self._progress("training" if loaded.state.step else "evaluating the base model")
-        story = loop.train(
-            loaded.trainee,
-            loaded.optimizer,
-            loaded.settings,
-            loaded.corpus,
-            loaded.held_out,
-            loaded.state,
-            self._context.is_cancelled,
-            loaded.put_initial,
-            loaded.exam,
-        )
+        stopping = asyncio.create_task(self._stop_when_asked(processes))
         try:
-            while (event := await asyncio.to_thread(next, story, None)) is not None:
-                match event:
-                    case loop.StepDone():
-                        self._estimate.step(event.seconds)
-                        await self._progress("training")
-                        await self._metrics.step(event)
-                    case loop.Evaluated():
-                        self._estimate.evaluation(event.step, event.seconds)
-                        await self._metrics.evaluation(event)
-                    case loop.CheckpointDue():
-                        await self._commit(event)
-                        if loaded.state.ended:
-                            await self._progress("making the proof")
-                    case loop.Proved(proof):
-                        await self._metrics.proof(proof)
+            async for message in processes.events():
+                await self._on(message)
+                if message.HasField("ended"):
+                    return message.ended
+            raise InternalError("training ended without a word")
         except JobCancelled:
-            if self._context.lost:
-                raise
-            if self._states.step < loaded.state.step:
-                await self._commit(loop.CheckpointDue(loaded.state.step, None, False))
-            if self._context.pausing:
-                await self._teller.note(f"stopped after step {loaded.state.step} because a pause was asked for")
+            if self._context.pausing and not self._context.lost:
+                await self._teller.note(f"stopped after step {self._step} because a pause was asked for")
             raise
+        finally:
+            stopping.cancel()
+            await processes.fence()
 
-    async def _commit(self, due: CheckpointDue) -> None:
+    async def _stop_when_asked(self, processes: Processes) -> None:
+        await self._context.cancelled.wait()
+        processes.stop()
+
+    async def _on(self, message: TrainingMessage) -> None:
+        match message.WhichOneof("message"):
+            case "loaded":
+                await self._on_loaded(message.loaded)
+            case "step":
+                self._step, self._seconds = message.step.step, message.step.run_seconds
+                self._estimate.step(message.step.seconds)
+                await self._progress("training")
+                await self._metrics.step(message.step)
+            case "base_evaluation":
+                await self._on_evaluation(message.base_evaluation, is_base=True)
+            case "evaluation":
+                await self._on_evaluation(message.evaluation, is_base=False)
+            case "checkpoint":
+                await self._commit(message.checkpoint)
+                if message.checkpoint.last:
+                    await self._progress("making the proof")
+            case "proof":
+                await self._metrics.proof(message.proof)
+
+    async def _on_loaded(self, loaded: TrainingLoaded) -> None:
+        """The processes have begun, or begun again after one of them was lost."""
+        if not self._teller.run.HasField("plan"):
+            await self._teller.tell(RunEvent(plan=loaded.plan), lambda record: record.plan.CopyFrom(loaded.plan))
+        if loaded.step:
+            await self._teller.note(f"goes on after step {loaded.step}")
+        self._step, self._seconds, self._proof_seconds = loaded.step, loaded.seconds, loaded.proof_seconds
+        self._settings = settings = Settings.from_proto(loaded.plan.hyperparameters)
+        self._metrics = Metrics(self._teller, settings, loaded.corpus_tokens)
+        self._committer = Committer(
+            self._teller, self._checkpoints, self._runtime.artifacts, loaded, self._dataset_digest
+        )
+        self._estimate = Estimate(
+            settings, evaluated_step=loaded.evaluated_step, evaluation_seconds=loaded.evaluation_seconds
+        )
+        await self._progress("training" if loaded.step else "evaluating the base model")
+
+    async def _on_evaluation(self, evaluated: SetEvaluated, *, is_base: bool) -> None:
+        self._proof_seconds = evaluated.proof_seconds
+        self._estimate.evaluation(evaluated.step, evaluated.metrics.seconds)
+        await self._metrics.evaluation(evaluated, is_base=is_base)
+
+    async def _commit(self, written: CheckpointWritten) -> None:
         """The checkpoint, then the state to go on from, then what is left over goes: in this order nothing is missing
         whenever the process ends."""
+        if self._context.lost:
+            return
         began = time.monotonic()
         await self._metrics.flush()
-        await self._committer.commit(due)
-        await self._states.keep(self._loaded, self._folder / "state")
+        await self._committer.commit(written)
+        await self._states.keep(written)
+        await asyncio.to_thread(self._folder.release, written)
         deleted = await delete_surplus(
-            self._checkpoints, self._store, self._teller.run.name, self._loaded.settings.keep_checkpoints
+            self._checkpoints, self._runtime.store, self._teller.run.name, self._settings.keep_checkpoints
         )
         if deleted:
             steps = ", ".join(map(str, deleted))
             await self._teller.note(f"deleted the checkpoint of step {steps}: newer ones take its place")
-        self._estimate.commit(due.step, time.monotonic() - began)
+        self._estimate.commit(written.step, time.monotonic() - began)
 
     async def _progress(self, message: str) -> None:
-        state = self._loaded.state
-        left = self._estimate.left(state.step, state.seconds, state.proof_seconds)
-        total = self._loaded.settings.train_steps
-        await self._context.progress(state.step, total, "steps", message, seconds_left=left)
+        left = self._estimate.left(self._step, self._seconds, self._proof_seconds)
+        await self._context.progress(self._step, self._settings.train_steps, "steps", message, seconds_left=left)

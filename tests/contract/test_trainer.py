@@ -160,6 +160,7 @@ async def worlds(base: Path, tmp_path: Path) -> AsyncIterator[Callable[..., Any]
             trainer_model=f"dir:{base}",
             trainer_device="cpu",
             trainer_threads=1,
+            trainer_launcher="thread",
             trainer_workers=workers,
             cache_dir=tmp_path / "cache",
         )

@@ -25,8 +25,9 @@ from typing import IO
 from codegraft.trainer.v1.training_pb2 import TrainingMessage
 from services.core import config, log
 from services.trainer.launch.folder import RunFolder
-from services.trainer.launch.launcher import Training, follow
+from services.trainer.launch.launcher import Processes, follow
 
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 _TAIL = 20
 """Lines of stderr that are told together with a crash."""
 
@@ -37,18 +38,18 @@ class ElasticLauncher:
     """See :class:`~services.trainer.launch.launcher.Launcher`.
 
     Args:
-        processes: ranks of a run; each takes the GPU of its number among those that the run gets.
+        processes: ranks of a run.
     """
 
     def __init__(self, processes: int = 1) -> None:
         self._processes = processes
 
-    def start(self, folder: RunFolder, gpus: Sequence[str] = ()) -> Training:
-        return _Group(folder, self._processes, gpus)
+    def start(self, folder: RunFolder, devices: Sequence[str] = ()) -> Processes:
+        return _Group(folder, self._processes, devices)
 
 
 class _Group:
-    def __init__(self, folder: RunFolder, processes: int, gpus: Sequence[str]) -> None:
+    def __init__(self, folder: RunFolder, processes: int, devices: Sequence[str]) -> None:
         self._folder = folder
         argv = [sys.executable, "-m", "services.trainer.launch.agent", str(folder.path), str(processes)]
         # No preexec_fn: Python would fork for it, which gRPC's threads do not survive; without one it only execs.
@@ -57,7 +58,7 @@ class _Group:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            env=_environment(gpus),
+            env=environment(os.environ, devices),
             start_new_session=True,
         )
         self._said: deque[str] = deque(maxlen=_TAIL)
@@ -86,10 +87,18 @@ class _Group:
         return how
 
 
-def _environment(gpus: Sequence[str]) -> Mapping[str, str]:
-    """The service's own, without its settings: those that matter are in the folder, and the rest holds secrets."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(config.PREFIX)}
-    return inherited | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
+def environment(own: Mapping[str, str], devices: Sequence[str]) -> Mapping[str, str]:
+    """The processes' environment: the service's own, and of its GPUs only those of the run.
+
+    The service's settings are left out: those that matter are in the folder, and the rest holds secrets.
+    """
+    inherited = {name: value for name, value in own.items() if not name.startswith(config.PREFIX)}
+    numbers = [int(device.removeprefix("cuda:")) for device in devices if device.startswith("cuda:")]
+    if numbers:
+        # A device's number counts those that the service sees, which may have been chosen for it in the same way.
+        visible = inherited.get(_VISIBLE, "").split(",") if inherited.get(_VISIBLE) else None
+        inherited[_VISIBLE] = ",".join(visible[number] if visible else str(number) for number in numbers)
+    return inherited
 
 
 def relay(stream: IO[bytes], said: deque[str]) -> None:

@@ -24,6 +24,11 @@ from services.core.errors import CodegraftError, by_reason
 _LENGTH = struct.Struct(">I")
 
 
+def files_in(folder: Path) -> dict[str, Path]:
+    """The files of a folder by name."""
+    return {file.name: file for file in sorted(folder.iterdir())}
+
+
 class RunFolder:
     """See the module. Both sides use it; the methods say whose they are.
 

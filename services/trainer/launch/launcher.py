@@ -15,7 +15,7 @@ LOOK_SECONDS = 0.05
 that is slow for a moment holds up nobody."""
 
 
-class Training(Protocol):
+class Processes(Protocol):
     """The processes that train a run."""
 
     def events(self) -> AsyncIterator[TrainingMessage]:
@@ -40,17 +40,17 @@ class Training(Protocol):
 class Launcher(Protocol):
     """Starts the processes of runs."""
 
-    def start(self, folder: RunFolder, gpus: Sequence[str] = ()) -> Training:
+    def start(self, folder: RunFolder, devices: Sequence[str] = ()) -> Processes:
         """Starts training of what a prepared folder asks for.
 
         Args:
-            gpus: ids of those that it may use, as for CUDA_VISIBLE_DEVICES; empty for all that are visible.
+            devices: names of those that it may use ("cuda:1"), one for each process; empty leaves it to the settings.
         """
         ...
 
 
 class Steps:
-    """Tells what is new from what a restarted group tells again: by its kind and its step."""
+    """Tells what is new from what a restarted group tells again: by its kind and its step; there is one proof."""
 
     def __init__(self) -> None:
         self._reached: dict[str, int] = {}
@@ -60,7 +60,7 @@ class Steps:
         kind = message.WhichOneof("message") or ""
         if kind == "loaded":
             return True
-        step: int = getattr(message, kind).step
+        step: int = getattr(getattr(message, kind), "step", 0)
         is_new = step > self._reached.get(kind, -1)
         self._reached[kind] = max(step, self._reached.get(kind, -1))
         return is_new
@@ -69,7 +69,7 @@ class Steps:
 async def follow(
     folder: RunFolder, has_ended: Callable[[], bool], describe: Callable[[], str]
 ) -> AsyncIterator[TrainingMessage]:
-    """The messages of a folder until its processes have ended; see :meth:`Training.events`.
+    """The messages of a folder until its processes have ended; see :meth:`Processes.events`.
 
     Args:
         describe: how they ended, for people.

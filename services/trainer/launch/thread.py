@@ -13,19 +13,20 @@ from collections.abc import AsyncIterator, Sequence
 
 from codegraft.trainer.v1.training_pb2 import TrainingMessage
 from services.trainer.launch.folder import RunFolder
-from services.trainer.launch.launcher import Training, follow
+from services.trainer.launch.launcher import Processes, follow
 
 
 class ThreadLauncher:
     """See :class:`~services.trainer.launch.launcher.Launcher`."""
 
-    def start(self, folder: RunFolder, gpus: Sequence[str] = ()) -> Training:
-        return _Thread(folder)
+    def start(self, folder: RunFolder, devices: Sequence[str] = ()) -> Processes:
+        return _Thread(folder, devices[0] if devices else "")
 
 
 class _Thread:
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunFolder, device: str) -> None:
         self._folder = folder
+        self._device = device
         self._thread = threading.Thread(target=self._train, name="training", daemon=True)
         self._thread.start()
 
@@ -42,4 +43,4 @@ class _Thread:
     def _train(self) -> None:
         from services.trainer import rank  # imports torch: seconds in which calls are answered already
 
-        rank.train(self._folder)
+        rank.train(self._folder, device=self._device)

@@ -26,7 +26,7 @@ from services.core import log
 from services.core.errors import EmptyDataset, InternalError, InvalidHyperparameter, JobCancelled
 from services.trainer.launch.elastic import ElasticLauncher, relay
 from services.trainer.launch.folder import RunFolder
-from services.trainer.launch.launcher import Steps, Training, follow
+from services.trainer.launch.launcher import Processes, Steps, follow
 from services.trainer.launch.thread import ThreadLauncher
 from tests.unit.trainer.folders import prepared
 
@@ -108,7 +108,7 @@ async def test_nothing_is_lost_that_was_written_last(folder: RunFolder) -> None:
 # --- a thread ---
 
 
-async def told(training: Training, folder: RunFolder, stop_at: int = -1) -> list[TrainingMessage]:
+async def told(training: Processes, folder: RunFolder, stop_at: int = -1) -> list[TrainingMessage]:
     """The story of a run whose checkpoints are taken at once."""
     found = []
     async for message in training.events():
