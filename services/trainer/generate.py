@@ -97,6 +97,7 @@ class LineWriter:
 
     def _choose(self, logits: torch.Tensor, lines: Sequence[_Line]) -> list[int | None]:
         """The likeliest token of each line, of those that spell its overhang while there is one; None where it ends."""
+        logits = logits[:, : self._spelling.size]  # what pads the embeddings is no token, and has no text
         chosen: list[int | None] = list(logits.argmax(-1).tolist())
         for row, line in enumerate(lines):
             if line.overhang and (allowed := self._spelling.beginning(line.overhang)):

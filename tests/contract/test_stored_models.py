@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import shutil
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,22 +17,37 @@ import pytest
 
 from codegraft.common.v1.artifact_pb2 import ArtifactFile, FileChunk
 from codegraft.common.v1.job_pb2 import JOB_STATE_SUCCEEDED
+from codegraft.ingest.v1.project_pb2 import Project
+from codegraft.ingest.v1.source_pb2 import Source
+from codegraft.scanner.v1.dataset_pb2 import Dataset
+from codegraft.scanner.v1.scan_pb2 import Scan, ScanSettings
 from codegraft.trainer.v1 import model_pb2 as pb
 from codegraft.trainer.v1.hyperparameters_pb2 import Hyperparameters
 from codegraft.trainer.v1.run_pb2_grpc import ModelServiceStub
 from services.client import Addresses, AsyncCodegraft
 from services.core import errors
+from services.core.jobs import JobRunner, is_final, new_status
+from services.core.jobs.parts import PartRunner
 from services.core.models import catalogue, stored, weights
 from services.core.rpc.interceptors import CallInterceptor
 from services.core.rpc.status import from_rpc
 from services.core.runtime import Runtime
+from services.core.state import Table
 from services.core.store.blobs import key
 from services.inference.assembly import Replica
 from services.inference.config import InferenceSettings
+from services.ingest import snapshot
 from services.ingest.garbage import Garbage
 from services.ingest.records import Tables as IngestTables
+from services.scanner.config import ScannerSettings
+from services.scanner.loss import FileLoss
+from services.scanner.meter import Meter
+from services.scanner.part_worker import PartWorker
+from services.scanner.rules import Rules
+from services.scanner.worker import ScanWorker
 from services.trainer.assembly import Trainer
 from services.trainer.config import TrainerSettings
+from tests import contents
 from tests.contract.test_trainer import QUICK, Scanner, commit_dataset
 from tests.unit.trainer.whole import make_adapter, make_base
 
@@ -122,6 +138,52 @@ async def test_inference_brings_it_before_it_loads(house: House, base: Path, tmp
     replica = Replica(house.runtime, settings, SPEC, bests=nobody, projects=nobody, load=load)
     with pytest.raises(errors.FailedPrecondition, match="enough"):
         await replica.run()
+
+
+class Seen(Meter):
+    """Tells which model it was to measure with."""
+
+    def __init__(self) -> None:
+        super().__init__(ScannerSettings())
+        self.folders: set[Path] = set()
+
+    async def measure(
+        self, folder: Path, rules: Rules, files: Sequence[tuple[str, str]], stop: threading.Event
+    ) -> list[tuple[str, FileLoss]]:
+        self.folders.add(folder)
+        return [(sha256, FileLoss(1.0, 50, 50)) for sha256, _ in files]
+
+
+async def test_a_scan_brings_it_to_every_worker(house: House, base: Path, tmp_path: Path) -> None:
+    await house.client.models.push(base, "tiny-1.0")
+    runtime, name = house.runtime, "projects/demo/scans/one"
+    listed = await contents.stored(runtime.blobs, {"a.py": b"def add(a, b):\n    return a + b\n"})
+    part = snapshot.Part(Source(name="projects/demo/sources/s"), Project(), listed)
+    manifest, table = snapshot.build("projects/demo", [part])
+    await runtime.artifacts.commit(manifest.name, manifest, {"files.parquet": table})
+    scans = Table(runtime.state("scanner"), Scan, missing=errors.ScanNotFound)
+    asked = ScanSettings(model=SPEC.id)
+    await scans.create(Scan(name=name, snapshot=manifest.name, settings=asked, status=new_status()))
+    # The one who leads the scan and the one who measures have caches of their own.
+    leads, measures = (ScannerSettings(cache_dir=tmp_path / each) for each in ("leads", "measures"))
+    datasets = Table(runtime.state("scanner"), Dataset, missing=errors.DatasetNotFound)
+    meter = Seen()
+    maker = PartWorker(runtime, measures, scans, meter)
+    runners = (
+        JobRunner("scan", scans, runtime.jobs, ScanWorker(runtime, leads, scans, datasets).handle, worker_id="w"),
+        PartRunner("scan-part", runtime.store, runtime.jobs, maker.make),
+    )
+    tasks = [asyncio.ensure_future(runner.run()) for runner in runners]
+    async with asyncio.timeout(20):
+        async for scan in scans.watch(name):
+            if is_final(scan.status):
+                break
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert scan.status.state == JOB_STATE_SUCCEEDED, scan.status
+    assert meter.folders == {weights.ensure_weights(SPEC, measures.cache_dir)}
+    assert weights.is_cached(SPEC, leads.cache_dir)
 
 
 async def test_a_model_in_the_store_never_changes(house: House, base: Path, tmp_path: Path) -> None:

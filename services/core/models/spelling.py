@@ -16,6 +16,8 @@ class Spelling:
     """
 
     def __init__(self, vocabulary: Sequence[bytes]) -> None:
+        self.size = len(vocabulary)
+        """Token ids that there are; a model may have more embeddings than that (Qwen2.5 pads them)."""
         self._ids: dict[bytes, list[int]] = {}
         for number, data in enumerate(vocabulary):
             if data:

@@ -12,7 +12,7 @@ class Sampler:
     """Greedy or random, per sequence; keeps one random generator for each that is random.
 
     Args:
-        spelling: the vocabulary, for sequences that have an overhang to repeat.
+        spelling: the vocabulary: what tokens there are, and which spell an overhang that is to be repeated.
     """
 
     def __init__(self, spelling: Spelling) -> None:
@@ -23,8 +23,9 @@ class Sampler:
         """One token id a sequence.
 
         Args:
-            logits: ``[sequences, vocabulary]``, any float type.
+            logits: ``[sequences, embeddings]``, any float type.
         """
+        logits = logits[:, : self._spelling.size]  # what pads the embeddings is no token, and has no text
         likeliest: list[int] = logits.argmax(-1).tolist()  # one call for all: most requests are greedy
         return [
             self._one(logits[row].float(), sequence) if _is_special(sequence) else likeliest[row]

@@ -71,3 +71,11 @@ def test_the_overhang_allows_only_what_spells_it() -> None:
     assert sampler.sample(LOGITS[None], [make(Sampling(), overhang="abc")]) == [0]
     assert sampler.sample(LOGITS[None], [make(Sampling(), overhang="c")]) == [3]
     assert sampler.sample(LOGITS[None], [make(Sampling(), overhang="é")]) == [4], "what cannot be spelled binds nobody"
+
+
+def test_what_pads_the_embeddings_is_never_chosen() -> None:
+    sampler = Sampler(Spelling(VOCABULARY))
+    padded = torch.cat([LOGITS, torch.tensor([9.0, 99.0])])[None].expand(2, -1)
+    for _ in range(20):
+        greedy, drawn = sampler.sample(padded, [make(Sampling()), make(Sampling(temperature=1, seed=1))])
+        assert greedy == 4 and drawn < len(VOCABULARY)
