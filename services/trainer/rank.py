@@ -154,7 +154,8 @@ class _RankZero:
             raise
         initial = self._spec.HasField("initial")
         rivals = "the base model and the adapter it started from" if initial else "the base model"
-        ended = TrainingEnded(step=state.step, why=state.ended, nothing_best=loop.nothing_best(state, rivals))
+        nothing = "" if state.best_step else loop.nothing_best(state, rivals)
+        ended = TrainingEnded(step=state.step, why=state.ended, nothing_best=nothing)
         self._folder.write(TrainingMessage(ended=ended))
 
     def _keep(self, due: loop.CheckpointDue) -> None:
