@@ -151,7 +151,9 @@ async def worlds(base: Path, tmp_path: Path) -> AsyncIterator[Callable[..., Any]
     """Starts trainers; several may share one runtime."""
     running: list[Callable[[], Any]] = []
 
-    async def make(runtime: Runtime | None = None, scanner: Scanner | None = None, workers: int = 1) -> World:
+    async def make(
+        runtime: Runtime | None = None, scanner: Scanner | None = None, workers: int = 1, **changed: Any
+    ) -> World:
         if runtime is None:
             runtime = Runtime.memory()
             await commit_dataset(runtime, tmp_path)
@@ -160,9 +162,9 @@ async def worlds(base: Path, tmp_path: Path) -> AsyncIterator[Callable[..., Any]
             trainer_model=f"dir:{base}",
             trainer_device="cpu",
             trainer_threads=1,
-            trainer_launcher="thread",
             trainer_workers=workers,
             cache_dir=tmp_path / "cache",
+            **{"trainer_launcher": "thread", **changed},
         )
         trainer = Trainer(runtime, settings, scanner)
         server = grpc.aio.server(interceptors=[CallInterceptor()])
@@ -285,6 +287,21 @@ async def test_cancelling_ends_a_run_and_keeps_its_checkpoints(world: World) -> 
     assert (await world.runs.ListCheckpoints(pb.ListCheckpointsRequest(parent=run.name))).checkpoints
     again = (await world.runs.CancelRun(pb.CancelRunRequest(name=run.name))).run
     assert again.status.state == JOB_STATE_CANCELLED
+
+
+async def test_two_processes_train_and_stop_together(worlds: Callable[..., Any]) -> None:
+    world: World = await worlds(trainer_launcher="elastic", trainer_processes=2)
+    run = await world.create(ENDLESS)
+    await world.until(run, lambda now: now.step >= 5)
+    began = time.monotonic()
+    await world.runs.CancelRun(pb.CancelRunRequest(name=run.name))
+    last, events = await world.watch(run)
+    assert last.status.state == JOB_STATE_CANCELLED and time.monotonic() - began < 10
+    assert [event.sequence for event in events] == list(range(1, last.last_sequence + 1))
+    kept = (await world.runs.ListCheckpoints(pb.ListCheckpointsRequest(parent=run.name))).checkpoints
+    manifest = await world.runtime.artifacts.manifest(kept[-1].name, AdapterManifest)
+    folder = await world.runtime.artifacts.fetch(manifest.name, manifest.files)
+    assert kept[-1].step == last.step and load_file(folder / verify.WEIGHTS)
 
 
 async def test_another_worker_goes_on_where_the_first_one_stopped(worlds: Callable[..., Any]) -> None:
