@@ -271,6 +271,13 @@ def event_line(event: RunEvent) -> str:
                 f"plan: {plan.hyperparameters.train_steps} steps over {plan.train_tokens:,} tokens "
                 f"({plan.epochs:.1f} passes), about {duration(plan.estimated_seconds)}"
             )
+        case "data":
+            data = event.data
+            return (
+                f"data: {data.documents:,} files in {data.rows:,} rows, {data.labels:,} tokens to learn, "
+                f"{data.fim_pieces:,} of {data.pieces:,} pieces with a middle to fill in, "
+                f"{data.padding / max(1, data.padding + data.labels):.1%} padding"
+            )
         case "evaluation":
             what = "base model" if event.evaluation.step == 0 else f"step {event.evaluation.step}"
             foreign = event.evaluation.foreign_loss

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from services.core import log
 from services.core.errors import (
-    CodegraftError,
     DeadlineExceeded,
     InternalError,
     ModelLoading,
@@ -19,7 +18,7 @@ from services.core.errors import (
     ShuttingDown,
     Unavailable,
 )
-from services.core.models.prompts import Prompt
+from services.core.models.prompts import Prompt, PromptFormat
 from services.inference.adapters.follower import Follower
 from services.inference.adapters.loader import Loader
 from services.inference.adapters.registry import Pin, Registry
@@ -135,13 +134,15 @@ class Completions:
                 f"no project {request.project}", field="parent", hint="Create the project first.", name=request.project
             )
         model = await self._loaded(request.deadline)
-        prompt = await self._prompt(model, request)
         pin = await self._pin(model, request)
         inbox: asyncio.Queue[engine.Output] = asyncio.Queue()
-        sequence = self._sequence(model, request, prompt, pin, inbox)
         try:
+            # The version that answers says how it wants its prompts.
+            fmt = (pin.version.format if pin.version else None) or model.format
+            prompt = await self._prompt(model, fmt, request)
+            sequence = self._sequence(model, fmt, request, prompt, pin, inbox)
             model.engine.submit(sequence)
-        except CodegraftError:
+        except BaseException:
             pin.release()
             raise
         version, started, ended = pin.version, False, False
@@ -178,9 +179,9 @@ class Completions:
                 "the model is still being loaded", hint="Try again in a moment.", retry_after=_RETRY_LOADING
             ) from None
 
-    async def _prompt(self, model: LoadedModel, request: Request) -> Prompt:
+    async def _prompt(self, model: LoadedModel, fmt: PromptFormat, request: Request) -> Prompt:
         if isinstance(request.prompt, Code):
-            return await self._prompter.completion(model, request.prompt, request.stop.max_tokens)
+            return await self._prompter.completion(model, fmt, request.prompt, request.stop.max_tokens)
         return await self._prompter.chat(model, request.prompt, request.stop.max_tokens)
 
     async def _pin(self, model: LoadedModel, request: Request) -> Pin:
@@ -199,6 +200,7 @@ class Completions:
     def _sequence(
         self,
         model: LoadedModel,
+        fmt: PromptFormat,
         request: Request,
         prompt: Prompt,
         pin: Pin,
@@ -228,7 +230,7 @@ class Completions:
             deliver=deliver,
             sampling=request.sampling,
             adapter=pin.version.weights if pin.version else None,
-            stop_ids=frozenset(model.format.stop_ids),
+            stop_ids=frozenset(fmt.stop_ids),
             deadline=request.deadline,
             session=f"{request.project}/{request.session}" if request.session else "",
         )

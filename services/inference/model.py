@@ -68,7 +68,7 @@ def start(
 ) -> LoadedModel:
     """Starts an engine over a model in memory."""
     fmt, vocabulary = prompts.detect(tokenizer), token_bytes(tokenizer)
-    base = Base(model_id, digest, fmt.name, lora.adaptable(model), max_rank)
+    base = Base(model_id, digest, fmt, lora.adaptable(model), max_rank)
     engine = Engine(Runner(model, Sampler(Spelling(vocabulary))), limits)
     engine.start()
     context_length = int(model.config.max_position_embeddings)

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from services.core.errors import ChatUnsupported, InvalidArgument, PromptTooLong
 from services.core.models import prompts
-from services.core.models.prompts import Prompt
+from services.core.models.prompts import Prompt, PromptFormat
 
 if TYPE_CHECKING:
     from services.inference.model import LoadedModel
@@ -49,8 +49,11 @@ class Prompter:
         self._budget = budget
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prompts")
 
-    async def completion(self, model: LoadedModel, code: Code, max_tokens: int) -> Prompt:
+    async def completion(self, model: LoadedModel, fmt: PromptFormat, code: Code, max_tokens: int) -> Prompt:
         """The prompt of a completion.
+
+        Args:
+            fmt: of the version that answers.
 
         Raises:
             PromptTooLong: max_tokens leave it no room.
@@ -60,7 +63,7 @@ class Prompter:
 
         def render() -> Prompt:
             return prompts.completion_prompt(
-                model.format,
+                fmt,
                 model.tokenizer,
                 path=code.path,
                 prefix=code.prefix,

@@ -86,6 +86,7 @@ class Committer:
             lora_alpha=settings.lora_alpha,
             target_modules=loaded.target_modules,
             prompt_format=loaded.prompt_format,
+            fim_sentinels=loaded.fim_sentinels,
             dataset=run.dataset,
             dataset_digest=self._dataset_digest,
             step=written.step,

@@ -1,12 +1,9 @@
-"""From files to rows of tokens: rendered as inference renders its prompts, packed, a pure function of (seed, step).
-
-Documents that share a row do not see each other: positions start at 0 for each, and transformers builds the
-block-diagonal mask from that as long as it gets no attention mask and no cache.
-"""
+"""From files to rows of tokens: rendered as inference renders its prompts, packed, a pure function of (seed, step)."""
 
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +12,17 @@ import pyarrow.parquet as pq
 
 from services.core.models import prompts
 from services.core.models.prompts import PromptFormat, Tokenizer
+from services.trainer import cuts, syntax
+from services.trainer.packing import IGNORED, Row, pack, padded
 
-IGNORED = -100
-"""Label of a position without a loss, as in services/trainer/loss (which needs torch)."""
+__all__ = ["IGNORED", "Corpus", "Counts", "Document", "Part", "Row", "base_loss", "pack", "padded", "read_part"]
+
+_SLACK = 8
+"""Tokens that a text may gain where it is cut: both ends of a token that the cut divides are tokenized anew."""
+_FULL, _FULLER, _GUESSES = 0.95, 0.99, 3
+"""A piece that fills less than this of a row is made anew, for so much of it, a few times at most."""
+_LEAST_ROOM = 32
+"""Tokens of text in a row below which nothing is cut out: a window this small, or a path this long, leaves no sense."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,17 +33,8 @@ class Document:
     source: str
     """Resource name of its source."""
     text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One sequence of a batch; the three lists are equally long."""
-
-    ids: list[int]
-    labels: list[int]
-    """The next token of each position, or IGNORED where there is none."""
-    positions: list[int]
-    """Position within the document, from 0."""
+    language: str = ""
+    """Linguist's name; empty when unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +46,44 @@ class Part:
     """Token-weighted mean of the files' losses under the scan's model, in nats per token; 0 when not measured."""
 
 
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What one pass over the files consists of. Fields are those of the proto message DataMetrics."""
+
+    documents: int
+    """Files."""
+    empty_documents: int
+    """Of these, without a token to predict: the only ones of which nothing is trained."""
+    pieces: int
+    """Parts that are drawn on their own: a long file has several, all of its text is in one of them."""
+    fim_pieces: int
+    """Of these, trained with a middle to fill in."""
+    tokens: int
+    """Tokens as rendered: text, paths and markers."""
+    labels: int
+    """Of these, tokens that are learned: all but the first of each piece."""
+    rows: int
+    padding: int
+    """Positions of the rows that hold nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Text that is trained as one document."""
+
+    start: int
+    end: int
+    is_end: bool
+    """Whether the file ends with it."""
+    ids: array[int]
+    """As a plain document."""
+
+
 def read_part(path: Path) -> Part:
     """Reads the train or the test part: a folder of shards."""
-    rows = pq.read_table(path, columns=["path", "source", "text"]).to_pylist()
-    return Part([Document(row["path"], row["source"], row["text"]) for row in rows], base_loss(path))
+    rows = pq.read_table(path, columns=["path", "source", "text", "language"]).to_pylist()
+    documents = [Document(row["path"], row["source"], row["text"], row["language"] or "") for row in rows]
+    return Part(documents, base_loss(path))
 
 
 def base_loss(path: Path) -> float:
@@ -65,7 +95,12 @@ def base_loss(path: Path) -> float:
 
 
 class Corpus:
-    """The train part as batches of rows. Each epoch has an order, and fill-in-the-middle cuts, of its own."""
+    """The train part as batches of rows. Each epoch has an order, and fill-in-the-middle cuts, of its own.
+
+    Every token of every file is trained in every epoch. For fill-in-the-middle a file that does not fit a row is split
+    at line ends into pieces that do, with the path before each, as a prompt from the middle of a long file is cut too;
+    each piece is drawn as plain or with a middle on its own.
+    """
 
     def __init__(
         self,
@@ -81,24 +116,30 @@ class Corpus:
         self._tokenizer = tokenizer
         self._fmt = fmt
         self._window = window
-        self._fim_rate = fim_rate
+        self._fim_rate = fim_rate if fmt.fills_in_the_middle else 0.0
         self._seed = seed
-        self._plain = [
-            prompts.training_document(fmt, tokenizer, path=document.path, text=document.text) for document in documents
-        ]
+        self._pieces = [list(self._split(document)) for document in documents]
         self._epoch = -1
         self._rows: list[Row] = []
         self._first = 0
-        self.tokens = sum(len(ids) for ids in self._plain)
+        self._counts: Counts | None = None
+        self.tokens = sum(len(piece.ids) for pieces in self._pieces for piece in pieces)
         """Tokens of one pass over the files."""
 
     def has_rows(self) -> bool:
         """Whether there is anything to learn from: a document of one token has nothing to predict."""
-        return any(len(ids) > 1 for ids in self._plain)
+        return any(len(piece.ids) > 1 for pieces in self._pieces for piece in pieces)
 
     def batch(self, step: int, size: int) -> list[Row]:
         """The rows of an optimizer step (from 0). The same seed, step and size give the same rows in any process."""
         return [self._row(step * size + offset) for offset in range(size)]
+
+    def counts(self) -> Counts:
+        """What the first pass over the files consists of."""
+        if self._counts is None:
+            self._row(0)
+        assert self._counts is not None
+        return self._counts
 
     def _row(self, index: int) -> Row:
         if index < self._first:
@@ -106,66 +147,100 @@ class Corpus:
         while index >= self._first + len(self._rows):
             self._first += len(self._rows)
             self._epoch += 1
-            self._rows = list(pack(self._draw(self._epoch), self._window))
+            whole, loose = self._draw(self._epoch)
+            self._rows = pack(loose, self._window, whole=whole)
             # A run may end within its first pass: so much of it as there is comes from all files alike.
             random.Random(f"{self._seed}/{self._epoch}/rows").shuffle(self._rows)
+            self._counts = self._counts or self._count(whole, loose)
         return self._rows[index - self._first]
 
-    def _draw(self, epoch: int) -> Iterator[list[int]]:
+    def _count(self, whole: list[list[int]], loose: list[array[int]]) -> Counts:
+        labels = sum(len(row.ids) for row in self._rows)
+        return Counts(
+            documents=len(self._documents),
+            empty_documents=sum(sum(len(piece.ids) for piece in pieces) < 2 for pieces in self._pieces),
+            pieces=len(whole) + len(loose),
+            fim_pieces=len(whole),
+            tokens=sum(map(len, whole)) + sum(map(len, loose)),
+            labels=labels,
+            rows=len(self._rows),
+            padding=len(self._rows) * self._window - labels,
+        )
+
+    def _draw(self, epoch: int) -> tuple[list[list[int]], list[array[int]]]:
+        """The pieces with a middle to fill in, and the plain ones, of one epoch."""
         rng = random.Random(f"{self._seed}/{epoch}")
         order = list(range(len(self._documents)))
         rng.shuffle(order)
+        whole: list[list[int]] = []
+        loose: list[array[int]] = []
         for number in order:
-            if self._fim_rate and rng.random() < self._fim_rate:
-                yield self._middle(self._documents[number], rng)
-            else:
-                yield self._plain[number]
+            document, pieces = self._documents[number], self._pieces[number]
+            chosen = [bool(self._fim_rate) and rng.random() < self._fim_rate for _ in pieces]
+            tree = syntax.parse(document.language, document.text) if any(chosen) else None
+            for piece, is_fim in zip(pieces, chosen, strict=True):
+                ids = self._middle(document, piece, tree, rng) if is_fim else None
+                if ids is None:
+                    loose.append(piece.ids)
+                else:
+                    whole.append(ids)
+        return whole, loose
 
-    def _middle(self, document: Document, rng: random.Random) -> list[int]:
-        """The document with a middle moved to the end, cut at two random characters of a window of its text."""
-        # About four characters are a token: what is cut out must fit a row with its markers.
-        room = 3 * self._window
-        start = rng.randrange(max(1, len(document.text) - room + 1))
-        text = document.text[start : start + room]
-        first, second = sorted(rng.randrange(len(text) + 1) for _ in range(2))
-        return prompts.training_fim(
+    def _middle(
+        self, document: Document, piece: _Piece, tree: syntax.SyntaxTree | None, rng: random.Random
+    ) -> list[int] | None:
+        """The piece with a middle moved to the end; None where the cut leaves no suffix, or it does not fit a row."""
+        first, second = cuts.draw(document.text, piece.start, piece.end, tree, rng)
+        if second == piece.end:
+            return None
+        ids = prompts.training_fim(
             self._fmt,
             self._tokenizer,
             path=document.path,
-            prefix=text[:first],
-            middle=text[first:second],
-            suffix=text[second:],
+            prefix=document.text[piece.start : first],
+            middle=document.text[first:second],
+            suffix=document.text[second : piece.end],
         )
+        return ids if len(ids) <= self._window + 1 else None
+
+    def _split(self, document: Document) -> Iterator[_Piece]:
+        """The pieces of a document: each as long as fits a row, up to a line end."""
+        text, room = document.text, self._room(document.path)
+        piece = self._piece(document, 0, len(text))
+        if not room or len(piece.ids) <= room:
+            yield piece
+            return
+        start, size = 0, len(text) * room / len(piece.ids)  # characters that probably fit
+        while start < len(text):
+            piece = self._piece(document, start, _line_end(text, start, start + round(size)))
+            for _ in range(_GUESSES):
+                if len(piece.ids) <= room and (piece.is_end or len(piece.ids) >= _FULL * room):
+                    break
+                guess = (piece.end - start) * _FULLER * room / len(piece.ids)
+                piece = self._piece(document, start, _line_end(text, start, start + round(guess)))
+            while len(piece.ids) > room and piece.end > start + 1:  # one long line
+                piece = self._piece(document, start, start + (piece.end - start) // 2)
+            yield piece
+            start = piece.end
+
+    def _room(self, path: str) -> int:
+        """Tokens that a piece may have with its path; 0 means any number, for nothing can be cut out of it."""
+        if not self._fim_rate:
+            return 0
+        frame = prompts.training_fim(self._fmt, self._tokenizer, path=path, prefix="a", middle="b", suffix="c")
+        plain = prompts.training_document(self._fmt, self._tokenizer, path=path, text="abc")
+        room = self._window + 1 - (len(frame) - len(plain)) - _SLACK
+        return room if room >= len(plain) + _LEAST_ROOM else 0
+
+    def _piece(self, document: Document, start: int, end: int) -> _Piece:
+        is_end = end == len(document.text)
+        ids = prompts.training_document(
+            self._fmt, self._tokenizer, path=document.path, text=document.text[start:end], is_end=is_end
+        )
+        return _Piece(start, end, is_end, array("i", ids))
 
 
-def pack(documents: Iterator[list[int]], window: int) -> Iterator[Row]:
-    """Rows of ``window`` positions, filled one document after the other; long ones go on in the next row.
-
-    Every token but the first of a document is a label exactly once; only the last row may be shorter.
-    """
-    row = Row([], [], [])
-    for ids in documents:
-        start = 0
-        while start < len(ids) - 1:
-            room = window - len(row.ids)
-            end = min(start + room, len(ids) - 1)
-            row.ids.extend(ids[start:end])
-            row.labels.extend(ids[start + 1 : end + 1])
-            row.positions.extend(range(end - start))
-            start = end
-            if len(row.ids) == window:
-                yield row
-                row = Row([], [], [])
-    if row.ids:
-        yield row
-
-
-def padded(rows: Sequence[Row], pad_id: int) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
-    """ids, labels and positions of equal length: shorter rows end in a document of padding without a loss."""
-    width = max(len(row.ids) for row in rows)
-    gaps = [width - len(row.ids) for row in rows]
-    return (
-        [row.ids + [pad_id] * gap for row, gap in zip(rows, gaps, strict=True)],
-        [row.labels + [IGNORED] * gap for row, gap in zip(rows, gaps, strict=True)],
-        [row.positions + list(range(gap)) for row, gap in zip(rows, gaps, strict=True)],
-    )
+def _line_end(text: str, start: int, near: int) -> int:
+    """The last line end up to a place; that place where there is none: a cut within a line."""
+    cut = text.rfind("\n", start, near) + 1
+    return cut if cut > start else min(max(near, start + 1), len(text))

@@ -13,10 +13,10 @@ import torch
 
 from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest
 from codegraft.trainer.v1.hyperparameters_pb2 import Hyperparameters, Plan
-from services.core.errors import BaseModelMismatch, EmptyDataset, JobCancelled
+from services.core.errors import BaseModelMismatch, EmptyDataset, InvalidHyperparameter, JobCancelled
 from services.core.models import catalogue, prompts, weights
 from services.core.models.catalogue import ModelSpec
-from services.core.models.prompts import Tokenizer
+from services.core.models.prompts import PromptFormat, Tokenizer
 from services.trainer import checkpoint, data, loop, machine, memory
 from services.trainer.config import TrainerSettings
 from services.trainer.data import Corpus
@@ -45,6 +45,8 @@ class Loaded:
     state: State
     base_digest: str
     prompt_format: str
+    fim_sentinels: tuple[str, ...]
+    """Prefix and suffix marker of an adapter that is taught to fill in the middle; empty with markers of the base."""
     put_initial: Callable[[], None] | None
     """Puts the weights of the adapter that the run starts from on the trainee; None for a fresh one."""
     ranks: Ranks
@@ -109,7 +111,7 @@ def load(
         known = catalogue.find(f"dir:{folder}")
         spec = replace(known, id=spec.id, title=spec.title, source=spec.source)
     tokenizer = cast(Tokenizer, _Interruptible(weights.load_tokenizer(folder), is_cancelled))
-    fmt = prompts.detect(tokenizer)
+    base_format = prompts.detect(tokenizer)
     train_part, test_part = data.read_part(train), data.read_part(test)
     on_gpu = target.type == "cuda"
     guess = ranks.size * machine.guess_speed(spec, on_gpu=on_gpu)
@@ -119,7 +121,7 @@ def load(
         return Corpus(
             train_part.documents,
             tokenizer,
-            fmt,
+            format_of(base_format, settings),
             window=settings.context_length,
             fim_rate=settings.fim_rate,
             seed=settings.seed,
@@ -135,7 +137,7 @@ def load(
             train_bytes=0,
             test_tokens=test_tokens,
             base_loss=train_part.base_loss,
-            has_fim=fmt.style != "plain",
+            has_fim=base_format.fills_in_the_middle,
             speed=speed,
             on_gpu=on_gpu,
         )
@@ -149,7 +151,9 @@ def load(
         # The corpus tells the tokens, and one micro-batch the speed; the plan is made of both.
         settings, _ = resolve(1, 1, guess)
         corpus = corpus_of(settings)
-        counting = HeldOut(test_part.documents, tokenizer, fmt, window=settings.context_length, max_tokens=2**40)
+        counting = HeldOut(
+            test_part.documents, tokenizer, base_format, window=settings.context_length, max_tokens=2**40
+        )
         settings, _ = resolve(corpus.tokens, counting.tokens, guess)
         _refuse_empty(corpus)
         row = longest(corpus.batch(0, settings.batch_size), settings.context_length)
@@ -171,6 +175,7 @@ def load(
             explain(told, asked)
         told.trainable_parameters = trainee.trainable_parameters
     _refuse_empty(corpus)
+    fmt = format_of(base_format, settings)
     held_out = HeldOut(
         test_part.documents, tokenizer, fmt, window=settings.context_length, max_tokens=settings.max_eval_tokens
     )
@@ -192,6 +197,7 @@ def load(
         state=state,
         base_digest=base_digest,
         prompt_format=fmt.name,
+        fim_sentinels=fmt.sentinels,
         put_initial=None if initial is None else lambda: checkpoint.load_adapter(trainee, initial.folder),
         ranks=ranks,
         sharded=sharded,
@@ -212,6 +218,24 @@ class _Interruptible:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
+
+
+def format_of(base_format: PromptFormat, settings: Settings) -> PromptFormat:
+    """How a run renders its documents: as the base does, or with sentinels where the base cannot fill in the middle.
+
+    Raises:
+        InvalidHyperparameter: it is asked to, but the vocabulary has no tokens to spare.
+    """
+    if base_format.fills_in_the_middle or not settings.fim_rate:
+        return base_format
+    try:
+        return prompts.with_sentinels(base_format)
+    except ValueError as error:
+        raise InvalidHyperparameter(
+            f"the model cannot be taught to fill in the middle: {error}",
+            field="hyperparameters.fim_rate",
+            hint="Set fim_rate to 0 or leave it out, or take a base model with fill-in-the-middle tokens.",
+        ) from None
 
 
 def _refuse_empty(corpus: Corpus) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
-from codegraft.trainer.v1.run_event_pb2 import EvalMetrics
+from codegraft.trainer.v1.run_event_pb2 import DataMetrics, EvalMetrics
 from codegraft.trainer.v1.training_pb2 import (
     CheckpointWritten,
     SetEvaluated,
@@ -118,6 +119,8 @@ class _RankZero:
             plan=loaded.plan,
             base_digest=loaded.base_digest,
             prompt_format=loaded.prompt_format,
+            fim_sentinels=loaded.fim_sentinels,
+            data=DataMetrics(**asdict(loaded.corpus.counts())),
             target_modules=loaded.trainee.target_modules,
             step=loaded.state.step,
             ranks=loaded.ranks.size,

@@ -112,6 +112,7 @@ class Training:
         """The processes have begun, or begun again after one of them was lost."""
         if not self._teller.run.HasField("plan"):
             await self._teller.tell(RunEvent(plan=loaded.plan), lambda record: record.plan.CopyFrom(loaded.plan))
+            await self._teller.tell(RunEvent(data=loaded.data))
         if loaded.step:
             await self._teller.note(f"goes on after step {loaded.step}")
         self._step, self._seconds, self._proof_seconds = loaded.step, loaded.seconds, loaded.proof_seconds

@@ -95,4 +95,5 @@ def _stage(folder: Path, manifest: AdapterManifest, device: Device) -> Version:
     scale = verify.check_config(folder, manifest)
     pairs = verify.check_tensors(device.read(folder / WEIGHTS), manifest, device.base)
     weights = device.prepare(pairs, scale)
-    return Version(manifest.sha256, manifest.name, weights, weights.rank, weights.size)
+    fmt = verify.prompt_format(manifest, device.base)
+    return Version(manifest.sha256, manifest.name, weights, weights.rank, weights.size, fmt)

@@ -17,7 +17,10 @@ from __future__ import annotations
 import threading
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from services.core.models.prompts import PromptFormat
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,6 +36,8 @@ class Version:
     rank: int
     size: int
     """Bytes in memory."""
+    format: PromptFormat | None = None
+    """How its prompts are rendered; None is as the base model's."""
 
 
 @dataclass(slots=True, eq=False)

@@ -12,6 +12,8 @@ from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest
 from services.core.errors import AdapterRejected, BaseModelMismatch, DigestMismatch
 from services.core.models import adapter_files
 from services.core.models.adapter_files import CONFIG, WEIGHTS
+from services.core.models import prompts
+from services.core.models.prompts import SENTINELS, PromptFormat
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +29,8 @@ class Base:
     """Id of the base model."""
     digest: str
     """Digest of its weights."""
-    prompt_format: str
-    """Name of its prompt format."""
+    format: PromptFormat
+    """How it wants its prompts."""
     layers: Mapping[str, tuple[int, int]]
     """(out, in) of the layers that an adapter may change, by module path."""
     max_rank: int
@@ -49,10 +51,7 @@ def check_manifest(manifest: AdapterManifest, base: Base) -> None:
         )
     if not 1 <= manifest.lora_r <= base.max_rank:
         raise AdapterRejected(f"{manifest.name} has rank {manifest.lora_r}; 1 to {base.max_rank} are served")
-    if manifest.prompt_format and manifest.prompt_format != base.prompt_format:
-        raise AdapterRejected(
-            f"{manifest.name} was trained on prompts of format {manifest.prompt_format}, not {base.prompt_format}"
-        )
+    prompt_format(manifest, base)
     paths = {file.path: file for file in manifest.files}
     if strange := sorted(paths.keys() - _ALLOWED):
         raise AdapterRejected(f"{manifest.name} holds {strange[0]}: only safetensors are read, pickles never")
@@ -60,6 +59,24 @@ def check_manifest(manifest: AdapterManifest, base: Base) -> None:
         raise AdapterRejected(f"{manifest.name} lacks {missing[0]}")
     if paths[WEIGHTS].sha256 != manifest.sha256:
         raise DigestMismatch(f"{manifest.name} names version {manifest.sha256[:12]}, its file is another one")
+
+
+def prompt_format(manifest: AdapterManifest, base: Base) -> PromptFormat:
+    """How the adapter wants its prompts: as its base model, or with the sentinels that it was taught.
+
+    Raises:
+        AdapterRejected: a format that the base's vocabulary does not have.
+    """
+    if manifest.prompt_format == SENTINELS and manifest.fim_sentinels:
+        try:
+            return prompts.with_sentinels(base.format, manifest.fim_sentinels)
+        except ValueError as error:
+            raise AdapterRejected(f"{manifest.name} fills in the middle with other tokens: {error}") from None
+    if manifest.prompt_format not in ("", base.format.name):
+        raise AdapterRejected(
+            f"{manifest.name} was trained on prompts of format {manifest.prompt_format}, not {base.format.name}"
+        )
+    return base.format
 
 
 def check_config(folder: Path, manifest: AdapterManifest) -> float:

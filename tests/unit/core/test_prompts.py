@@ -24,7 +24,7 @@ class Client:
 """
 FAMILIES = {
     "qwen": ["<|endoftext|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|fim_pad|>", "<|file_sep|>"],
-    "starcoder": ["<|endoftext|>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<fim_pad>", "<file_sep>"],
+    "starcoder2": ["<|endoftext|>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<fim_pad>", "<file_sep>"],
     "deepseek": ["<｜end▁of▁sentence｜>", "<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>", "<|EOT|>"],  # noqa: RUF001
     "codellama": ["</s>", "▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"],
     "codestral": ["</s>", "[PREFIX]", "[SUFFIX]", "[MIDDLE]"],
@@ -83,7 +83,7 @@ def test_one_missing_marker_makes_it_plain() -> None:
 
 GOLDEN = [
     ("qwen", "<|file_sep|>a.py\n<|fim_prefix|>Pq<|fim_suffix|>Sq<|fim_middle|>", "Mq<|endoftext|>"),
-    ("starcoder", "<fim_prefix><file_sep>a.py\nPq<fim_suffix>Sq<fim_middle>", "Mq<|endoftext|>"),
+    ("starcoder2", "<file_sep><fim_prefix>a.py\nPq<fim_suffix>Sq<fim_middle>", "Mq<|endoftext|>"),
     ("deepseek", "#a.py\n<｜fim▁begin｜>Pq<｜fim▁hole｜>Sq<｜fim▁end｜>", "Mq<｜end▁of▁sentence｜>"),  # noqa: RUF001
     ("codellama", "▁#▁a.py\n▁<PRE>▁Pq▁<SUF>Sq▁<MID>", "Mq▁<EOT>"),
     ("codestral", "▁#▁a.py\n[SUFFIX]Sq[PREFIX]▁Pq", "Mq</s>"),
@@ -119,7 +119,7 @@ def test_serving_order_is_training_order(family: str, prefix: str, middle: str, 
         trained = prompts.training_document(fmt, tokenizer, path=path, text=prefix)
     if prefix or suffix or path:
         assert trained[: len(prompt.ids)] == prompt.ids
-    assert trained[-1] == fmt.eot_id
+    assert trained[-1] == (fmt.end_of_middle_id if suffix else fmt.eot_id)
 
 
 @settings(max_examples=200, deadline=None)
@@ -185,7 +185,7 @@ def test_context_goes_before_the_file_as_far_as_it_fits() -> None:
 
 
 def test_a_budget_below_the_path_is_refused() -> None:
-    tokenizer = TOKENIZERS["starcoder"]
+    tokenizer = TOKENIZERS["starcoder2"]
     fmt = prompts.detect(tokenizer)
     with pytest.raises(errors.PromptTooLong) as refused:
         prompts.completion_prompt(fmt, tokenizer, path="long/" * 50 + "a.py", prefix="x", suffix="y", budget=40)
