@@ -1,8 +1,8 @@
 """Does fill-in-the-middle pay on a base model that was never taught it?
 
-Trains small adapters of the default model on minio-py's source, a few files held out: one on plain documents, one with a
-spare special token before suffix and prefix (services/core/models/prompts), and one in the usual order of prefix, suffix
-and middle with three such tokens. Then completes held-out places through the serving engine and compares.
+Trains small adapters of the default model on minio-py's source, a few files held out: one on plain documents, one with
+a spare special token before suffix and prefix (services/core/models/prompts), and one in the usual order of prefix,
+suffix and middle with three such tokens. Then completes held-out places through the serving engine and compares.
 
     python -m bench.fim [--steps 60] [--places 150] [--folder DIR] [train | compare]
 

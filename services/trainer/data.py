@@ -17,10 +17,11 @@ from services.trainer.packing import IGNORED, Row, pack, padded
 
 __all__ = ["IGNORED", "Corpus", "Counts", "Document", "Part", "Row", "base_loss", "pack", "padded", "read_part"]
 
-_SLACK = 8
-"""Tokens that a text may gain where it is cut: both ends of a token that the cut divides are tokenized anew."""
-_FULL, _FULLER, _GUESSES = 0.95, 0.99, 3
-"""A piece that fills less than this of a row is made anew, for so much of it, a few times at most."""
+_SLACK = 4
+"""Tokens that a text may gain where it is cut: both ends of a token that the cut divides are tokenized anew. The rare
+piece that gains more is trained plain."""
+_FULL, _GUESSES = 0.96, 3
+"""A piece that fills less than this of a row is made anew, a few times at most."""
 _LEAST_ROOM = 32
 """Tokens of text in a row below which nothing is cut out: a window this small, or a path this long, leaves no sense."""
 
@@ -216,8 +217,8 @@ class Corpus:
             for _ in range(_GUESSES):
                 if len(piece.ids) <= room and (piece.is_end or len(piece.ids) >= _FULL * room):
                     break
-                guess = (piece.end - start) * _FULLER * room / len(piece.ids)
-                piece = self._piece(document, start, _line_end(text, start, start + round(guess)))
+                size = (piece.end - start) * room / len(piece.ids)
+                piece = self._piece(document, start, _line_end(text, start, start + round(size)))
             while len(piece.ids) > room and piece.end > start + 1:  # one long line
                 piece = self._piece(document, start, start + (piece.end - start) // 2)
             yield piece

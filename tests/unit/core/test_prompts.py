@@ -1,117 +1,47 @@
-"""The prompt formats: detection by vocabulary, golden renderings, and serving order equal to training order."""
+"""The prompt formats: detection by vocabulary, budgets, and serving order equal to training order."""
 
 from __future__ import annotations
-
-import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from services.core import errors
 from services.core.models import prompts
+from tests.unit.core import tokenizers
+from tests.unit.core.tokenizers import SAMPLE
 
-SAMPLE = """def add(left, right):
-    \"\"\"Adds two numbers.\"\"\"
-    return left + right
-
-
-class Client:
-    def __init__(self, url: str = "http://localhost:9000") -> None:
-        self._url = url
-"""
-FAMILIES = {
-    "qwen": ["<|endoftext|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|fim_pad|>", "<|file_sep|>"],
-    "starcoder2": ["<|endoftext|>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<fim_pad>", "<file_sep>"],
-    "deepseek": ["<｜end▁of▁sentence｜>", "<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>", "<|EOT|>"],  # noqa: RUF001
-    "codellama": ["</s>", "▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"],
-    "codestral": ["</s>", "[PREFIX]", "[SUFFIX]", "[MIDDLE]"],
-    "plain": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<file_sep>", "<filename>"],
-}
-
-
-def byte_level(markers: list[str]) -> PreTrainedTokenizerFast:
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator([SAMPLE] * 3, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
-    bpe.add_special_tokens([AddedToken(marker, special=True) for marker in markers])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=markers[0])
-
-
-def sentence_piece(markers: list[str]) -> PreTrainedTokenizerFast:
-    bpe = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    bpe.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    special = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    bpe.train_from_iterator([SAMPLE] * 3, trainers.BpeTrainer(vocab_size=600, special_tokens=special))
-    bpe.add_special_tokens([AddedToken(marker, special=True, normalized=False) for marker in markers])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=markers[0], unk_token="<unk>")
-
-
-TOKENIZERS = {
-    name: (sentence_piece if name in ("codellama", "codestral") else byte_level)(markers)
-    for name, markers in FAMILIES.items()
-}
-
-
-def names(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
-    """The tokens side by side, bytes as their characters."""
-    text = "".join(tokenizer.convert_ids_to_tokens(ids)).replace("Ċ", "\n")
-    return re.sub(r"<0x(..)>", lambda byte: chr(int(byte[1], 16)), text)
+FAMILIES = list(tokenizers.MARKERS)
+TOKENIZERS = {name: tokenizers.of(name) for name in FAMILIES}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_detects_the_family_by_its_vocabulary(family: str) -> None:
     fmt = prompts.detect(TOKENIZERS[family])
     assert fmt.name == family
-    assert fmt.style == {"plain": "plain", "codestral": "spm"}.get(family, "psm")
-    assert fmt.eot_id in fmt.stop_ids
+    assert fmt.style == {"plain": "plain", "codestral": "spm", "seedcoder": "spm"}.get(family, "psm")
+    assert {fmt.eot_id, fmt.end_of_middle_id} <= set(fmt.stop_ids)
     vocabulary = TOKENIZERS[family].get_vocab()
-    markers = {vocabulary[m] for m in FAMILIES[family] if m != "<|EOT|>"}
+    markers = {id for m, id in vocabulary.items() if "fim" in m.lower() or "SUF" in m or "PRE" in m or "file" in m}
     assert markers <= set(fmt.stop_ids), "a marker must never come out as text"
 
 
 def test_one_missing_marker_makes_it_plain() -> None:
-    assert prompts.detect(byte_level(["<|endoftext|>", "<fim_prefix>", "<fim_suffix>"])).style == "plain"
-
-
-GOLDEN = [
-    ("qwen", "<|file_sep|>a.py\n<|fim_prefix|>Pq<|fim_suffix|>Sq<|fim_middle|>", "Mq<|endoftext|>"),
-    ("starcoder2", "<file_sep><fim_prefix>a.py\nPq<fim_suffix>Sq<fim_middle>", "Mq<|endoftext|>"),
-    ("deepseek", "#a.py\n<｜fim▁begin｜>Pq<｜fim▁hole｜>Sq<｜fim▁end｜>", "Mq<｜end▁of▁sentence｜>"),  # noqa: RUF001
-    ("codellama", "▁#▁a.py\n▁<PRE>▁Pq▁<SUF>Sq▁<MID>", "Mq▁<EOT>"),
-    ("codestral", "▁#▁a.py\n[SUFFIX]Sq[PREFIX]▁Pq", "Mq</s>"),
-    ("plain", "<file_sep>a.py\n", "PqMq<|endoftext|>"),
-]
-
-
-@pytest.mark.parametrize(("family", "served", "rest"), GOLDEN)
-def test_golden(family: str, served: str, rest: str) -> None:
-    tokenizer = TOKENIZERS[family]
-    fmt = prompts.detect(tokenizer)
-    prompt = prompts.completion_prompt(fmt, tokenizer, path="a.py", prefix="Pq", suffix="Sq", budget=100)
-    trained = prompts.training_fim(fmt, tokenizer, path="a.py", prefix="Pq", middle="Mq", suffix="Sq")
-    assert names(tokenizer, prompt.ids) == served
-    assert names(tokenizer, trained) == served + rest
-    assert prompt.suffix_used == (family != "plain")
-    assert prompt.overhang == ("Pq" if family == "plain" else "")
+    made = tokenizers.byte_level(["<|endoftext|>", "<fim_prefix>", "<fim_suffix>"])
+    assert prompts.detect(made).style == "plain"
 
 
 code = st.text(st.sampled_from("abé☺ \n\t(_.=1'") | st.characters(codec="utf-8"), max_size=40)
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "plain"])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "plain"] + ["sentinels"])
 @settings(max_examples=40, deadline=None)
 @given(prefix=code, middle=code, suffix=code, path=st.sampled_from(["", "a.py", "src/b c.go"]))
 def test_serving_order_is_training_order(family: str, prefix: str, middle: str, suffix: str, path: str) -> None:
-    tokenizer = TOKENIZERS[family]
+    tokenizer = TOKENIZERS[family.replace("sentinels", "plain")]
     fmt = prompts.detect(tokenizer)
+    if family == "sentinels":
+        fmt = prompts.with_sentinels(fmt)
     prompt = prompts.completion_prompt(fmt, tokenizer, path=path, prefix=prefix, suffix=suffix, budget=1000)
     if suffix:
         trained = prompts.training_fim(fmt, tokenizer, path=path, prefix=prefix, middle=middle, suffix=suffix)
@@ -138,7 +68,7 @@ def test_a_plain_prompt_is_a_token_prefix_of_its_document_wherever_it_is_cut(cut
 def test_a_marker_in_a_file_is_only_text(family: str) -> None:
     tokenizer = TOKENIZERS[family]
     fmt = prompts.detect(tokenizer)
-    for marker in FAMILIES[family]:
+    for marker in tokenizers.MARKERS[family]:
         ids = prompts.encode(fmt, tokenizer, f"x = '{marker}'")
         assert tokenizer.get_vocab()[marker] not in ids
         text = f"x = '{marker}'"
