@@ -4,7 +4,7 @@ Trains small adapters of the default model on minio-py's source, a few files hel
 a spare special token before suffix and prefix (services/core/models/prompts), and one in the usual order of prefix,
 suffix and middle with three such tokens. Then completes held-out places through the serving engine and compares.
 
-    python -m bench.fim [--steps 60] [--places 150] [--folder DIR] [train | compare]
+    python -m bench.fim [--steps 40] [--places 80] [--kind KIND] [--folder DIR] [train | compare]
 
 With a folder an interrupted call goes on where it stopped, and the comparison can be made anew.
 """
@@ -112,7 +112,7 @@ def settings_of(kind: str, steps: int) -> Settings:
 
 
 def train(kind: str, steps: int, folder: Path) -> None:
-    """Trains one adapter, or goes on with it; its state is kept every ten steps."""
+    """Trains one adapter, or goes on with it; its state is kept every few steps."""
     kept = folder / kind.replace(" ", "-").replace(",", "")
     if (kept / WEIGHTS).exists():
         return
@@ -126,26 +126,28 @@ def train(kind: str, steps: int, folder: Path) -> None:
     print(kind, corpus.counts(), flush=True)
     trainee = Trainee(base, settings, device=torch.device("cpu"))
     optimizer = loop.make_optimizer(trainee, settings)
-    state = checkpoint.load_state(trainee, optimizer, kept) if kept.exists() else loop.State()
+    # The base is measured once, by the first kind.
+    fresh = loop.State() if kind == "plain" else loop.State(base_loss=float("inf"), best_loss=float("inf"))
+    state = checkpoint.load_state(trainee, optimizer, kept) if kept.exists() else fresh
     test = HeldOut(held_out, tokenizer, fmt, window=512, max_tokens=settings.max_eval_tokens)
     for event in loop.train(trainee, optimizer, settings, corpus, test, state, lambda: False):
         match event:
             case loop.Evaluated():
                 print(f"{kind}: step {event.step}, plain held-out loss {event.test.loss:.4f}", flush=True)
             case loop.StepDone():
-                if event.step % 10 == 0:
+                if event.step % 4 == 0:
                     checkpoint.save_state(trainee, optimizer, state, kept)
                     print(f"{kind}: step {event.step}, train loss {event.train_loss:.3f}", flush=True)
     checkpoint.save_adapter(trainee, kept, "")
 
 
-def compare(count: int, folder: Path) -> None:
+def compare(kinds: Sequence[str], count: int, folder: Path) -> None:
     """Completes the same places with the base and with every adapter there is."""
     base = weights.ensure_weights(catalogue.find(""), cache())
     tokenizer = weights.load_tokenizer(base)
     loaded = serving.start(weights.load_model(base), tokenizer, "", "", Limits(waiting=1000, kv_tokens=2**20))
     found = places(source()[1], count)
-    for kind in ("base", *KINDS):
+    for kind in kinds:
         kept = folder / kind.replace(" ", "-").replace(",", "")
         if kind != "base" and not (kept / WEIGHTS).exists():
             continue
@@ -210,17 +212,17 @@ def cache() -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["all", "train", "compare"], default="all")
-    parser.add_argument("--kind", choices=KINDS, action="append")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--places", type=int, default=150)
+    parser.add_argument("--kind", choices=("base", *KINDS), action="append")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--places", type=int, default=80)
     parser.add_argument("--folder", type=Path)
     asked = parser.parse_args()
     folder = asked.folder or Path(tempfile.mkdtemp(prefix="codegraft-fim-"))
     for kind in asked.kind or KINDS:
-        if asked.what != "compare":
+        if asked.what != "compare" and kind != "base":
             train(kind, asked.steps, folder)
     if asked.what != "train":
-        compare(asked.places, folder)
+        compare(asked.kind or ("base", *KINDS), asked.places, folder)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from services.core.errors import BaseModelMismatch, EmptyDataset, InvalidHyperpa
 from services.core.models import catalogue, prompts, weights
 from services.core.models.catalogue import ModelSpec
 from services.core.models.prompts import PromptFormat, Tokenizer
-from services.trainer import checkpoint, data, loop, machine, memory
+from services.trainer import checkpoint, data, isolation, loop, machine, memory
 from services.trainer.config import TrainerSettings
 from services.trainer.data import Corpus
 from services.trainer.evaluate import HeldOut
@@ -90,6 +90,7 @@ def load(
         OutOfMemory: it does not fit.
         JobCancelled: it was asked for meanwhile.
         InvalidHyperparameter, ModelNotFound.
+        NotSupported: the model cannot be trained on packed rows.
     """
     if config.trainer_threads or ranks.size > 1:
         torch.set_num_threads(config.trainer_threads or max(1, (os.cpu_count() or 1) // ranks.size))
@@ -175,6 +176,7 @@ def load(
             explain(told, asked)
         told.trainable_parameters = trainee.trainable_parameters
     _refuse_empty(corpus)
+    isolation.check(trainee, len(tokenizer.get_vocab()))
     fmt = format_of(base_format, settings)
     held_out = HeldOut(
         test_part.documents, tokenizer, fmt, window=settings.context_length, max_tokens=settings.max_eval_tokens

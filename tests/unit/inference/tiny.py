@@ -22,13 +22,13 @@ from services.inference.engine.sequence import Output, Reason, Sampling, Sequenc
 from services.inference.engine.text import TextStream
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """256 bytes and two markers: every text can be spelled, characters are split over tokens."""
+def make_tokenizer(*markers: str) -> PreTrainedTokenizerFast:
+    """256 bytes and two markers, and more if wanted: every text can be spelled, characters are split over tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe = Tokenizer(models.BPE({c: n for n, c in enumerate(alphabet)}, []))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    bpe.add_special_tokens([AddedToken("<|endoftext|>", special=True), AddedToken("<file_sep>", special=True)])
+    bpe.add_special_tokens([AddedToken(marker, special=True) for marker in ("<|endoftext|>", "<file_sep>", *markers)])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
 
 

@@ -1,4 +1,4 @@
-"""Documents that share a row do not see each other, in every architecture of the catalogue and on each attention path."""
+"""Documents that share a row do not see each other, in every architecture of the catalogue, on every attention path."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ from transformers import (
     Starcoder2Config,
 )
 
+from services.core import errors
 from services.core.models import weights
+from services.trainer import isolation
 from services.trainer.lora import Trainee
 from services.trainer.packing import Row, pack
 from services.trainer.settings import Settings
@@ -153,6 +155,29 @@ def test_packed_gradients_equal_separate_ones(
     assert len(found[0]) == len(trainee.masters)
     for parameter, gradient in found[0].items():
         torch.testing.assert_close(gradient, found[1][parameter], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llama", "gpt_bigcode"])
+def test_a_model_that_looks_into_other_documents_is_refused(
+    name: str,
+    attention: str,
+    folders: dict[str, Path],
+    settings: Callable[..., Settings],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trainee = made(folders[name], settings, attention, monkeypatch)
+    isolation.check(trainee, 258)
+    tidy = trainee.losses
+
+    def careless(rows: list[Row]) -> list[torch.Tensor]:
+        """As a model does that takes a row for one text."""
+        return tidy([Row(r.ids, r.labels, list(range(len(r.ids)))) for r in rows])
+
+    monkeypatch.setattr(trainee, "losses", careless)
+    with pytest.raises(errors.NotSupported) as refused:
+        isolation.check(trainee, 258)
+    assert refused.value.field == "base_model"
 
 
 def _documents(packed: Row) -> list[list[int]]:
