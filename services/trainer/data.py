@@ -82,8 +82,12 @@ class _Piece:
 
 def read_part(path: Path) -> Part:
     """Reads the train or the test part: a folder of shards."""
-    rows = pq.read_table(path, columns=["path", "source", "text", "language"]).to_pylist()
-    documents = [Document(row["path"], row["source"], row["text"], row["language"] or "") for row in rows]
+    there = pq.ParquetDataset(path).schema.names
+    wanted = [
+        name for name in ("path", "source", "text", "language") if name in there
+    ]  # datasets of others may lack it
+    rows = pq.read_table(path, columns=wanted).to_pylist()
+    documents = [Document(row["path"], row["source"], row["text"], row.get("language") or "") for row in rows]
     return Part(documents, base_loss(path))
 
 

@@ -31,7 +31,7 @@ from codegraft.trainer.v1 import run_pb2_grpc
 from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest
 from codegraft.trainer.v1.hyperparameters_pb2 import Hyperparameters
 from services.core import errors
-from services.core.models import weights
+from services.core.models import prompts, weights
 from services.core.rpc.interceptors import CallInterceptor
 from services.core.rpc.status import from_rpc
 from services.core.runtime import Runtime
@@ -116,13 +116,21 @@ async def commit_dataset(runtime: Runtime, folder: Path, name: str = DATASET, te
     for part, count in (("train", 8), ("test", test_files)):
         texts = [f"def add_{n}(left, right):\n    return left + right + {n}\n" * 8 for n in range(count)]
         rows = [
-            {"path": f"{part}{n}.py", "source": SOURCE, "text": text, "tokens": len(text), "loss": 1.5}
+            {
+                "path": f"{part}{n}.py",
+                "source": SOURCE,
+                "language": "Python",
+                "text": text,
+                "tokens": len(text),
+                "loss": 1.5,
+            }
             for n, text in enumerate(texts)
         ]
         schema = pa.schema(
             {
                 "path": pa.string(),
                 "source": pa.string(),
+                "language": pa.string(),
                 "text": pa.large_string(),
                 "tokens": pa.int64(),
                 "loss": pa.float64(),
@@ -140,7 +148,7 @@ async def commit_dataset(runtime: Runtime, folder: Path, name: str = DATASET, te
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("base")
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer("<one>", "<two>")
     make_model(tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -219,7 +227,8 @@ async def test_a_run_from_creation_to_its_best_checkpoint(world: World) -> None:
     assert last.status.state == JOB_STATE_SUCCEEDED, last.status
     assert [event.sequence for event in events] == list(range(1, last.last_sequence + 1))
     kinds = [event.WhichOneof("event") for event in events]
-    assert kinds.index("state") < kinds.index("plan") < kinds.index("evaluation") < kinds.index("step")
+    order = [kinds.index(kind) for kind in ("state", "plan", "data", "evaluation", "step")]
+    assert order == sorted(order) and kinds.count("data") == 1
     evaluations = [event.evaluation for event in events if event.WhichOneof("event") == "evaluation"]
     assert [evaluation.step for evaluation in evaluations] == [0, 4, 8, 12]
     assert evaluations[0].test_loss == last.base_test_loss and list(evaluations[0].source_losses) == [SOURCE]
@@ -251,13 +260,21 @@ async def test_a_run_from_creation_to_its_best_checkpoint(world: World) -> None:
     assert states[-1] == JOB_STATE_SUCCEEDED
 
 
-async def test_inference_accepts_the_adapter(world: World, base: Path) -> None:
-    last, _ = await world.watch(await world.create(QUICK))
+@pytest.mark.parametrize("fim_rate", [0.0, 0.5])
+async def test_inference_accepts_the_adapter(world: World, base: Path, fim_rate: float) -> None:
+    last, events = await world.watch(await world.create({**QUICK, "fim_rate": fim_rate}))
     manifest = await world.runtime.artifacts.manifest(last.best_checkpoint, AdapterManifest)
     folder = await world.runtime.artifacts.fetch(manifest.name, manifest.files)
     model = weights.load_model(base, torch.float32)
-    serving = Base(f"dir:{base}", weights.base_digest(base), "plain", lora.adaptable(model), 256)
+    plain = prompts.detect(weights.load_tokenizer(base))
+    serving = Base(f"dir:{base}", weights.base_digest(base), plain, lora.adaptable(model), 256)
     verify.check_manifest(manifest, serving)
+    taught = prompts.with_sentinels(plain, ["<one>", "<two>"])
+    assert verify.prompt_format(manifest, serving) == (taught if fim_rate else plain)
+    assert manifest.fim_sentinels == (["<one>", "<two>"] if fim_rate else [])
+    (data,) = [event.data for event in events if event.WhichOneof("event") == "data"]
+    assert data.documents == 8 and bool(data.fim_pieces) == bool(fim_rate)
+    assert data.labels + data.padding == data.rows * QUICK["context_length"]
     assert verify.check_config(folder, manifest) == 2.0
     pairs = verify.check_tensors(load_file(folder / verify.WEIGHTS), manifest, serving)
     assert any(bool(b.any()) for _, b in pairs.values())

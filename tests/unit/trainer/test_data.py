@@ -7,15 +7,21 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from services.core import errors
 from services.core.models import prompts
 from services.core.models.prompts import PromptFormat
-from services.trainer.data import Corpus, Document
+from services.trainer import job
+from services.trainer.data import Corpus, Document, read_part
 from services.trainer.packing import Row, pack
+from services.trainer.settings import Settings
 from tests.unit.core import tokenizers
+from tests.unit.trainer.conftest import SMALL
 
 QWEN = tokenizers.of("qwen")
 FORMATS = {
@@ -176,3 +182,32 @@ def test_files_without_a_token_are_counted() -> None:
     documents = [Document("", "s", ""), Document("a.py", "s", "x = 1\n")]
     made = Corpus(documents, tokenizer, fmt, window=64, fim_rate=0.5, seed=0)
     assert (made.counts().documents, made.counts().empty_documents) == (2, 1)
+
+
+def test_the_language_comes_with_the_dataset(tmp_path: Path) -> None:
+    columns = {"path": ["a.go"], "source": ["s"], "text": ["x"], "tokens": [1], "loss": [2.0], "language": ["Go"]}
+    for number, left_out in enumerate(["", "language"]):
+        table = pa.table({name: values for name, values in columns.items() if name != left_out})
+        pq.write_table(table, tmp_path / f"{number}.parquet")
+    for number, language in enumerate(["Go", ""]):
+        part = read_part(tmp_path / f"{number}.parquet")
+        assert (part.documents, part.base_loss) == ([Document("a.go", "s", "x", language)], 2.0)
+
+
+# --- sentinels ---
+
+
+@pytest.mark.parametrize(
+    ("family", "fim_rate", "expected"),
+    [("plain", 0.0, "plain"), ("plain", 0.5, "sentinels"), ("qwen", 0.0, "qwen"), ("qwen", 0.5, "qwen")],
+)
+def test_a_run_uses_sentinels_where_the_base_has_no_markers(family: str, fim_rate: float, expected: str) -> None:
+    base_format = prompts.detect(tokenizers.of(family))
+    assert job.format_of(base_format, Settings(**{**SMALL, "fim_rate": fim_rate})).name == expected
+
+
+def test_a_vocabulary_without_spare_tokens_cannot_be_taught() -> None:
+    base_format = prompts.detect(tokenizers.byte_level(["<|endoftext|>"]))
+    with pytest.raises(errors.InvalidHyperparameter) as refused:
+        job.format_of(base_format, Settings(**{**SMALL, "fim_rate": 0.5}))
+    assert refused.value.field == "hyperparameters.fim_rate" and "fim_rate to 0" in refused.value.hint
