@@ -123,7 +123,9 @@ def train(kind: str, steps: int, folder: Path) -> None:
     corpus = Corpus(
         learned, tokenizer, fmt, window=settings.context_length, fim_rate=settings.fim_rate, seed=settings.seed
     )
-    print(kind, corpus.counts(), flush=True)
+    began = time.monotonic()
+    counts = corpus.counts()
+    print(f"{kind}: {counts}; a pass of {counts.rows} rows is drawn in {time.monotonic() - began:.2f} s", flush=True)
     trainee = Trainee(base, settings, device=torch.device("cpu"))
     optimizer = loop.make_optimizer(trainee, settings)
     # The base is measured once, by the first kind.
@@ -137,7 +139,8 @@ def train(kind: str, steps: int, folder: Path) -> None:
             case loop.StepDone():
                 if event.step % 4 == 0:
                     checkpoint.save_state(trainee, optimizer, state, kept)
-                    print(f"{kind}: step {event.step}, train loss {event.train_loss:.3f}", flush=True)
+                    told = f"train loss {event.train_loss:.3f}, {event.tokens / event.seconds:.0f} tokens/s"
+                    print(f"{kind}: step {event.step}, {told}", flush=True)
     checkpoint.save_adapter(trainee, kept, "")
 
 

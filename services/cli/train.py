@@ -64,7 +64,7 @@ def start(
     decay_steps: Annotated[int | None, _setting("Steps over which the learning rate falls.")] = None,
     low_gpu_memory_mode: Annotated[Switch | None, _setting("Gradient checkpointing: less memory, more time.")] = None,
     context_length: Annotated[int | None, _setting("Tokens per sequence.")] = None,
-    fim_rate: Annotated[float | None, _setting("Share of fill-in-the-middle documents.")] = None,
+    fim_rate: Annotated[float | None, _setting("Share of documents with a middle to fill in, 0 to 1.")] = None,
     seed: Annotated[int | None, _setting("Seed.")] = None,
     time_limit_seconds: Annotated[float | None, _setting("End after this long, with a last evaluation.")] = None,
     early_stopping_patience: Annotated[int | None, _setting("End after so many evaluations without a best.")] = None,
