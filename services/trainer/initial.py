@@ -29,12 +29,15 @@ def inherited(requested: Hyperparameters, manifest: AdapterManifest) -> Hyperpar
     settled.CopyFrom(requested)
     settled.lora_r, settled.lora_alpha = manifest.lora_r, manifest.lora_alpha
     settled.target_modules[:] = manifest.target_modules
+    if manifest.fim_sentinels and not requested.HasField("fim_rate"):
+        settled.fim_rate = manifest.hyperparameters.fim_rate  # what it was taught must not be forgotten
     return settled
 
 
-def explain(plan: Plan, requested: Hyperparameters) -> None:
+def explain(plan: Plan, requested: Hyperparameters, manifest: AdapterManifest) -> None:
     """Tells of the settings that were taken over that nobody asked for them."""
-    for name in ("lora_r", "lora_alpha", "target_modules"):
+    names = ["lora_r", "lora_alpha", "target_modules"]
+    for name in names + ["fim_rate"] * bool(manifest.fim_sentinels):
         given = bool(requested.target_modules) if name == "target_modules" else requested.HasField(name)
         if not given:
             amend(plan, name, why=_WHY)

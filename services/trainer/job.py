@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -117,12 +117,13 @@ def load(
     on_gpu = target.type == "cuda"
     guess = ranks.size * machine.guess_speed(spec, on_gpu=on_gpu)
     sharded = machine.shards(spec, target, ranks, config.trainer_sharding)
+    sentinels = tuple(initial.manifest.fim_sentinels) if initial is not None else ()
 
     def corpus_of(settings: Settings) -> Corpus:
         return Corpus(
             train_part.documents,
             tokenizer,
-            format_of(base_format, settings),
+            format_of(base_format, settings, sentinels),
             window=settings.context_length,
             fim_rate=settings.fim_rate,
             seed=settings.seed,
@@ -173,11 +174,11 @@ def load(
         settings, told = resolve(corpus.tokens, counting.tokens, speed)
         settings = limited(settings, told, fit)
         if initial is not None:
-            explain(told, asked)
+            explain(told, asked, initial.manifest)
         told.trainable_parameters = trainee.trainable_parameters
     _refuse_empty(corpus)
     isolation.check(trainee, len(tokenizer.get_vocab()))
-    fmt = format_of(base_format, settings)
+    fmt = format_of(base_format, settings, sentinels)
     held_out = HeldOut(
         test_part.documents, tokenizer, fmt, window=settings.context_length, max_tokens=settings.max_eval_tokens
     )
@@ -222,8 +223,11 @@ class _Interruptible:
         return getattr(self._tokenizer, name)
 
 
-def format_of(base_format: PromptFormat, settings: Settings) -> PromptFormat:
+def format_of(base_format: PromptFormat, settings: Settings, sentinels: Sequence[str] = ()) -> PromptFormat:
     """How a run renders its documents: as the base does, or with sentinels where the base cannot fill in the middle.
+
+    Args:
+        sentinels: those of the adapter that the run starts from; empty when it has none.
 
     Raises:
         InvalidHyperparameter: it is asked to, but the vocabulary has no tokens to spare.
@@ -231,7 +235,7 @@ def format_of(base_format: PromptFormat, settings: Settings) -> PromptFormat:
     if base_format.fills_in_the_middle or not settings.fim_rate:
         return base_format
     try:
-        return prompts.with_sentinels(base_format)
+        return prompts.with_sentinels(base_format, sentinels)
     except ValueError as error:
         raise InvalidHyperparameter(
             f"the model cannot be taught to fill in the middle: {error}",

@@ -13,11 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest
+from codegraft.trainer.v1.hyperparameters_pb2 import Hyperparameters
 from services.core import errors
 from services.core.models import prompts
 from services.core.models.prompts import PromptFormat
 from services.trainer import job
 from services.trainer.data import Corpus, Document, read_part
+from services.trainer.initial import inherited
 from services.trainer.packing import Row, pack
 from services.trainer.settings import Settings
 from tests.unit.core import tokenizers
@@ -211,3 +214,15 @@ def test_a_vocabulary_without_spare_tokens_cannot_be_taught() -> None:
     with pytest.raises(errors.InvalidHyperparameter) as refused:
         job.format_of(base_format, Settings(**{**SMALL, "fim_rate": 0.5}))
     assert refused.value.field == "hyperparameters.fim_rate" and "fim_rate to 0" in refused.value.hint
+
+
+def test_a_run_that_starts_from_a_taught_adapter_keeps_its_sentinels() -> None:
+    manifest = AdapterManifest(
+        lora_r=8, lora_alpha=16, prompt_format="sentinels", fim_sentinels=["<gh_stars>", "<issue_start>"]
+    )
+    manifest.hyperparameters.fim_rate = 0.4
+    assert inherited(Hyperparameters(), manifest).fim_rate == 0.4
+    assert inherited(Hyperparameters(fim_rate=0.0), manifest).fim_rate == 0.0
+    base_format = prompts.detect(tokenizers.of("plain"))
+    settings = Settings(**{**SMALL, "fim_rate": 0.4})
+    assert job.format_of(base_format, settings, manifest.fim_sentinels).sentinels == ("<gh_stars>", "<issue_start>")
