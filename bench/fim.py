@@ -42,6 +42,8 @@ from services.trainer.lora import WEIGHTS, Trainee
 from services.trainer.plan import Facts, plan
 from services.trainer.settings import Settings
 
+WINDOW = 256
+"""Tokens of a row, and of a prompt at most."""
 HELD_OUT = 5
 """Every fifth file."""
 KINDS = ("plain", "sentinels", "sentinels, usual order")
@@ -106,7 +108,7 @@ def settings_of(kind: str, steps: int) -> Settings:
     spec = catalogue.find("")
     facts = Facts(90_000, 20_000, 1.4, spec.parameters, spec.context_length, spec.lora_targets, False, 400.0, False)
     asked = Hyperparameters(
-        train_steps=steps, eval_steps=steps, batch_size=4, context_length=512, max_eval_tokens=16_384, seed=1
+        train_steps=steps, eval_steps=steps, batch_size=4, context_length=WINDOW, max_eval_tokens=8192, seed=1
     )
     return replace(plan(asked, facts)[0], fim_rate=0.0 if kind == "plain" else 0.5)
 
@@ -131,13 +133,13 @@ def train(kind: str, steps: int, folder: Path) -> None:
     # The base is measured once, by the first kind.
     fresh = loop.State() if kind == "plain" else loop.State(base_loss=float("inf"), best_loss=float("inf"))
     state = checkpoint.load_state(trainee, optimizer, kept) if kept.exists() else fresh
-    test = HeldOut(held_out, tokenizer, fmt, window=512, max_tokens=settings.max_eval_tokens)
+    test = HeldOut(held_out, tokenizer, fmt, window=WINDOW, max_tokens=settings.max_eval_tokens)
     for event in loop.train(trainee, optimizer, settings, corpus, test, state, lambda: False):
         match event:
             case loop.Evaluated():
                 print(f"{kind}: step {event.step}, plain held-out loss {event.test.loss:.4f}", flush=True)
             case loop.StepDone():
-                if event.step % 4 == 0:
+                if event.step % 2 == 0:
                     checkpoint.save_state(trainee, optimizer, state, kept)
                     told = f"train loss {event.train_loss:.3f}, {event.tokens / event.seconds:.0f} tokens/s"
                     print(f"{kind}: step {event.step}, {told}", flush=True)
@@ -184,7 +186,7 @@ def _complete(
     inboxes: list[Queue[Output]] = []
     for place in found:
         prompt = prompts.completion_prompt(
-            fmt, loaded.tokenizer, path=place.path, prefix=place.prefix, suffix=place.suffix, budget=400
+            fmt, loaded.tokenizer, path=place.path, prefix=place.prefix, suffix=place.suffix, budget=WINDOW
         )
         stream = TextStream(
             loaded.vocabulary,
