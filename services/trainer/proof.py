@@ -71,7 +71,8 @@ class Exam:
         settings: Settings,
     ) -> Exam:
         """The exam of a run: a function of its settings and files."""
-        has_fim = fmt.style != "plain"
+        # A base that was never taught the sentinels is nothing to measure filled-in lines against.
+        has_fim = fmt.fills_in_the_middle and not fmt.sentinels
         count = proof_places(settings, has_fim=has_fim)
         chosen = places.choose(
             [(document.path, document.text) for document in test], count * (1 + has_fim), settings.seed

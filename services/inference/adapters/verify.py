@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest
 from services.core.errors import AdapterRejected, BaseModelMismatch, DigestMismatch
-from services.core.models import adapter_files
+from services.core.models import adapter_files, prompts
 from services.core.models.adapter_files import CONFIG, WEIGHTS
-from services.core.models import prompts
 from services.core.models.prompts import SENTINELS, PromptFormat
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +64,8 @@ class Vocabulary:
         self._ids = {token: id for id, token in enumerate([*tokens, "x"])}
         self.eos_token_id = None
         self.all_special_tokens = list(tokens)
+        self.added_tokens_decoder: dict[int, Any] = {}
+        self.chat_template = None
 
     def get_vocab(self) -> dict[str, int]:
         return self._ids

@@ -114,7 +114,7 @@ def completion_prompt(
         prefix = prefix[-(-(len(prefix) - limit) // step) * step :]
     suffix = suffix[:limit] if fmt.fills_in_the_middle else ""
     overhang = _overhang(prefix) if _continues_a_document(fmt, suffix) else ""
-    if overhang == prefix and not path:
+    if overhang == prefix and not path and not suffix:
         overhang = ""  # something must be there to continue
     kept = prefix[: len(prefix) - len(overhang)]
     if suffix:
