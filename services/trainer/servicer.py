@@ -233,7 +233,7 @@ class RunServicer(RunServiceServicer):
             train_bytes=manifest.train.bytes,
             test_tokens=manifest.test.tokens,
             base_loss=base_loss,
-            has_fim=False,
+            has_fim=spec.markers is not None and spec.markers.style != "plain",
             speed=machine.guess_speed(spec, on_gpu=on_gpu),
             on_gpu=on_gpu,
         )

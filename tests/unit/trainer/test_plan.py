@@ -151,3 +151,10 @@ def test_settings_that_contradict_each_other_are_refused(requested: dict[str, ob
 def test_auto_goes_around_what_was_asked_for(requested: dict[str, int]) -> None:
     settings, _ = plan(Hyperparameters(**requested), FACTS)
     check(settings.to_proto(), FACTS.context_length)
+
+
+def test_half_of_the_documents_get_a_middle_where_the_base_knows_how() -> None:
+    for has_fim, rate in ((True, 0.5), (False, 0.0)):
+        settings, told = plan(Hyperparameters(), replace(FACTS, has_fim=has_fim))
+        (why,) = [setting.why for setting in told.settings if setting.name == "fim_rate"]
+        assert settings.fim_rate == rate and ("as the base was trained" in why) == has_fim
