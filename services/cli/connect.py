@@ -39,6 +39,21 @@ def full_name(pattern: str, value: str, project: str) -> str:
     return names.build(pattern, project=project, **{kind: value})
 
 
+def checkpoint_name(project: str, value: str) -> str:
+    """A checkpoint's full name, of a full name, RUN/STEP, or RUN for the run's best one.
+
+    Raises:
+        InvalidName: it is none of these.
+    """
+    if value.startswith("projects/"):
+        name = value if "/checkpoints/" in value else f"{value}/checkpoints/best"
+    else:
+        run, _, step = value.partition("/")
+        name = f"{full_name(names.RUN, run, project)}/checkpoints/{step or 'best'}"
+    names.parse(names.CHECKPOINT, name, field="checkpoint")
+    return name
+
+
 def id_of(name: str) -> str:
     """The last part of a resource name; empty for an empty one."""
     return name.rpartition("/")[2]

@@ -42,7 +42,11 @@ class JobBar:
     def show(self, status: JobStatus) -> None:
         """Takes the job as it is now."""
         if status.state == JobState.JOB_STATE_QUEUED:
-            self._progress.update(self._task, description=f"{self._title}: waits for a worker")
+            place = status.progress.message if status.progress.message.startswith("waits") else "waits for a worker"
+            self._progress.update(self._task, description=f"{self._title}: {place}")
+            return
+        if status.state == JobState.JOB_STATE_PAUSED:
+            self._progress.update(self._task, description=f"{self._title}: paused", rest="")
             return
         self.show_progress(status.progress)
 

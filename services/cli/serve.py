@@ -7,10 +7,9 @@ from typing import Annotated
 import typer
 
 from codegraft.inference.v1.serving_pb2 import Serving, ServingMode, ServingStatus
-from services.cli.connect import Project, connect, full_name
+from services.cli.connect import Project, checkpoint_name, connect
 from services.cli.output import Json, err, print_json
 from services.client import Codegraft
-from services.core import names
 
 app = typer.Typer(help="Serving: which adapter answers for a project.", no_args_is_help=True)
 
@@ -45,13 +44,7 @@ def resolve(client: Codegraft, project: str, policy: str) -> tuple[ServingMode, 
         return ServingMode.SERVING_MODE_OFF, ""
     if policy == "latest-best":
         return ServingMode.SERVING_MODE_LATEST_BEST, ""
-    if policy.startswith("projects/"):
-        name = policy if "/checkpoints/" in policy else f"{policy}/checkpoints/best"
-    else:
-        run, _, step = policy.partition("/")
-        name = f"{full_name(names.RUN, run, project)}/checkpoints/{step or 'best'}"
-    names.parse(names.CHECKPOINT, name, field="policy")
-    return ServingMode.SERVING_MODE_PINNED, client.runs.checkpoint(name).name
+    return ServingMode.SERVING_MODE_PINNED, client.runs.checkpoint(checkpoint_name(project, policy)).name
 
 
 @app.command()

@@ -10,11 +10,12 @@ from typing import Annotated
 
 import typer
 
+from codegraft.common.v1.job_pb2 import JobState
 from codegraft.trainer.v1.hyperparameters_pb2 import Hyperparameters, Plan
 from codegraft.trainer.v1.run_event_pb2 import RunEvent
 from codegraft.trainer.v1.run_pb2 import Run
 from services.cli import tensorboard
-from services.cli.connect import Project, connect, full_name, id_of
+from services.cli.connect import Project, checkpoint_name, connect, full_name, id_of
 from services.cli.output import Json, err, print_json, print_table
 from services.cli.plot import curves, draw
 from services.cli.progress import JobBar, duration, state_word
@@ -75,6 +76,10 @@ def start(
     max_foreign_loss_increase: Annotated[
         float | None, _setting("Most by which a best version may raise the loss on foreign code; 0.02 is 2 %.")
     ] = None,
+    keep_checkpoints: Annotated[int | None, _setting("Checkpoints beside best, last and kept ones.")] = None,
+    from_: Annotated[
+        str, typer.Option("--from", metavar="RUN[/STEP]", help="Start with the weights of this checkpoint (best one).")
+    ] = "",
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Follow it to its end.")] = False,
     json: Json = False,
 ) -> None:
@@ -83,6 +88,8 @@ def start(
     Examples: codegraft train start -p acme --watch
 
     codegraft train start -p acme --lora-r 32 --train-steps 200 --title "rank 32"
+
+    codegraft train start -p acme --from r-0abc        # go on from that run's best adapter, on the newest dataset
     """
     hyperparameters = Hyperparameters(
         lora_r=lora_r,
@@ -108,11 +115,17 @@ def start(
         max_eval_tokens=max_eval_tokens,
         max_grad_norm=max_grad_norm,
         max_foreign_loss_increase=max_foreign_loss_increase,
+        keep_checkpoints=keep_checkpoints,
     )
     chosen = full_name(names.DATASET, dataset, project) if dataset else ""
     with connect() as client:
         run = client.runs.create(
-            project, dataset=chosen, base_model=model, hyperparameters=hyperparameters, title=title
+            project,
+            dataset=chosen,
+            base_model=model,
+            hyperparameters=hyperparameters,
+            title=title,
+            initial_checkpoint=checkpoint_name(project, from_) if from_ else "",
         )
         if watch:
             run = _follow(client, run.name, json)
@@ -164,9 +177,10 @@ def show(project: Project, run: RunId = LATEST, json: Json = False) -> None:
     if found.HasField("plan"):
         _tell_plan(found.plan)
     rows = [
-        [c.step, c.test_loss if c.HasField("test_loss") else None, c.best, c.sha256[:12], c.size] for c in checkpoints
+        [c.step, c.test_loss if c.HasField("test_loss") else None, c.best, c.kept, c.sha256[:12], c.size]
+        for c in checkpoints
     ]
-    print_table(["STEP", "TEST LOSS", "BEST", "SHA-256", "BYTES"], rows, empty="no checkpoint yet")
+    print_table(["STEP", "TEST LOSS", "BEST", "KEPT", "SHA-256", "BYTES"], rows, empty="no checkpoint yet")
     if found.HasField("proof"):
         print_table(["PROOF", "BASE", "ADAPTER", "CHANGE", "P"], proof_rows(found.proof), empty="")
         err.print(found.proof.verdict)
@@ -191,6 +205,49 @@ def cancel(project: Project, run: RunId = LATEST, json: Json = False) -> None:
         print_json(cancelled)
     else:
         err.print(f"{cancelled.name}: {state_word(cancelled.status.state)}, stops within seconds")
+
+
+@app.command()
+def pause(project: Project, run: RunId = LATEST, json: Json = False) -> None:
+    """Stop a run until it is resumed. Nothing is lost, and its device is free for the next one meanwhile."""
+    with connect() as client:
+        found = client.runs.pause(client.runs.get(full_name(names.RUN, run, project)).name)
+    if json:
+        print_json(found)
+    elif found.status.pause_requested:
+        err.print(f"{found.name}: stops within seconds; go on with: codegraft train resume -p {project} {run}")
+    else:
+        err.print(f"{found.name}: {state_word(found.status.state)}")
+
+
+@app.command()
+def resume(project: Project, run: RunId = LATEST, json: Json = False) -> None:
+    """Queue a paused run. It goes on after its last step, to the same adapter as without the pause."""
+    with connect() as client:
+        found = client.runs.resume(client.runs.get(full_name(names.RUN, run, project)).name)
+    if json:
+        print_json(found)
+    else:
+        err.print(f"{found.name}: {state_word(found.status.state)}")
+
+
+@app.command()
+def keep(
+    project: Project,
+    checkpoint: Annotated[str, typer.Argument(metavar="RUN[/STEP]", help="Which one; of a run its best.")],
+    off: Annotated[bool, typer.Option("--off", help="Let it go again.")] = False,
+    json: Json = False,
+) -> None:
+    """Keep a checkpoint though its run has newer ones. Pinning one, and starting a run from one, does so by itself.
+
+    Others than the best, the last and a few more (--keep-checkpoints) are deleted as newer ones come.
+    """
+    with connect() as client:
+        found = client.runs.keep(checkpoint_name(project, checkpoint), not off)
+    if json:
+        print_json(found)
+    else:
+        err.print(f"{found.name}: {'kept' if found.kept else 'goes when newer ones take its place'}")
 
 
 @app.command()
@@ -294,10 +351,14 @@ def event_line(event: RunEvent) -> str:
 
 
 def _tell(run: Run) -> None:
-    err.print(f"{run.name}: {state_word(run.status.state)} at step {run.step}")
+    waiting = run.status.state == JobState.JOB_STATE_QUEUED and run.status.progress.message
+    state = "is pausing" if run.status.pause_requested else state_word(run.status.state)
+    err.print(f"{run.name}: {waiting or state} at step {run.step}")
     if run.HasField("base_test_loss") and run.HasField("best_test_loss"):
         change = 100 * (run.best_test_loss / run.base_test_loss - 1)
         err.print(f"test loss {run.base_test_loss:.4f} -> {run.best_test_loss:.4f} ({change:+.1f} %)")
+    if run.initial_checkpoint:
+        err.print(f"started from {run.initial_checkpoint}")
     if run.best_checkpoint:
         err.print(f"best checkpoint {run.best_checkpoint}")
 

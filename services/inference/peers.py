@@ -60,3 +60,11 @@ class TrainerBests:
             raise known from None
         loss = found.test_loss if found.HasField("test_loss") else None
         return Best(found.name, found.sha256, found.base_model, found.base_digest, loss)
+
+    async def keep(self, checkpoint: str) -> None:
+        """See :class:`services.inference.policy.BestSource`."""
+        request = run_pb2.KeepCheckpointRequest(name=checkpoint, kept=True)
+        try:
+            await self._stub.KeepCheckpoint(request, timeout=_TIMEOUT)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc(error) from None

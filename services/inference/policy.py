@@ -42,6 +42,15 @@ class BestSource(Protocol):
         """
         ...
 
+    async def keep(self, checkpoint: str) -> None:
+        """Has a checkpoint kept though its run has newer ones: a replica that starts later will want it.
+
+        Raises:
+            CheckpointNotFound: there is none, or it was deleted.
+            Unavailable, DeadlineExceeded: the trainer does not answer.
+        """
+        ...
+
 
 class Projects(Protocol):
     """Whoever knows the projects: ingest."""

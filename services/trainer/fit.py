@@ -116,6 +116,16 @@ class _Trial:
 
     def largest(self, trainee: Trainee, row: Row, settings: Settings, is_cancelled: Callable[[], bool]) -> int:
         """Rows at once that fit, at most those of the settings; 0 when one does not."""
+        # What a step holds besides: the masters' gradients, the optimizer's two moments, and the adapter's gradients.
+        ballast = [torch.ones_like(master) for master in trainee.masters.values() for _ in range(4)]
+        fitting = self._climb(trainee, row, settings, is_cancelled)
+        # A second time, onto the gradients of the first and into memory that has holes by now.
+        while fitting and _dry_run(trainee, [row] * fitting) is None:
+            fitting = max((rows for rows, share in _ladder(settings, small=False) if rows < fitting), default=0)
+        del ballast
+        return fitting
+
+    def _climb(self, trainee: Trainee, row: Row, settings: Settings, is_cancelled: Callable[[], bool]) -> int:
         peaks: list[tuple[int, int]] = []  # tokens at once, bytes of the process at their peak
         fitting = 0
         for rows, share in _ladder(settings, small=self._free is not None):

@@ -230,23 +230,31 @@ def _after_step(
     Args:
         is_new: whether the step was taken just now; if not, its checkpoint is kept already.
     """
-    # The next step would have to be followed by the last evaluation, the last checkpoint and the proof.
-    needed = state.step_seconds + state.evaluation_seconds + state.commit_seconds + state.proof_seconds
+    due = state.step % settings.eval_steps == 0
+    kept = state.step % settings.checkpoint_steps == 0
     limit = settings.time_limit_seconds
+    needed = _seconds_for_another_step(state, due=due, kept=kept)
     out_of_time = ranks.any(limit is not None and state.seconds + needed >= limit)
     last = state.step >= settings.train_steps or out_of_time
     evaluated = None
-    if last or state.step % settings.eval_steps == 0:
+    if last or due:
         evaluated = _evaluate(trainee, settings, test, exam, state, is_cancelled, ranks)
         yield evaluated
     impatient = 0 < settings.early_stopping_patience <= state.evaluations_without_gain
     if last or impatient:
         state.ended = "out of time" if out_of_time else "no gain" if impatient else "all steps done"
     is_best = evaluated is not None and state.best_step == state.step
-    if is_best or state.ended or (is_new and state.step % settings.checkpoint_steps == 0):
+    if is_best or state.ended or (is_new and kept):
         before = state.tick()
         yield CheckpointDue(state.step, evaluated.test.loss if evaluated else None, is_best)
         state.commit_seconds = state.tick() - before
+
+
+def _seconds_for_another_step(state: State, *, due: bool, kept: bool) -> float:
+    """What is to come if the run goes on: what is due now, a step, then the last evaluation, checkpoint and the proof."""
+    closing = state.evaluation_seconds + state.commit_seconds
+    due_now = closing if due else state.commit_seconds if kept else 0.0
+    return due_now + state.step_seconds + closing + state.proof_seconds
 
 
 def _evaluate(

@@ -27,8 +27,8 @@ _BYTES_PER_TOKEN = 3.5
 """Of code, where a scan did not count tokens."""
 
 
-_PASSES = 3
-"""The fastest one counts: the first still tunes, and the machine may have had other work."""
+_PASSES = 2
+"""The faster one counts, for the machine may have had other work; the dry run before has allocated and tuned."""
 _PATIENCE_SECONDS = 30.0
 _MOST_OF_A_GPU = 0.6
 """Share of its memory that a base in bf16 may take; the rest is for activations, adapter and optimizer."""

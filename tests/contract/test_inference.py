@@ -49,6 +49,7 @@ class Peers:
     best_checkpoint: Best | None = None
     down: bool = False
     asked: int = 0
+    kept: list[str] = field(default_factory=list)
 
     async def exists(self, project: str) -> bool:
         return project != "projects/none"
@@ -58,6 +59,11 @@ class Peers:
         if self.down:
             raise errors.Unavailable("no trainer")
         return self.best_checkpoint
+
+    async def keep(self, checkpoint: str) -> None:
+        if self.down:
+            raise errors.Unavailable("no trainer")
+        self.kept.append(checkpoint)
 
 
 @dataclass
@@ -423,12 +429,15 @@ async def test_policies_off_pinned_latest_best(world: World) -> None:
         return stream.started.adapter_sha256, (await world.status()).status.converged
 
     assert await choose(serving_pb2.SERVING_MODE_PINNED, one.checkpoint) == (one.sha256, True)
+    assert world.peers.kept == [one.checkpoint], "the trainer is asked not to delete it"
     assert await choose(serving_pb2.SERVING_MODE_LATEST_BEST) == (two.sha256, True)
     assert await choose(serving_pb2.SERVING_MODE_OFF) == ("", True)
     await world.publish(await world.store(3, seed=3))
     await asyncio.sleep(0.1)
     assert (await world.complete(max_tokens=2).end()).started.adapter_sha256 == "", "OFF stays off"
-    assert await choose(serving_pb2.SERVING_MODE_PINNED, one.checkpoint) == (one.sha256, True)
+    world.peers.down = True
+    assert await choose(serving_pb2.SERVING_MODE_PINNED, one.checkpoint) == (one.sha256, True), "without the trainer"
+    world.peers.down = False
     await world.publish(await world.store(4, seed=4))
     await asyncio.sleep(0.1)
     assert (await world.complete(max_tokens=2).end()).started.adapter_sha256 == one.sha256, "a pin stays"

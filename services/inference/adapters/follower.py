@@ -150,6 +150,8 @@ class Follower:
             EtagMismatch: the policy is not at that etag.
         """
         began = time.monotonic()
+        if mode == SERVING_MODE_PINNED:
+            await self._keep(checkpoint)
         manifest = await self._loader.manifest(checkpoint) if mode == SERVING_MODE_PINNED else None
         if manifest and self._device.done() and manifest.base_digest != self._device.result().base.digest:
             raise BaseModelMismatch(
@@ -220,8 +222,18 @@ class Follower:
         if serving is None or serving.mode == SERVING_MODE_LATEST_BEST:
             await self._take_best(project, began)
         else:
+            if serving.mode == SERVING_MODE_PINNED:
+                await self._keep(serving.pinned_checkpoint)  # the trainer may have been away when it was pinned
             async with self._locks[project]:
                 await self._converge(project, began)
+
+    async def _keep(self, checkpoint: str) -> None:
+        """Asks the trainer not to delete what is pinned. Without it pinning works all the same: it may be the way out
+        of an outage."""
+        try:
+            await self._bests.keep(checkpoint)
+        except CodegraftError as error:
+            _log.warning("the trainer does not keep a pinned checkpoint", checkpoint=checkpoint, error=error.message)
 
     async def _take_best(self, project: str, began: float, announced: Best | None = None) -> None:
         """Makes the best checkpoint the wanted one, once it is verified; outages leave it to the next reconcile."""

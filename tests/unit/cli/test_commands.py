@@ -303,6 +303,34 @@ def test_train_list_show_cancel(trainer: Any, codegraft: Codegraft) -> None:
     assert trainer.last("CancelRun").name == RUN
 
 
+def test_train_pause_resume_keep(trainer: Any, codegraft: Codegraft) -> None:
+    pausing = run(status=JobStatus(state=JobState.JOB_STATE_RUNNING, pause_requested=True))
+    trainer.answers["PauseRun"] = run_pb2.PauseRunResponse(run=pausing)
+    done = codegraft("train", "pause", "-p", "acme")
+    assert trainer.last("PauseRun").name == RUN and "train resume" in done.err
+    queued = JobStatus(state=JobState.JOB_STATE_QUEUED, progress=Progress(message="waits, 3rd in the queue"))
+    trainer.answers["ResumeRun"] = run_pb2.ResumeRunResponse(run=run(status=queued))
+    assert json.loads(codegraft("train", "resume", "-p", "acme", "r-1", "--json").out)["status"]["state"]
+    assert trainer.last("ResumeRun").name == RUN
+    trainer.answers["GetRun"] = run_pb2.GetRunResponse(run=run(status=queued))
+    assert "3rd in the queue" in codegraft("train", "show", "-p", "acme").err
+    kept = checkpoint_pb2.Checkpoint(name=f"{RUN}/checkpoints/20", kept=True)
+    trainer.answers["KeepCheckpoint"] = run_pb2.KeepCheckpointResponse(checkpoint=kept)
+    assert codegraft("train", "keep", "-p", "acme", "r-1/20").code == 0
+    assert (trainer.last("KeepCheckpoint").name, trainer.last("KeepCheckpoint").kept) == (kept.name, True)
+    assert codegraft("train", "keep", "-p", "acme", "r-1", "--off").code == 0
+    assert (trainer.last("KeepCheckpoint").name, trainer.last("KeepCheckpoint").kept) == (
+        f"{RUN}/checkpoints/best",
+        False,
+    )
+
+
+@pytest.mark.parametrize(("given", "step"), [("r-1", "best"), ("r-1/20", "20"), (RUN, "best")])
+def test_train_start_from_an_earlier_adapter(trainer: Any, codegraft: Codegraft, given: str, step: str) -> None:
+    assert codegraft("train", "start", "-p", "acme", "--from", given).code == 0
+    assert trainer.last("CreateRun").initial_checkpoint == f"{RUN}/checkpoints/{step}"
+
+
 def test_train_plot(trainer: Any, codegraft: Codegraft, tmp_path: Path) -> None:
     assert codegraft("train", "plot", "-p", "acme", "-o", str(tmp_path / "loss.png")).code == 0
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
