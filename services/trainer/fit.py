@@ -121,7 +121,7 @@ class _Trial:
         fitting = self._climb(trainee, row, settings, is_cancelled)
         # A second time, onto the gradients of the first and into memory that has holes by now.
         while fitting and _dry_run(trainee, [row] * fitting) is None:
-            fitting = max((rows for rows, share in _ladder(settings, small=False) if rows < fitting), default=0)
+            fitting = max((rows for rows, _ in _ladder(settings, small=False) if rows < fitting), default=0)
         del ballast
         return fitting
 

@@ -47,6 +47,12 @@ def found(
     return find_fit(make, ROW, settings, may_save=may_save, is_cancelled=lambda: False, **rest)
 
 
+@pytest.fixture(autouse=True)
+def nothing_to_collect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These trainees hold no memory, and looking through everything that is imported takes a second."""
+    monkeypatch.setattr(fit.gc, "collect", lambda: 0)
+
+
 @pytest.fixture
 def wanted(settings: Callable[..., Settings]) -> Settings:
     return settings(batch_size=12, micro_batch_size=12)
@@ -125,7 +131,7 @@ def test_the_second_pass_counts_too(wanted: Settings) -> None:
 
         def accumulate(self, rows: Sequence[Row], total_tokens: int) -> float:
             self.passes += len(rows) == 12
-            if self.passes == 2:
+            if len(rows) == 12 and self.passes == 2:
                 raise self._error
             return 1.0
 

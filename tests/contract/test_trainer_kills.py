@@ -1,0 +1,185 @@
+"""Exact resume: a real trainer process on real servers is killed again and again, and the adapter is the very same."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from codegraft.common.v1.job_pb2 import JOB_STATE_RUNNING, JOB_STATE_SUCCEEDED
+from codegraft.trainer.v1.hyperparameters_pb2 import Hyperparameters
+from codegraft.trainer.v1.run_pb2 import Run
+from services.core.config import CoreSettings
+from services.core.jobs import is_final, new_status
+from services.core.runtime import Runtime
+from services.core.store.s3 import S3Address
+from services.trainer.records import BUCKET, Tables
+from services.trainer.servicer import KIND
+from tests.contract.test_trainer import DATASET, PROJECT, QUICK, commit_dataset
+from tests.unit.inference.tiny import make_model, make_tokenizer
+
+KILLS = 4
+SETTINGS = {**QUICK, "train_steps": 32, "eval_steps": 4, "checkpoint_steps": 3, "lora_dropout": 0.2, "seed": 5}
+
+
+class Trainers:
+    """Starts trainer processes, one at a time, without the seconds of importing torch each."""
+
+    def __init__(self, settings: dict[str, str]) -> None:
+        path = Path(__file__).with_name("trainer_process.py")
+        self._nursery = subprocess.Popen(
+            [sys.executable, str(path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, **settings},
+        )
+        assert self._nursery.stdin and self._nursery.stdout
+        self._asks, self._answers = self._nursery.stdin, self._nursery.stdout
+        self._child = 0
+
+    def start(self) -> None:
+        if not self._child:
+            while (line := self._answers.readline().strip()) != "ready":
+                assert line, "it ended"
+        self._asks.write("start\n")
+        self._asks.flush()
+        self._child = int(self._answers.readline())
+
+    def kill(self) -> None:
+        os.kill(self._child, signal.SIGKILL)
+
+    def close(self) -> None:
+        self._asks.close()
+        if self._child:
+            self.kill()
+        self._nursery.wait(10)
+
+
+@dataclass
+class Scene:
+    """The servers, and the processes on them."""
+
+    runtime: Runtime
+    tables: Tables
+    trainers: Trainers
+    base: Path
+
+    async def create(self, name: str) -> Run:
+        run = await self.tables.runs.create(
+            Run(
+                name=f"{PROJECT}/runs/{name}",
+                dataset=DATASET,
+                base_model=f"dir:{self.base}",
+                requested=Hyperparameters(**SETTINGS),  # type: ignore[arg-type]
+                status=new_status(),
+            )
+        )
+        await self.runtime.jobs.submit(KIND, run.name)
+        return run
+
+    async def until(self, run: Run, reached: Any) -> Run:
+        async with asyncio.timeout(60):
+            async for now in self.tables.runs.watch(run.name):
+                if reached(now):
+                    return now
+        raise AssertionError("deleted")
+
+    async def sha256(self, run: Run) -> str:
+        found = await self.tables.checkpoints.get(f"{run.name}/checkpoints/{SETTINGS['train_steps']}")
+        return found.sha256
+
+
+@pytest.fixture
+def settings(own_nats_server: Any, s3_server: S3Address, tmp_path: Path) -> CoreSettings:
+    return CoreSettings(
+        nats_url=own_nats_server.url,
+        nats_user=own_nats_server.user,
+        nats_password=own_nats_server.password,
+        s3_endpoint=s3_server.endpoint,
+        s3_access_key=s3_server.access_key,  # type: ignore[arg-type]
+        s3_secret_key=s3_server.secret_key,  # type: ignore[arg-type]
+        s3_bucket="kills",
+        cache_dir=tmp_path / "cache",
+    )
+
+
+@pytest.fixture
+def trainers(settings: CoreSettings) -> Iterator[Trainers]:
+    environment = {
+        "CODEGRAFT_NATS_URL": settings.nats_url,
+        "CODEGRAFT_NATS_USER": settings.nats_user,
+        "CODEGRAFT_NATS_PASSWORD": settings.nats_password.get_secret_value(),
+        "CODEGRAFT_S3_ENDPOINT": settings.s3_endpoint,
+        "CODEGRAFT_S3_ACCESS_KEY": settings.s3_access_key.get_secret_value(),
+        "CODEGRAFT_S3_SECRET_KEY": settings.s3_secret_key.get_secret_value(),
+        "CODEGRAFT_S3_BUCKET": settings.s3_bucket,
+        "CODEGRAFT_CACHE_DIR": str(settings.cache_dir),
+        "CODEGRAFT_TRAINER_DEVICE": "cpu",
+        "CODEGRAFT_TRAINER_THREADS": "1",
+    }
+    made = Trainers(environment)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+async def scene(settings: CoreSettings, trainers: Trainers, tmp_path: Path) -> AsyncIterator[Scene]:
+    torch.set_num_threads(1)
+    folder = tmp_path / "base"
+    tokenizer = make_tokenizer()
+    make_model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    async with Runtime.open("test", settings) as runtime:
+        await commit_dataset(runtime, tmp_path)
+        yield Scene(runtime, Tables.of(runtime.state(BUCKET)), trainers, folder)
+
+
+def _is_at(run: Run, attempt: int, step: int) -> bool:
+    """Whether that attempt has begun, and the run reached the step once. So it is also killed while it loads."""
+    status = run.status
+    return status.state == JOB_STATE_RUNNING and status.epoch >= attempt and status.progress.done >= step
+
+
+async def test_killed_at_any_moment_it_becomes_the_same_adapter(scene: Scene) -> None:
+    scene.trainers.start()
+    whole = await scene.create("whole")
+    ended = await scene.until(whole, lambda now: is_final(now.status))
+    assert ended.status.state == JOB_STATE_SUCCEEDED and ended.status.attempt == 1, ended.status
+
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
+    print("seed of the moments:", seed)
+    killed = await scene.create("killed")
+    for number in range(KILLS):
+        step = rng.randrange(1 + number * 7, 8 + number * 7)
+        await scene.until(killed, lambda now, step=step, number=number: _is_at(now, number + 1, step))
+        await asyncio.sleep(rng.uniform(0.0, 0.2))  # a step takes about 10 ms, a commit about 100
+        scene.trainers.kill()
+        scene.trainers.start()
+    last = await scene.until(killed, lambda now: is_final(now.status))
+    assert last.status.state == JOB_STATE_SUCCEEDED and last.status.attempt > KILLS, last.status
+    assert await scene.sha256(killed) == await scene.sha256(whole)
+    assert last.best_test_loss == ended.best_test_loss and last.base_test_loss == ended.base_test_loss
+    assert last.best_checkpoint.rsplit("/", 1)[1] == ended.best_checkpoint.rsplit("/", 1)[1]
+    # The story has no gap, and of checkpoints and states only what has to stay is left.
+    events = await scene.tables.story.read(killed.name, 0, last.last_sequence)
+    assert [event.sequence for event in events] == list(range(1, last.last_sequence + 1))
+    assert any(event.note.startswith("goes on after step") for event in events)
+    for run in (whole, killed):
+        found = await scene.tables.checkpoints.all(f"{run.name}/")
+        assert [one.name for one in found if one.best] == [f"{run.name}/{ended.best_checkpoint.split('/', 4)[4]}"]
+        assert len(found) <= 5
+        states = [key async for key in scene.runtime.store.list(f"{run.name}/states/")]
+        assert states == [f"{run.name}/states/{SETTINGS['train_steps']}/manifest.json"]
