@@ -251,7 +251,7 @@ def _after_step(
 
 
 def _seconds_for_another_step(state: State, *, due: bool, kept: bool) -> float:
-    """What is to come if the run goes on: what is due now, a step, then the last evaluation, checkpoint and the proof."""
+    """What is to come if the run goes on: what is due now, a step, the last evaluation and checkpoint, the proof."""
     closing = state.evaluation_seconds + state.commit_seconds
     due_now = closing if due else state.commit_seconds if kept else 0.0
     return due_now + state.step_seconds + closing + state.proof_seconds
