@@ -34,7 +34,7 @@ from tests.contract.test_trainer import (
 )
 
 __all__ = ["base", "world", "worlds"]  # fixtures
-STEADY = {**QUICK, "train_steps": 40, "eval_steps": 10, "checkpoint_steps": 20, "lora_dropout": 0.1}
+STEADY = {**QUICK, "train_steps": 20, "eval_steps": 10, "checkpoint_steps": 20, "lora_dropout": 0.1}
 
 
 async def sha256_of(world: World, run: pb.Run, step: int) -> str:
@@ -59,11 +59,11 @@ async def pause(world: World, run: pb.Run) -> pb.Run:
 async def test_a_paused_run_frees_its_device_and_ends_as_if_it_had_never_been(world: World) -> None:
     whole, _ = await world.watch(await world.create(STEADY))
     run = await world.create(STEADY)
-    for reached in (3, 15):
+    for reached in (2, 11):
         await world.until(run, lambda now, reached=reached: now.status.progress.done >= reached)  # type: ignore[misc]
         paused = await pause(world, run)
         assert not paused.status.worker and not paused.status.pause_requested
-        other, _ = await world.watch(await world.create({**QUICK, "train_steps": 4}))  # by the only worker
+        other, _ = await world.watch(await world.create({**QUICK, "train_steps": 2, "eval_steps": 2}))  # by the only worker
         assert other.status.state == JOB_STATE_SUCCEEDED
         again = (await world.runs.PauseRun(pb.PauseRunRequest(name=run.name))).run
         assert again.status.state == JOB_STATE_PAUSED
@@ -71,7 +71,7 @@ async def test_a_paused_run_frees_its_device_and_ends_as_if_it_had_never_been(wo
         assert resumed.status.state == JOB_STATE_QUEUED
     last, events = await world.watch(run)
     assert last.status.state == JOB_STATE_SUCCEEDED and last.status.attempt == 1
-    assert await sha256_of(world, run, 40) == await sha256_of(world, whole, 40)
+    assert await sha256_of(world, run, 20) == await sha256_of(world, whole, 20)
     assert last.best_test_loss == whole.best_test_loss
     notes = [event.note for event in events if event.note]
     assert sum("pause was asked for" in note for note in notes) == 2
@@ -110,7 +110,7 @@ async def test_old_checkpoints_go_but_for_the_best_and_the_kept(world: World) ->
     kept = (await world.runs.KeepCheckpoint(pb.KeepCheckpointRequest(name=name, kept=True))).checkpoint
     assert kept.kept
     await world.runs.ResumeRun(pb.ResumeRunRequest(name=run.name))
-    await world.until(run, lambda now: now.step >= 40)
+    await world.until(run, lambda now: now.step >= 20)
     paused = await pause(world, run)
     steps = await steps_of(world, run)
     best = int(paused.best_checkpoint.rsplit("/", 1)[1])
@@ -237,7 +237,7 @@ async def test_a_run_that_diverges_keeps_its_last_good_checkpoint(
     def breaks(trainee: Any, rows: Any, tokens: int) -> float:
         calls.append(1)
         loss = accumulate(trainee, rows, tokens)
-        return float("nan") if len(calls) > 40 else loss
+        return float("nan") if len(calls) > 24 else loss
 
     monkeypatch.setattr(lora.Trainee, "accumulate", breaks)
     last = await fails(world, {**ENDLESS, "keep_checkpoints": 0})
