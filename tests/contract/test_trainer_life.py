@@ -63,7 +63,9 @@ async def test_a_paused_run_frees_its_device_and_ends_as_if_it_had_never_been(wo
         await world.until(run, lambda now, reached=reached: now.status.progress.done >= reached)  # type: ignore[misc]
         paused = await pause(world, run)
         assert not paused.status.worker and not paused.status.pause_requested
-        other, _ = await world.watch(await world.create({**QUICK, "train_steps": 2, "eval_steps": 2}))  # by the only worker
+        other, _ = await world.watch(
+            await world.create({**QUICK, "train_steps": 2, "eval_steps": 2})
+        )  # by the only worker
         assert other.status.state == JOB_STATE_SUCCEEDED
         again = (await world.runs.PauseRun(pb.PauseRunRequest(name=run.name))).run
         assert again.status.state == JOB_STATE_PAUSED
