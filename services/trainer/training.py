@@ -147,7 +147,7 @@ class Training:
         if deleted:
             steps = ", ".join(map(str, deleted))
             await self._teller.note(f"deleted the checkpoint of step {steps}: newer ones take its place")
-        self._estimate.commit(written.step, time.monotonic() - began)
+        self._estimate.commit(time.monotonic() - began)
 
     async def _progress(self, message: str) -> None:
         left = self._estimate.left(self._step, self._seconds, self._proof_seconds)

@@ -128,6 +128,7 @@ def trainers(settings: CoreSettings) -> Iterator[Trainers]:
         "CODEGRAFT_CACHE_DIR": str(settings.cache_dir),
         "CODEGRAFT_TRAINER_DEVICE": "cpu",
         "CODEGRAFT_TRAINER_THREADS": "1",
+        "CODEGRAFT_TRAINER_LAUNCHER": "thread",  # ends with the process, and starts at once
     }
     made = Trainers(environment)
     yield made

@@ -20,7 +20,7 @@ def chosen(**changed: Any) -> Settings:
 
 
 def simulate(
-    settings: Settings, step: Callable[[int], float], evaluation: float, commit: float
+    settings: Settings, step: Callable[[int], float], evaluation: float, commit: float, proof: float = 0.0
 ) -> Iterator[tuple[int, float, float | None]]:
     """After each step: its number, the time by then, and what was said to be left. The end comes as step -1."""
     estimate, clock = Estimate(settings), evaluation
@@ -28,16 +28,14 @@ def simulate(
     for number in range(1, settings.train_steps + 1):
         clock += step(number)
         estimate.step(step(number))
-        yield number, clock, estimate.left(number, clock)
+        yield number, clock, estimate.left(number, clock, proof)
         last = number == settings.train_steps
-        due = last or number % settings.eval_steps == 0
-        if due:
+        if last or number % settings.eval_steps == 0:
             clock += evaluation
             estimate.evaluation(number, evaluation)
-        if due or number % settings.checkpoint_steps == 0:
-            clock += commit
-            estimate.commit(number, commit)
-    yield -1, clock, None
+        if last or number % settings.checkpoint_steps == 0:
+            estimate.commit(commit)  # training goes on meanwhile
+    yield -1, clock + max(commit, proof), None
 
 
 @pytest.mark.parametrize("evaluation", [0.5, 12.0, 40.0])
@@ -46,7 +44,7 @@ def test_after_a_tenth_the_end_is_known_within_a_fifth(evaluation: float) -> Non
     rng = random.Random(1)
     noise = {number: rng.uniform(1.7, 2.3) for number in range(1, 101)}
     noise[9] = 30.0  # the machine was busy for a moment
-    told = list(simulate(chosen(), noise.__getitem__, evaluation, 1.0))
+    told = list(simulate(chosen(), noise.__getitem__, evaluation, 1.0, proof=10.0))
     end = told[-1][1]
     for _, clock, left in told[9:-2]:
         assert left == pytest.approx(end - clock, rel=0.2, abs=3)
@@ -55,12 +53,9 @@ def test_after_a_tenth_the_end_is_known_within_a_fifth(evaluation: float) -> Non
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 60))
 def test_steady_parts_are_foretold_exactly(steps: int, eval_steps: int, checkpoint_steps: int) -> None:
     settings = chosen(train_steps=steps, eval_steps=eval_steps, checkpoint_steps=checkpoint_steps)
-    told = list(simulate(settings, lambda _: 2.0, 5.0, 3.0))
-    end, committed = told[-1][1], False
-    for number, clock, left in told[:-1]:
-        if committed:  # before that, the time of a commit is not known
-            assert left == pytest.approx(end - clock)
-        committed = committed or number % eval_steps == 0 or number % checkpoint_steps == 0
+    told = list(simulate(settings, lambda _: 2.0, 5.0, 3.0, proof=4.0))
+    for _, clock, left in told[:-1]:
+        assert left == pytest.approx(told[-1][1] - clock)
 
 
 def test_a_time_limit_is_the_end_at_the_latest_and_nothing_is_said_before_a_step() -> None:
@@ -68,5 +63,6 @@ def test_a_time_limit_is_the_end_at_the_latest_and_nothing_is_said_before_a_step
     assert estimate.left(20, 30.0) is None
     estimate.step(2.0)
     assert estimate.left(21, 32.0) == 28.0
-    estimate.step(0.01)
-    assert Estimate(chosen(), evaluated_step=20, evaluation_seconds=4.0)._due(20, 10) == 8
+    fast = Estimate(chosen(), evaluated_step=20, evaluation_seconds=4.0)
+    fast.step(0.1)
+    assert fast.left(20, 30.0) == pytest.approx(80 * 0.1 + 8 * 4.0)
