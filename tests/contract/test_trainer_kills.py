@@ -29,7 +29,14 @@ from tests.contract.test_trainer import DATASET, PROJECT, QUICK, commit_dataset
 from tests.unit.inference.tiny import make_model, make_tokenizer
 
 KILLS = 3
-SETTINGS = {**QUICK, "train_steps": 21, "eval_steps": 4, "checkpoint_steps": 3, "lora_dropout": 0.2, "seed": 5}
+SETTINGS = {
+    **QUICK,
+    "train_steps": 21,
+    "eval_steps": 4,
+    "checkpoint_steps": 3,
+    "lora_dropout": 0.2,
+    "max_eval_tokens": 256,
+}
 
 
 class Trainers:
