@@ -121,7 +121,7 @@ def test_packed_equals_separate(
 ) -> None:
     trainee = made(folders[name], settings, attention, monkeypatch)
 
-    @examples(max_examples=8, deadline=None, derandomize=True)
+    @examples(max_examples=5, deadline=None, derandomize=True)
     @given(DOCUMENTS)
     def check(documents: list[list[int]]) -> None:
         rows = pack([], 48, whole=documents)
@@ -135,7 +135,7 @@ def test_packed_equals_separate(
 
 @pytest.mark.parametrize("low", [False, True], ids=["", "low memory"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ["llama", "starcoder2, sliding window", "gpt_bigcode"])
+@pytest.mark.parametrize("name", ["starcoder2, sliding window", "gpt_bigcode"])
 def test_packed_gradients_equal_separate_ones(
     name: str,
     attention: str,
