@@ -48,7 +48,7 @@ def test_the_shape_is_taken_over_and_told() -> None:
             for name in ("lora_r", "lora_alpha", "target_modules", "seed")
         ]
     )
-    explain(told, asked)
+    explain(told, asked, MANIFEST)
     assert [setting.given for setting in told.settings] == [True, False, False, True]
     assert "checkpoint" in told.settings[1].why and told.settings[1].value == "4"
 
