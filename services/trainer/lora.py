@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from services.core.errors import InvalidHyperparameter, NotSupported
 from services.core.models import weights
-from services.trainer import attention, layers, low_memory
+from services.trainer import attention, kept, layers
 from services.trainer.data import Row, padded
 from services.trainer.loss import summed_loss, token_losses
 from services.trainer.settings import Settings
@@ -77,6 +77,7 @@ class Trainee:
         self._base: Any = cast(Any, self._model).get_base_model()
         attention.use(self._base)
         layers.speed_up(self._base)
+        kept.give_back(self._base, device)
         self._device = device
         self._pad_id = int(getattr(base.config, "eos_token_id", None) or 0)
         if settings.lora_init_scale is not None:
@@ -88,7 +89,7 @@ class Trainee:
         self._trained: dict[str, nn.Parameter] = trained
         self._gradients: dict[str, torch.Tensor] = {}
         if settings.low_gpu_memory_mode:
-            low_memory.use(self._base)
+            kept.keep_inputs_only(self._base)
 
     @property
     def target_modules(self) -> tuple[str, ...]:
