@@ -80,6 +80,8 @@ class Export:
         if self._conversion is not None:
             # Its thread cannot be stopped from outside, and must not write into a folder that is being removed.
             await asyncio.wait({self._conversion})
+            if not self._conversion.cancelled():
+                self._conversion.exception()  # who left does not want to know; unasked, asyncio would complain
         if self._own is not None:
             await asyncio.to_thread(shutil.rmtree, self._own, ignore_errors=True)
 
