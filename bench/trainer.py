@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -65,6 +66,8 @@ def ours(rows: Ids, *, low: bool) -> Iterator[Step | None]:
         checkpoint_steps=10**6,
         max_eval_tokens=CONTEXT,
         max_grad_norm=1.0,
+        keep_checkpoints=1,
+        max_foreign_loss_increase=0.02,
     )
 
     class Rows:
@@ -172,6 +175,7 @@ def _memory(name: str) -> float:
 
 def _serve(make: Callable[..., Iterator[Step | None]], rows: Ids, low: bool, pipe: Connection) -> None:
     """A side's process: steps when asked, and at the end its memory in MB, before the model was loaded and at most."""
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # the Trainer prints every loss
     stages = make(rows, low=low)
     next(stages)
     before = _memory("VmRSS")
@@ -291,8 +295,12 @@ def memory() -> None:
     plain, normal, low, _ = sides.values()
     over = [side.peak - side.before for side in (plain, normal, low)]
     median, best = low.against(normal)
-    print(f"  ours against the peer      {normal.peak / plain.peak:7.0%}, over that {over[1] / over[0]:.0%} (asked: 50 %)")
-    print(f"  low memory against normal  {low.peak / normal.peak:7.0%}, over that {over[2] / over[1]:.0%} (asked: 55 %)")
+    print(
+        f"  ours against the peer      {normal.peak / plain.peak:7.0%}, over that {over[1] / over[0]:.0%} (asked: 50 %)"
+    )
+    print(
+        f"  low memory against normal  {low.peak / normal.peak:7.0%}, over that {over[2] / over[1]:.0%} (asked: 55 %)"
+    )
     print(f"  its time                   {median:7.2f} (best rounds {best:.2f}; asked: at most 1.5)")
     apart = max(abs(a - b) for a, b in zip(normal.losses, low.losses, strict=True))
     print(f"  its losses                 {apart:7.4f} apart at most, of {_few(normal.losses)}")

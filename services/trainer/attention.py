@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -82,14 +82,13 @@ def visible(
     if q_length == kv_length:
         firsts = []
         for begin, end in _ranges(q_length):
-            mask = sdpa_mask(batch_size, end - begin, **{**options, "q_offset": begin})
+            mask: Any = sdpa_mask(batch_size, end - begin, **{**options, "q_offset": begin})
             firsts.append(mask[:, 0].to(torch.uint8).argmax(-1))
             if not torch.equal(mask, _mask(firsts[-1], begin, kv_length)):
                 break
         else:
             return Visible.of(torch.cat(firsts, 1), dtype)
-    whole: torch.Tensor = sdpa_mask(batch_size, q_length, **options)
-    return whole
+    return cast(torch.Tensor, sdpa_mask(batch_size, q_length, **options))
 
 
 def attend(

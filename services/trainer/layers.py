@@ -15,6 +15,7 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from torch.nn import functional
+from transformers.activations import ACT2FN
 
 
 def speed_up(model: nn.Module) -> None:
@@ -23,13 +24,20 @@ def speed_up(model: nn.Module) -> None:
     Args:
         model: with PEFT's adapter on it.
     """
-    for module in list(model.modules()):
-        if isinstance(module, LoraLinear) and isinstance(module.get_base_layer(), nn.Linear):
-            module.forward = functools.partial(_lora_forward, module)
-        elif _is_rms_norm(module):
-            module.forward = functools.partial(_norm_forward, module)
-        elif _is_gated_mlp(module):
-            module.forward = functools.partial(_mlp_forward, module, module.forward)
+    for module in model.modules():
+        forward = _faster(module)
+        if forward is not None:
+            cast(Any, module).forward = forward
+
+
+def _faster(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    if isinstance(module, LoraLinear) and isinstance(module.get_base_layer(), nn.Linear):
+        return functools.partial(_lora_forward, module)
+    if _is_rms_norm(module):
+        return functools.partial(_norm_forward, module)
+    if _is_gated_mlp(module):
+        return functools.partial(_mlp_forward, module, module.forward)
+    return None
 
 
 def _is_rms_norm(module: Any) -> bool:
@@ -42,15 +50,8 @@ def _is_gated_mlp(module: Any) -> bool:
     return (
         type(module).__name__.endswith("MLP")
         and names == {"gate_proj", "up_proj", "down_proj", "act_fn"}
-        and isinstance(module.act_fn(torch.zeros(1)), torch.Tensor)
-        and type(module.act_fn) in (nn.SiLU, _silu_of_transformers())
+        and isinstance(module.act_fn, (nn.SiLU, type(ACT2FN["silu"])))
     )
-
-
-def _silu_of_transformers() -> type[nn.Module]:
-    from transformers.activations import ACT2FN
-
-    return type(cast(nn.Module, ACT2FN["silu"]))
 
 
 class Projection(NamedTuple):
@@ -92,12 +93,12 @@ class Projection(NamedTuple):
     def backward(
         self, to_y: torch.Tensor, x: torch.Tensor, inner: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Gradients of ``x A'`` [tokens, rank], A and B.
+        """Gradients of ``x A'`` [tokens, rank], A and B; None where the layer is not adapted.
 
         Args:
             x: what the adapter saw.
         """
-        if self.a is None or self.b is None or inner is None:
+        if self.b is None or inner is None:
             return None, None, None
         to_inner = torch.mm(to_y, self.b).mul_(self.scale)
         return to_inner, torch.mm(to_inner.t(), x), torch.mm(to_y.t(), inner).mul_(self.scale)
@@ -141,7 +142,7 @@ class _Lora(torch.autograd.Function):
         (to_y,) = gradients
         to_inner, to_a, to_b = projection.backward(to_y, seen, inner)
         to_x = projection.to_input(to_y, None if ctx.has_seen else to_inner) if ctx.needs_input_grad[0] else None
-        to_seen = torch.mm(to_inner, a) if ctx.has_seen else None
+        to_seen = torch.mm(to_inner, a) if ctx.has_seen and to_inner is not None else None
         return to_x, to_seen, None, None, to_a, to_b, None
 
 
@@ -186,7 +187,8 @@ class _GatedMlp(torch.autograd.Function):
 
 
 def _projections(scales: tuple[float, ...], tensors: Any) -> list[Projection]:
-    return [Projection(*tensors[4 * n : 4 * n + 4], scale) for n, scale in enumerate(scales)]
+    fours = [tensors[start : start + 4] for start in range(0, len(tensors), 4)]
+    return [Projection(weight, bias, a, b, scale) for (weight, bias, a, b), scale in zip(fours, scales, strict=True)]
 
 
 def _mlp_forward(module: Any, otherwise: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:

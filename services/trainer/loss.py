@@ -68,7 +68,7 @@ def token_losses(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor,
 def _logits(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     """[tokens, vocabulary]"""
     logits = hidden.new_empty(len(hidden), len(head))
-    for columns, rows in zip(logits.split(COLUMNS, 1), head.split(COLUMNS), strict=True):
+    for columns, rows in zip(torch.split(logits, COLUMNS, 1), torch.split(head, COLUMNS), strict=True):
         torch.mm(hidden, rows.t(), out=columns)
     return logits
 
@@ -77,7 +77,7 @@ def _to_hidden(gradient: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     """Gradient of the hidden states [tokens, hidden size] from that of the logits [tokens, vocabulary]."""
     wide = torch.promote_types(gradient.dtype, torch.float32)
     total = torch.zeros(len(gradient), head.shape[1], dtype=wide, device=head.device)
-    for columns, rows in zip(gradient.split(COLUMNS, 1), head.split(COLUMNS), strict=True):
+    for columns, rows in zip(torch.split(gradient, COLUMNS, 1), torch.split(head, COLUMNS), strict=True):
         total += torch.mm(columns, rows)
     return total
 
@@ -90,7 +90,7 @@ def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor, scale: float) -> 
     wide = torch.promote_types(logits.dtype, torch.float32)
     found = []
     at_once = CACHED if logits.device.type == "cpu" else len(logits)
-    for part, wanted in zip(logits.split(at_once), labels.split(at_once), strict=True):
+    for part, wanted in zip(torch.split(logits, at_once), torch.split(labels, at_once), strict=True):
         scaled = part.to(wide) * scale if scale != 1 else part.to(wide)
         at = wanted.clamp(min=0)[:, None]
         shares = scaled.softmax(1)

@@ -149,7 +149,7 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedMode
 
 
 def _forget_pages(address: int, size: int) -> None:
-    """Gives back what was read of a mapped file; else file and copy are both in memory until the last weight is copied."""
+    """Gives back what was read of a mapped file; else file and copy are both in memory until all is copied."""
     first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
     last = (address + size) // mmap.PAGESIZE * mmap.PAGESIZE
     if first < last:
