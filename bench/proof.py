@@ -1,6 +1,6 @@
 """The proof on real code: an adapter with AUTO settings on the source of installed packages, against the base model.
 
-    python -m bench.proof PACKAGE [PACKAGE ...] [--steps N] [--seconds S]
+    python -m bench.proof PACKAGE [PACKAGE ...] [--steps N] [--seconds S] [--threads T]
 
 One run for each package, with a fifth of its files (by hash of their path) held out. It goes through the trainer's own
 domain code, without NATS, store or scan.
@@ -40,20 +40,21 @@ def main() -> None:
     parser.add_argument("packages", nargs="+", metavar="PACKAGE", help="an installed package, by its import name")
     parser.add_argument("--steps", type=int, help="train so many steps instead of AUTO's")
     parser.add_argument("--seconds", type=float, help="time limit of each run; AUTO plans within it")
+    parser.add_argument("--threads", type=int, default=0, help="of training; 1 on a machine with other work")
     asked = parser.parse_args()
     for package in asked.packages:
         requested = Hyperparameters(train_steps=asked.steps, time_limit_seconds=asked.seconds)
         with tempfile.TemporaryDirectory(prefix="codegraft-bench-") as folder:
-            run(package, requested, Path(folder))
+            run(package, requested, Path(folder), asked.threads)
 
 
-def run(package: str, requested: Hyperparameters, folder: Path) -> None:
+def run(package: str, requested: Hyperparameters, folder: Path, threads: int) -> None:
     """Trains on one package and prints what came of it."""
     train, test = split(package, folder)
     began = time.monotonic()
     loaded = job.load(
         catalogue.find(""),
-        TrainerSettings(),
+        TrainerSettings(trainer_threads=threads),
         requested,
         train,
         test,
@@ -134,15 +135,16 @@ def split(package: str, folder: Path) -> tuple[Path, Path]:
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit(f"{package} is no installed package")
     root = Path(spec.submodule_search_locations[0])
-    parts: dict[str, list[dict[str, object]]] = {"train": [], "test": []}
-    for file in sorted(root.rglob("*.py")):
+    rows = []
+    for file in root.rglob("*.py"):
         path, text = str(file.relative_to(root.parent)), file.read_text(encoding="utf-8", errors="replace")
-        part = "test" if hashlib.sha256(path.encode()).digest()[0] < 51 else "train"
         if text.strip():
-            parts[part].append({"path": path, "source": package, "text": text, "tokens": 0, "loss": None})
-    for part, rows in parts.items():
+            rows.append({"path": path, "source": package, "text": text, "tokens": 0, "loss": None})
+    rows.sort(key=lambda row: hashlib.sha256(str(row["path"]).encode()).digest())
+    held_out = max(5, len(rows) // 5)
+    for part, files in (("test", rows[:held_out]), ("train", rows[held_out:])):
         (folder / part).mkdir()
-        pq.write_table(pa.Table.from_pylist(rows, COLUMNS), folder / part / "0.parquet")
+        pq.write_table(pa.Table.from_pylist(files, COLUMNS), folder / part / "0.parquet")
     return folder / "train", folder / "test"
 
 
