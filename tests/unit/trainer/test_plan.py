@@ -74,7 +74,8 @@ def test_a_run_of_five_minutes_has_time_for_its_proof() -> None:
     facts = replace(FACTS, train_tokens=10**7, test_tokens=10**6, tokens_per_second=400)
     settings, told = plan(Hyperparameters(time_limit_seconds=300), facts)
     trained = settings.train_steps * settings.batch_size * settings.context_length / 400
-    assert trained > 0.65 * 300 and told.estimated_seconds < 300 and proof_places(settings, has_fim=False) == 24
+    assert trained > 0.65 * 300 and told.estimated_seconds < 300
+    assert 24 <= proof_places(settings, has_fim=False) < 40
 
 
 def test_a_run_of_a_minute_trains_for_half_of_it() -> None:
