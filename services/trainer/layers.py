@@ -31,7 +31,7 @@ def speed_up(model: nn.Module) -> None:
 
 
 def _faster(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    if isinstance(module, LoraLinear) and isinstance(module.get_base_layer(), nn.Linear):
+    if isinstance(module, LoraLinear) and _is_linear(module):
         return functools.partial(_lora_forward, module)
     if _is_rms_norm(module):
         return functools.partial(_norm_forward, module)
@@ -51,7 +51,12 @@ def _is_gated_mlp(module: Any) -> bool:
         type(module).__name__.endswith("MLP")
         and names == {"gate_proj", "up_proj", "down_proj", "act_fn"}
         and isinstance(module.act_fn, (nn.SiLU, type(ACT2FN["silu"])))
+        and all(_is_linear(getattr(module, name)) for name in ("gate_proj", "up_proj", "down_proj"))
     )
+
+
+def _is_linear(module: Any) -> bool:
+    return isinstance(module.get_base_layer() if isinstance(module, LoraLinear) else module, nn.Linear)
 
 
 class Projection(NamedTuple):
