@@ -101,7 +101,8 @@ def run(package: str, requested: Hyperparameters, folder: Path, threads: int) ->
         print(loop.nothing_best(loaded.state, "the base model"))
     else:
         tell(proof)
-    trained, evaluated = seconds[loop.StepDone], seconds[loop.Evaluated] + seconds[loop.Proved]
+    trained = seconds[loop.StepDone]
+    evaluated = seconds[loop.Evaluated] + loaded.state.proof_seconds + seconds[loop.Proved]
     print(
         f"\n{total:.0f} s (planned {plan.estimated_seconds:.0f}): {trained:.0f} s training, {evaluated:.0f} s "
         f"evaluation ({100 * evaluated / total:.0f} %), {seconds[loop.Proved]:.0f} s of it the adapter's lines; "
