@@ -27,7 +27,7 @@ from codegraft.trainer.v1.run_pb2 import Run
 from services.client import Addresses, AsyncCodegraft
 from services.core import errors
 from services.core.jobs import new_status
-from services.core.models import adapter_files, weights
+from services.core.models import adapter_files, prompts, weights
 from services.core.rpc.interceptors import CallInterceptor
 from services.core.rpc.status import from_rpc
 from services.core.runtime import Runtime
@@ -261,7 +261,8 @@ async def test_an_uploaded_adapter_can_serve_and_leave_again(
     manifest = await house.runtime.artifacts.manifest(checkpoint.name, AdapterManifest)
     folder = await house.runtime.artifacts.fetch(manifest.name, manifest.files)
     layers = lora.adaptable(weights.load_model(base, torch.float32))
-    serving = Base(house.model, weights.base_digest(base), "plain", layers, 256)
+    fmt = prompts.detect(weights.load_tokenizer(base))
+    serving = Base(house.model, weights.base_digest(base), fmt, layers, 256)
     verify.check_manifest(manifest, serving)
     assert verify.check_config(folder, manifest) == 2.0
     assert verify.check_tensors(load_file(folder / WEIGHTS), manifest, serving).keys() == layers.keys()
