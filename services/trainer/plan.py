@@ -143,7 +143,11 @@ def plan(requested: Hyperparameters, facts: Facts) -> tuple[Settings, Plan]:
         low_gpu_memory_mode=requested.low_gpu_memory_mode,
         context_length=window,
         fim_rate=pick.choose(
-            "fim_rate", 0.5 if facts.has_fim else 0.0, "half, as the base was trained" if facts.has_fim else "no tokens"
+            "fim_rate",
+            0.5 if facts.has_fim else 0.0,
+            "half, as the base was trained"
+            if facts.has_fim
+            else "the base has no tokens for it; taught spare ones it wrote held-out lines no better (bench/fim.py)",
         ),
         seed=int(pick.choose("seed", 0, "any will do")),
         time_limit_seconds=limit if math.isfinite(limit) else None,

@@ -184,6 +184,18 @@ async def test_without_a_suffix_the_format_of_the_version_heals_as_a_plain_one(
     assert by_adapter[0].prompt == by_base[0].prompt and by_base[0].prompt.overhang == " le"
 
 
+async def test_what_was_taught_sentinels_is_also_stopped_at_the_suffix(
+    server: Server, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taught = prompts.with_sentinels(prompts.detect(tokenizer))
+    name = await server.store(1, train(tmp_path / "base", tokenizer, taught, 1, tmp_path / "adapter"), taught)
+    submitted: list[Any] = []
+    submit = server.loaded.engine.submit
+    monkeypatch.setattr(server.loaded.engine, "submit", lambda sequence: (submitted.append(sequence), submit(sequence)))
+    started, _ = await server.complete(checkpoint=name)
+    assert started.prompt.suffix_used and submitted[0].text._stop == ["\nadd(1, 2)\n"]
+
+
 @pytest.mark.parametrize(
     "changed",
     [
