@@ -58,6 +58,7 @@ class Trainee:
         """
         torch.manual_seed(settings.seed)
         base: Any = weights.load_model(folder, dtype)
+        _drop_no_base(base)
         if shards > 1:
             shard_base(base, device, shards)
         else:
@@ -237,6 +238,19 @@ class Trainee:
                 field="hyperparameters.target_modules",
                 hint=f"It has {', '.join(sorted(names))}.",
             )
+
+
+def _drop_no_base(base: nn.Module) -> None:
+    """Switches the base's own dropout off, which pre-training left in some configurations (GPT-BigCode: 0.1).
+
+    The base is frozen, and the one dropout of a run is lora_dropout.
+    """
+    for module in base.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "attn_dropout", "residual_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def _logit_scale(config: Any) -> float:

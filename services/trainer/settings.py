@@ -36,6 +36,10 @@ RANGES: dict[str, tuple[float, float]] = {
 """Lowest and highest value of each setting, both allowed."""
 
 
+_CAME_LATER = {"keep_checkpoints": 3, "max_foreign_loss_increase": 0.02}
+"""Settings that the plans of older releases lack."""
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Every setting resolved. Fields are those of the proto message Hyperparameters."""
@@ -80,7 +84,7 @@ class Settings:
     def from_proto(cls, message: Hyperparameters) -> Settings:
         """The inverse of :meth:`to_proto`."""
         values: dict[str, Any] = {
-            name: getattr(message, name) if message.HasField(name) else None
+            name: getattr(message, name) if message.HasField(name) else _CAME_LATER.get(name)
             for name in cls.__dataclass_fields__
             if name != "target_modules"
         }

@@ -41,11 +41,12 @@ COMMON: dict[str, Any] = {
     "eos_token_id": None,
     "initializer_range": 0.2,
 }
+# The base's own dropout, where there is one, is off.
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**COMMON),
     "qwen2": Qwen2Config(**COMMON),
     "mistral": MistralConfig(**COMMON, sliding_window=50),
-    "starcoder2": Starcoder2Config(**COMMON, use_bias=True),
+    "starcoder2": Starcoder2Config(**COMMON, use_bias=True, attention_dropout=0.3, residual_dropout=0.3),
     "granite": GraniteConfig(**COMMON, logits_scaling=8.0, residual_multiplier=0.5, attention_multiplier=0.3),
     "gpt_bigcode": GPTBigCodeConfig(
         vocab_size=97,
@@ -54,9 +55,9 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         n_head=4,
         n_positions=512,
         n_inner=48,
-        attn_pdrop=0.0,
-        embd_pdrop=0.0,
-        resid_pdrop=0.0,
+        attn_pdrop=0.3,
+        embd_pdrop=0.3,
+        resid_pdrop=0.3,
         bos_token_id=None,
         eos_token_id=None,
         initializer_range=0.2,

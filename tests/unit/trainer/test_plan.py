@@ -159,3 +159,10 @@ def test_half_of_the_documents_get_a_middle_where_the_base_knows_how() -> None:
         settings, told = plan(Hyperparameters(), replace(FACTS, has_fim=has_fim))
         (why,) = [setting.why for setting in told.settings if setting.name == "fim_rate"]
         assert settings.fim_rate == rate and ("as the base was trained" in why) == has_fim
+
+
+def test_a_plan_of_an_older_release_can_be_gone_on_with() -> None:
+    settings, told = plan(Hyperparameters(), FACTS)
+    for name in ("keep_checkpoints", "max_foreign_loss_increase"):
+        told.hyperparameters.ClearField(name)
+    assert Settings.from_proto(told.hyperparameters) == settings
