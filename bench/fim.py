@@ -35,12 +35,13 @@ from services.inference.engine.scheduler import Limits
 from services.inference.engine.sequence import Output
 from services.inference.engine.sequence import Sequence as Stream
 from services.inference.engine.text import TextStream, suffix_stop
-from services.trainer import checkpoint, loop, syntax
-from services.trainer.data import Corpus, Document
-from services.trainer.evaluate import HeldOut
-from services.trainer.lora import WEIGHTS, Trainee
-from services.trainer.plan import Facts, plan
-from services.trainer.settings import Settings
+from services.trainer import checkpoint, loop
+from services.trainer.corpus import syntax
+from services.trainer.corpus.data import Corpus, Document
+from services.trainer.model.lora import WEIGHTS, Trainee
+from services.trainer.planning.plan import Facts, plan
+from services.trainer.planning.settings import Settings
+from services.trainer.proving.evaluate import HeldOut
 
 WINDOW = 256
 """Tokens of a row, and of a prompt at most."""

@@ -38,9 +38,9 @@ def ours(rows: Ids, *, low: bool) -> Iterator[Step | None]:
 
     from services.core.models import catalogue, weights
     from services.trainer import loop
-    from services.trainer.data import Row
-    from services.trainer.lora import Trainee
-    from services.trainer.settings import Settings
+    from services.trainer.corpus.data import Row
+    from services.trainer.model.lora import Trainee
+    from services.trainer.planning.settings import Settings
 
     yield None
     settings = Settings(

@@ -13,9 +13,9 @@ from codegraft.trainer.v1 import adapter_pb2 as pb
 from codegraft.trainer.v1.adapter_pb2_grpc import AdapterServiceServicer
 from services.core.errors import InvalidArgument
 from services.core.runtime import Runtime
+from services.trainer.adapters.export import Exporter
+from services.trainer.adapters.imports import Importer
 from services.trainer.config import TrainerSettings
-from services.trainer.export import Exporter
-from services.trainer.imports import Importer
 from services.trainer.records import Tables
 
 Context = grpc.aio.ServicerContext[Any, Any]

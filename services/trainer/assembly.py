@@ -14,7 +14,6 @@ from services.core.jobs import JobRunner
 from services.core.jobs.announcer import announce
 from services.core.rpc.server import Background, Registration
 from services.core.runtime import Runtime
-from services.trainer import machine
 from services.trainer.adapter_servicer import AdapterServicer
 from services.trainer.config import TrainerSettings
 from services.trainer.datasets import Newest
@@ -22,6 +21,7 @@ from services.trainer.launch.elastic import ElasticLauncher
 from services.trainer.launch.launcher import Launcher
 from services.trainer.launch.thread import ThreadLauncher
 from services.trainer.model_servicer import ModelServicer
+from services.trainer.planning import machine
 from services.trainer.records import BUCKET, Tables
 from services.trainer.servicer import KIND, RunServicer
 from services.trainer.worker import RunWorker

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from services.core.errors import AdapterRejected
 from services.trainer.loop import State
-from services.trainer.lora import CONFIG, WEIGHTS, Trainee
-from services.trainer.proof import Measures
+from services.trainer.model.lora import CONFIG, WEIGHTS, Trainee
+from services.trainer.proving.proof import Measures
 
 STATE_TENSORS = "state.safetensors"
 STATE_NUMBERS = "state.json"

@@ -17,18 +17,21 @@ from services.core.errors import BaseModelMismatch, EmptyDataset, InvalidHyperpa
 from services.core.models import catalogue, prompts, weights
 from services.core.models.catalogue import ModelSpec
 from services.core.models.prompts import PromptFormat, Tokenizer
-from services.trainer import checkpoint, data, isolation, loop, machine, memory
+from services.trainer import checkpoint, loop
 from services.trainer.config import TrainerSettings
-from services.trainer.data import Corpus
-from services.trainer.evaluate import HeldOut
-from services.trainer.fit import find_fit, limited, longest
-from services.trainer.initial import explain, inherited
+from services.trainer.corpus import data
+from services.trainer.corpus.data import Corpus
 from services.trainer.loop import State
-from services.trainer.lora import Trainee
-from services.trainer.plan import plan
-from services.trainer.proof import Exam
+from services.trainer.model import isolation
+from services.trainer.model.lora import Trainee
+from services.trainer.planning import machine, memory
+from services.trainer.planning.fit import find_fit, limited, longest
+from services.trainer.planning.initial import explain, inherited
+from services.trainer.planning.plan import plan
+from services.trainer.planning.settings import Settings
+from services.trainer.proving.evaluate import HeldOut
+from services.trainer.proving.proof import Exam
 from services.trainer.ranks import ALONE, Ranks
-from services.trainer.settings import Settings
 
 
 @dataclass(slots=True)

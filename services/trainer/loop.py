@@ -11,12 +11,12 @@ import torch
 
 from codegraft.trainer.v1.run_event_pb2 import Proof
 from services.core.errors import JobCancelled, TrainingDiverged
-from services.trainer.data import IGNORED, Corpus
-from services.trainer.evaluate import HeldOut, HeldOutLoss
-from services.trainer.lora import Trainee
-from services.trainer.proof import Exam, Measures, forgets, judge
+from services.trainer.corpus.data import IGNORED, Corpus
+from services.trainer.model.lora import Trainee
+from services.trainer.planning.settings import Settings
+from services.trainer.proving.evaluate import HeldOut, HeldOutLoss
+from services.trainer.proving.proof import Exam, Measures, forgets, judge
 from services.trainer.ranks import ALONE, Ranks
-from services.trainer.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)

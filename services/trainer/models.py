@@ -23,8 +23,8 @@ from services.core.errors import (
 from services.core.models import catalogue, memory, stored, weights
 from services.core.models.spec import ModelSpec, StoreSource
 from services.core.runtime import Runtime
+from services.trainer.adapters.disk import check_room
 from services.trainer.config import TrainerSettings
-from services.trainer.disk import check_room
 
 _MAX_FILES = 1000
 

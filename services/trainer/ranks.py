@@ -19,7 +19,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from services.trainer.data import IGNORED, Row
+from services.trainer.corpus.data import IGNORED, Row
 
 PATIENCE = timedelta(minutes=30)
 """How long a rank waits for the others: rank 0 may be waiting for room for a checkpoint."""

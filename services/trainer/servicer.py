@@ -29,13 +29,15 @@ from services.core.models import catalogue
 from services.core.models.catalogue import ModelSpec
 from services.core.pages import bounds, token
 from services.core.runtime import Runtime
-from services.trainer import data, datasets, machine
+from services.trainer import datasets
 from services.trainer.config import TrainerSettings
+from services.trainer.corpus import data
 from services.trainer.datasets import Newest
-from services.trainer.initial import inherited
-from services.trainer.plan import Facts, plan
+from services.trainer.planning import machine
+from services.trainer.planning.initial import inherited
+from services.trainer.planning.plan import Facts, plan
+from services.trainer.planning.settings import check
 from services.trainer.records import BEST, Tables
-from services.trainer.settings import check
 
 KIND = "run"
 """Of its jobs."""

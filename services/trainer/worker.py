@@ -11,11 +11,11 @@ from pathlib import Path
 from codegraft.trainer.v1.run_pb2 import Run
 from services.core.jobs import JobContext
 from services.core.runtime import Runtime
-from services.trainer.attempt import Attempt
 from services.trainer.config import TrainerSettings
 from services.trainer.datasets import Newest
 from services.trainer.launch.launcher import Launcher
 from services.trainer.records import Tables
+from services.trainer.run.attempt import Attempt
 
 
 class RunWorker:

@@ -33,10 +33,10 @@ from services.core.rpc.status import from_rpc
 from services.core.runtime import Runtime
 from services.inference.adapters import lora, verify
 from services.inference.adapters.verify import Base
-from services.trainer import export
+from services.trainer.adapters import export
+from services.trainer.adapters.merge import Merged
 from services.trainer.assembly import Trainer
 from services.trainer.config import TrainerSettings
-from services.trainer.merge import Merged
 from tests.unit.trainer.whole import make_adapter, make_base
 
 RUN = "projects/demo/runs/r-1"

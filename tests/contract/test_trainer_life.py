@@ -19,7 +19,7 @@ from codegraft.common.v1.job_pb2 import (
 )
 from codegraft.trainer.v1 import run_pb2 as pb
 from services.core import errors
-from services.trainer import lora
+from services.trainer.model import lora
 from tests.contract import test_trainer
 from tests.contract.test_trainer import (
     DATASET,
@@ -260,7 +260,9 @@ async def test_a_run_that_does_not_fit_in_memory_says_so_before_its_first_step(
 
     accumulate = lora.Trainee.accumulate
     monkeypatch.setattr(lora.Trainee, "accumulate", short)
-    monkeypatch.setattr("services.trainer.fit.gc.collect", lambda: 0)  # a second each, with all that tests import
+    monkeypatch.setattr(
+        "services.trainer.planning.fit.gc.collect", lambda: 0
+    )  # a second each, with all that tests import
     last, _ = await world.watch(await world.create(QUICK))
     told = {setting.name: setting for setting in last.plan.settings}
     assert last.status.state == JOB_STATE_SUCCEEDED and last.plan.hyperparameters.micro_batch_size == 1

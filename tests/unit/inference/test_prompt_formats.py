@@ -30,8 +30,8 @@ from services.inference.engine.scheduler import Limits
 from services.inference.model import LoadedModel
 from services.inference.prompter import Code, Prompter
 from services.trainer import checkpoint, loop
-from services.trainer.data import Corpus, Document
-from services.trainer.lora import Trainee
+from services.trainer.corpus.data import Corpus, Document
+from services.trainer.model.lora import Trainee
 from tests.unit.inference import tiny
 from tests.unit.trainer.conftest import SMALL, Settings
 

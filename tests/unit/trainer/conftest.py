@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerFast
 
 from services.cli.local import ports
 from services.core.models import prompts
-from services.trainer.data import Corpus, Document
-from services.trainer.evaluate import HeldOut
-from services.trainer.lora import Trainee
+from services.trainer.corpus.data import Corpus, Document
+from services.trainer.model.lora import Trainee
+from services.trainer.planning.settings import Settings
+from services.trainer.proving.evaluate import HeldOut
 from services.trainer.ranks import ALONE
-from services.trainer.settings import Settings
 from tests.unit.inference.tiny import make_model, make_tokenizer
 
 ROOT = Path(__file__).parents[3]

@@ -25,10 +25,10 @@ from transformers import (
 
 from services.core import errors
 from services.core.models import weights
-from services.trainer import isolation
-from services.trainer.lora import Trainee
-from services.trainer.packing import Row, pack
-from services.trainer.settings import Settings
+from services.trainer.corpus.packing import Row, pack
+from services.trainer.model import isolation
+from services.trainer.model.lora import Trainee
+from services.trainer.planning.settings import Settings
 
 COMMON: dict[str, Any] = {
     "vocab_size": 258,

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 
-from services.trainer import cuts, syntax
+from services.trainer.corpus import cuts, syntax
 
 SOURCES = {
     "Python": "class A:\n    def f(self, x):\n        return [y * 2 for y in g(x, key=1)]\n",

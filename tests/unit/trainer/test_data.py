@@ -19,10 +19,10 @@ from services.core import errors
 from services.core.models import prompts
 from services.core.models.prompts import PromptFormat
 from services.trainer import job
-from services.trainer.data import Corpus, Document, read_part
-from services.trainer.initial import inherited
-from services.trainer.packing import Row, pack
-from services.trainer.settings import Settings
+from services.trainer.corpus.data import Corpus, Document, read_part
+from services.trainer.corpus.packing import Row, pack
+from services.trainer.planning.initial import inherited
+from services.trainer.planning.settings import Settings
 from tests.unit.core import tokenizers
 from tests.unit.trainer.conftest import SMALL
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.trainer.eta import Estimate
-from services.trainer.settings import Settings
+from services.trainer.planning.settings import Settings
+from services.trainer.run.eta import Estimate
 from tests.unit.trainer.conftest import SMALL
 
 

@@ -11,10 +11,10 @@ import torch
 
 from codegraft.trainer.v1.hyperparameters_pb2 import Plan, PlannedSetting
 from services.core import errors
-from services.trainer import fit, memory
-from services.trainer.data import Row
-from services.trainer.fit import find_fit, limited, longest
-from services.trainer.settings import Settings
+from services.trainer.corpus.data import Row
+from services.trainer.planning import fit, memory
+from services.trainer.planning.fit import find_fit, limited, longest
+from services.trainer.planning.settings import Settings
 
 ROW = Row(list(range(64)), list(range(64)), list(range(64)))
 

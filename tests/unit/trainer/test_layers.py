@@ -22,10 +22,10 @@ from transformers import (
     Starcoder2Config,
 )
 
-from services.trainer import attention, layers
-from services.trainer.data import Row, pack
-from services.trainer.lora import Trainee
-from services.trainer.loss import IGNORED, summed_loss, token_losses
+from services.trainer.corpus.data import Row, pack
+from services.trainer.model import attention, layers
+from services.trainer.model.lora import Trainee
+from services.trainer.model.loss import IGNORED, summed_loss, token_losses
 
 Make = Callable[..., Any]
 

@@ -11,9 +11,9 @@ import torch
 
 from services.core import errors
 from services.trainer import loop
-from services.trainer.data import Row
-from services.trainer.evaluate import HeldOut
+from services.trainer.corpus.data import Row
 from services.trainer.loop import CheckpointDue, Evaluated, State, StepDone
+from services.trainer.proving.evaluate import HeldOut
 
 Make = Callable[..., Any]
 

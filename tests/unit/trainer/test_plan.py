@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from codegraft.trainer.v1.hyperparameters_pb2 import Hyperparameters
 from services.core.errors import InvalidHyperparameter
-from services.trainer.plan import Facts, foreign_tokens, plan, proof_places
-from services.trainer.settings import RANGES, Settings, check
+from services.trainer.planning.plan import Facts, foreign_tokens, plan, proof_places
+from services.trainer.planning.settings import RANGES, Settings, check
 
 FACTS = Facts(
     train_tokens=300_000,

@@ -17,13 +17,14 @@ from services.core import errors
 from services.core.models import prompts, weights
 from services.core.places import Place, first_line
 from services.inference.engine.scheduler import Limits
-from services.trainer import checkpoint, foreign, loop, proof
-from services.trainer.data import Document, Row
-from services.trainer.evaluate import HeldOut, HeldOutLoss
-from services.trainer.generate import LineWriter
+from services.trainer import checkpoint, loop
+from services.trainer.corpus.data import Document, Row
 from services.trainer.loop import CheckpointDue, Evaluated, Proved, State
-from services.trainer.lora import Trainee
-from services.trainer.proof import Exam, Measures
+from services.trainer.model.lora import Trainee
+from services.trainer.proving import foreign, proof
+from services.trainer.proving.evaluate import HeldOut, HeldOutLoss
+from services.trainer.proving.generate import LineWriter
+from services.trainer.proving.proof import Exam, Measures
 from tests.unit.inference.tiny import Bench
 from tests.unit.trainer.conftest import documents
 

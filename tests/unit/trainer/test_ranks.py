@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from services.trainer.data import IGNORED, Row
+from services.trainer.corpus.data import IGNORED, Row
 from services.trainer.ranks import ALONE, Ranks
 
 

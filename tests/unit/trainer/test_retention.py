@@ -12,7 +12,7 @@ from codegraft.trainer.v1.checkpoint_pb2 import Checkpoint
 from services.core.errors import CheckpointNotFound
 from services.core.state import MemoryState, Table
 from services.core.store import MemoryStore
-from services.trainer.retention import delete_surplus, surplus
+from services.trainer.run.retention import delete_surplus, surplus
 
 RUN = "projects/p/runs/r"
 

@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from codegraft.trainer.v1.adapter_pb2 import GGUF_TYPE_BF16, GGUF_TYPE_F16, GGUF_TYPE_Q8_0, GgufType
 from services.core.errors import AdapterRejected, Cancelled, NotSupported, ResourceExhausted
-from services.trainer import checkpoint, disk, gguf_file, gguf_tokenizer
-from services.trainer.lora import Trainee
-from services.trainer.merge import Merged, Meter
-from services.trainer.settings import Settings
+from services.trainer import checkpoint
+from services.trainer.adapters import disk, gguf_file, gguf_tokenizer
+from services.trainer.adapters.merge import Merged, Meter
+from services.trainer.model.lora import Trainee
+from services.trainer.planning.settings import Settings
 from tests.unit.trainer.whole import CODE, make_adapter, make_base, make_tokenizer
 
 KINDS = ["llama", "tied", "biased", "qwen2", "starcoder2"]

@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerFast
 from services.core import errors
 from services.core.models import prompts
 from services.trainer import checkpoint, loop
-from services.trainer.data import Corpus, Document, Row, pack
-from services.trainer.evaluate import HeldOut
+from services.trainer.corpus.data import Corpus, Document, Row, pack
 from services.trainer.loop import CheckpointDue, Evaluated, State, StepDone
-from services.trainer.lora import Trainee
-from services.trainer.loss import CHUNK, IGNORED, summed_loss, token_losses
-from services.trainer.settings import Settings
+from services.trainer.model.lora import Trainee
+from services.trainer.model.loss import CHUNK, IGNORED, summed_loss, token_losses
+from services.trainer.planning.settings import Settings
+from services.trainer.proving.evaluate import HeldOut
 
 Make = Callable[..., Any]
 

@@ -16,13 +16,13 @@ import torch
 from services.core.errors import JobCancelled
 from services.core.models import prompts
 from services.trainer import loop, rank
-from services.trainer.data import Corpus
-from services.trainer.evaluate import HeldOut
+from services.trainer.corpus.data import Corpus
 from services.trainer.launch.folder import RunFolder
 from services.trainer.loop import Evaluated, State, StepDone
-from services.trainer.lora import Trainee
+from services.trainer.model.lora import Trainee
+from services.trainer.planning.settings import Settings
+from services.trainer.proving.evaluate import HeldOut
 from services.trainer.ranks import Ranks, joined
-from services.trainer.settings import Settings
 from tests.unit.inference.tiny import make_tokenizer
 from tests.unit.trainer.conftest import SMALL, documents
 

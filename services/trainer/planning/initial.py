@@ -5,7 +5,7 @@ from __future__ import annotations
 from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest
 from codegraft.trainer.v1.hyperparameters_pb2 import Hyperparameters, Plan
 from services.core.errors import InvalidHyperparameter
-from services.trainer.plan import amend
+from services.trainer.planning.plan import amend
 
 _WHY = "as in the checkpoint it starts from"
 

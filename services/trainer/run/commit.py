@@ -18,7 +18,7 @@ from services.core.errors import ResourceExists
 from services.core.state import Table
 from services.core.store import Artifacts
 from services.trainer.launch.folder import files_in
-from services.trainer.telling import Teller
+from services.trainer.run.telling import Teller
 
 CREATED = "codegraft.trainer.checkpoint.created.v1"
 BEST = "codegraft.trainer.checkpoint.best.v1"

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from codegraft.trainer.v1.hyperparameters_pb2 import Hyperparameters, Plan, PlannedSetting
-from services.trainer.settings import Settings, check
+from services.trainer.planning.settings import Settings, check
 
 EVALUATION_SPEEDUP = 2.5
 """Tokens evaluated in the time of one token trained: no backward pass, and no adapter gradients."""
@@ -89,7 +89,7 @@ def plan(requested: Hyperparameters, facts: Facts) -> tuple[Settings, Plan]:
     more for code that the base model predicts badly.
 
     Raises:
-        InvalidHyperparameter: see services/trainer/settings.check.
+        InvalidHyperparameter: see services/trainer/planning/settings.check.
     """
     check(requested, facts.context_length)
     pick = _Choices(requested)

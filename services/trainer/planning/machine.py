@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 
 from services.core.errors import InvalidArgument, JobCancelled
 from services.core.models.catalogue import ModelSpec
-from services.trainer.plan import Facts
+from services.trainer.planning.plan import Facts
 
 if TYPE_CHECKING:
     import torch
 
-    from services.trainer.data import Corpus
-    from services.trainer.lora import Trainee
+    from services.trainer.corpus.data import Corpus
+    from services.trainer.model.lora import Trainee
+    from services.trainer.planning.settings import Settings
     from services.trainer.ranks import Ranks
-    from services.trainer.settings import Settings
 
 _CPU_FLOPS_PER_CORE = 7e10
 """Of LoRA training in bf16, as measured with the default model; counts 4 FLOP per parameter and token."""

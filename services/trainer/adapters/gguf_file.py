@@ -17,9 +17,9 @@ from gguf import GGMLQuantizationType, LlamaFileType
 
 from codegraft.trainer.v1.adapter_pb2 import GGUF_TYPE_BF16, GGUF_TYPE_F16, GgufType
 from services.core.errors import NotSupported
-from services.trainer import gguf_tokenizer
-from services.trainer.disk import check_room
-from services.trainer.merge import Merged, Meter
+from services.trainer.adapters import gguf_tokenizer
+from services.trainer.adapters.disk import check_room
+from services.trainer.adapters.merge import Merged, Meter
 
 if TYPE_CHECKING:
     import numpy as np

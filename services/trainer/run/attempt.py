@@ -22,9 +22,9 @@ from services.trainer.datasets import Newest
 from services.trainer.launch.folder import RunFolder
 from services.trainer.launch.launcher import Launcher
 from services.trainer.records import Tables
-from services.trainer.resume import States
-from services.trainer.telling import Teller
-from services.trainer.training import Training
+from services.trainer.run.resume import States
+from services.trainer.run.telling import Teller
+from services.trainer.run.training import Training
 
 logger = log.get(__name__)
 

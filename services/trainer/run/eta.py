@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from statistics import median
 
-from services.trainer.settings import Settings
+from services.trainer.planning.settings import Settings
 
 RECENT = 15
 """Steps whose median says how long the next ones take: a machine that is busy for a moment changes nothing."""

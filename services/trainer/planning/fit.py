@@ -17,13 +17,13 @@ import torch
 from codegraft.trainer.v1.hyperparameters_pb2 import Plan
 from services.core import log
 from services.core.errors import JobCancelled, OutOfMemory
-from services.trainer import memory
-from services.trainer.data import Row
-from services.trainer.plan import amend
-from services.trainer.settings import Settings
+from services.trainer.corpus.data import Row
+from services.trainer.planning import memory
+from services.trainer.planning.plan import amend
+from services.trainer.planning.settings import Settings
 
 if TYPE_CHECKING:
-    from services.trainer.lora import Trainee
+    from services.trainer.model.lora import Trainee
 
 _SPARE = 0.95
 """Share of the free memory that a try may need by the estimate."""

@@ -8,8 +8,8 @@ from codegraft.event.v1.events_pb2 import RunMetric
 from codegraft.trainer.v1.run_event_pb2 import Proof, RunEvent, StepMetrics
 from codegraft.trainer.v1.run_pb2 import Run
 from codegraft.trainer.v1.training_pb2 import SetEvaluated, StepTrained
-from services.trainer.settings import Settings
-from services.trainer.telling import Teller
+from services.trainer.planning.settings import Settings
+from services.trainer.run.telling import Teller
 
 METRIC = "codegraft.trainer.run.metric.v1"
 _STEP_SECONDS = 1.0

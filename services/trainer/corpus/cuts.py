@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 
-from services.trainer.syntax import SyntaxTree
+from services.trainer.corpus.syntax import SyntaxTree
 
 MIX = {"characters": 1 / 3, "lines": 1 / 3, "syntax": 1 / 3}
 """Share of each kind. Without a tree, or where no node fits, a cut at syntax becomes one at lines."""

@@ -32,8 +32,8 @@ from services.core.models.adapter_files import CONFIG, WEIGHTS
 from services.core.models.catalogue import ModelSpec
 from services.core.runtime import Runtime
 from services.trainer.config import TrainerSettings
+from services.trainer.planning.settings import RANGES
 from services.trainer.records import Tables
-from services.trainer.settings import RANGES
 
 STEP = 0
 """Of the one checkpoint: no optimizer step was taken here."""

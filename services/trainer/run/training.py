@@ -21,16 +21,16 @@ from codegraft.trainer.v1.training_pb2 import (
 from services.core.errors import InternalError, JobCancelled
 from services.core.jobs import JobContext
 from services.core.runtime import Runtime
-from services.trainer.commit import Committer
-from services.trainer.eta import Estimate
 from services.trainer.launch.folder import RunFolder
 from services.trainer.launch.launcher import Processes
-from services.trainer.metrics import Metrics
+from services.trainer.planning.settings import Settings
 from services.trainer.records import Tables
-from services.trainer.resume import States
-from services.trainer.retention import delete_surplus
-from services.trainer.settings import Settings
-from services.trainer.telling import Teller
+from services.trainer.run.commit import Committer
+from services.trainer.run.eta import Estimate
+from services.trainer.run.metrics import Metrics
+from services.trainer.run.resume import States
+from services.trainer.run.retention import delete_surplus
+from services.trainer.run.telling import Teller
 
 
 class Training:

@@ -11,8 +11,8 @@ import torch
 from services.core.errors import JobCancelled
 from services.core.models import prompts
 from services.core.models.prompts import PromptFormat, Tokenizer
-from services.trainer.data import Document, Row
-from services.trainer.lora import Trainee
+from services.trainer.corpus.data import Document, Row
+from services.trainer.model.lora import Trainee
 from services.trainer.ranks import ALONE, Ranks
 
 

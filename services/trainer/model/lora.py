@@ -19,11 +19,11 @@ from transformers import DynamicCache
 
 from services.core.errors import InvalidHyperparameter, NotSupported
 from services.core.models import weights
-from services.trainer import attention, kept, layers
-from services.trainer.data import Row, padded
-from services.trainer.loss import summed_loss, token_losses
-from services.trainer.settings import Settings
-from services.trainer.shard import shard_base
+from services.trainer.corpus.data import Row, padded
+from services.trainer.model import attention, kept, layers
+from services.trainer.model.loss import summed_loss, token_losses
+from services.trainer.model.shard import shard_base
+from services.trainer.planning.settings import Settings
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -50,7 +50,7 @@ class Trainee:
         Args:
             folder: of the base model, see services/core/models/weights.
             dtype: fp32 where exactness matters more than speed (tests).
-            shards: ranks over which the base is spread, see services/trainer/shard.
+            shards: ranks over which the base is spread, see services/trainer/model/shard.
 
         Raises:
             InvalidHyperparameter: the model has no layer of a name in target_modules.

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 
 from services.core.models import prompts
 from services.core.models.prompts import PromptFormat, Tokenizer
-from services.trainer import cuts, syntax
-from services.trainer.packing import IGNORED, Row, pack, padded
+from services.trainer.corpus import cuts, syntax
+from services.trainer.corpus.packing import IGNORED, Row, pack, padded
 
 __all__ = ["IGNORED", "Corpus", "Counts", "Document", "Part", "Row", "base_loss", "pack", "padded", "read_part"]
 

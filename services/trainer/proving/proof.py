@@ -11,14 +11,14 @@ from codegraft.trainer.v1.run_event_pb2 import Proof, ProofFigures
 from services.core import places
 from services.core.models.prompts import PromptFormat, Tokenizer
 from services.core.places import Place, Score
-from services.trainer import foreign
-from services.trainer.data import Document
-from services.trainer.evaluate import HeldOut
-from services.trainer.generate import LineWriter
-from services.trainer.lora import Trainee
-from services.trainer.plan import PROMPT_TOKENS, foreign_tokens, proof_places
+from services.trainer.corpus.data import Document
+from services.trainer.model.lora import Trainee
+from services.trainer.planning.plan import PROMPT_TOKENS, foreign_tokens, proof_places
+from services.trainer.planning.settings import Settings
+from services.trainer.proving import foreign
+from services.trainer.proving.evaluate import HeldOut
+from services.trainer.proving.generate import LineWriter
 from services.trainer.ranks import ALONE, Ranks
-from services.trainer.settings import Settings
 
 RESAMPLES = 10_000
 _AT_ONCE = 1_000_000

@@ -23,7 +23,7 @@ from services.core.store import Artifacts
 from services.core.store.blobs import digest_of
 
 if TYPE_CHECKING:
-    from services.trainer.merge import Meter
+    from services.trainer.adapters.merge import Meter
 
 CHUNK = 1 << 20
 """Bytes per message: well under gRPC's default limit of 4 MiB."""
@@ -110,7 +110,7 @@ class Export:
         spec = catalogue.find(self.manifest.base_model)
         await stored.bring(spec, self._exporter.cache_dir, artifacts)
         base = await asyncio.to_thread(weights.ensure_weights, spec, self._exporter.cache_dir)
-        from services.trainer.merge import Meter  # imports torch
+        from services.trainer.adapters.merge import Meter  # imports torch
 
         meter = Meter()
         self._stop = meter.stop
@@ -142,8 +142,8 @@ class Export:
             begin = end
 
     def _convert(self, base: Path, adapter: Path, to: Path, title: str, meter: Meter) -> None:
-        from services.trainer import gguf_file
-        from services.trainer.merge import Merged
+        from services.trainer.adapters import gguf_file
+        from services.trainer.adapters.merge import Merged
 
         meter.begin("reading the adapter", 0)
         if weights.base_digest(base) != self.manifest.base_digest:

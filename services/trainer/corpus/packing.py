@@ -1,7 +1,7 @@
 """Rows of a batch: documents side by side, as full as they get.
 
 Documents that share a row do not see each other: positions start at 0 for each, and the model builds its mask from that
-(services/trainer/lora).
+(services/trainer/model/lora).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 IGNORED = -100
-"""Label of a position without a loss, as in services/trainer/loss (which needs torch)."""
+"""Label of a position without a loss, as in services/trainer/model/loss (which needs torch)."""
 
 _SMALLEST_SHARE = 64
 """A gap below this part of a row stays empty: so few tokens, without what came before them, teach little."""

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
-from services.trainer.data import Document
+from services.trainer.corpus.data import Document
 
 _FILES = {
     "": ("heapq.py", "shlex.py", "fractions.py", "textwrap.py", "graphlib.py", "cmd.py"),

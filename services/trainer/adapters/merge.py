@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from services.core.errors import Cancelled, NotSupported
 from services.core.models import adapter_files, weights
 from services.core.models.adapter_files import Pairs
-from services.trainer.disk import check_room
+from services.trainer.adapters.disk import check_room
 
 
 class Meter:

@@ -12,7 +12,7 @@ from services.core.models import prompts
 from services.core.models.prompts import Prompt, PromptFormat
 from services.core.models.spelling import Spelling, token_bytes
 from services.core.places import Place
-from services.trainer.lora import Trainee
+from services.trainer.model.lora import Trainee
 
 MAX_NEW_TOKENS = 32
 """Per line; places have 80 characters at most."""

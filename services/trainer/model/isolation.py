@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from services.core.errors import NotSupported
-from services.trainer.lora import Trainee
-from services.trainer.packing import Row
+from services.trainer.corpus.packing import Row
+from services.trainer.model.lora import Trainee
 
 _TOKENS = 24
 _MOST = 0.5

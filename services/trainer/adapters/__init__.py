@@ -1,0 +1,1 @@
+"""Adapters on their way out of the house, and into it."""

@@ -1,0 +1,1 @@
+"""From a dataset and a machine to the settings of a run, each with its reason."""

@@ -1,0 +1,1 @@
+"""Whether an adapter helps: losses and lines on held-out code, and on code of others."""
