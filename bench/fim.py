@@ -42,6 +42,8 @@ from services.trainer.model.lora import WEIGHTS, Trainee
 from services.trainer.planning.plan import Facts, plan
 from services.trainer.planning.settings import Settings
 from services.trainer.proving.evaluate import HeldOut
+from services.trainer.state import State
+from services.trainer.story import Evaluated, StepDone
 
 WINDOW = 256
 """Tokens of a row, and of a prompt at most."""
@@ -132,14 +134,14 @@ def train(kind: str, steps: int, folder: Path) -> None:
     trainee = Trainee(base, settings, device=torch.device("cpu"))
     optimizer = loop.make_optimizer(trainee, settings)
     # The base is measured once, by the first kind.
-    fresh = loop.State() if kind == "plain" else loop.State(base_loss=float("inf"), best_loss=float("inf"))
+    fresh = State() if kind == "plain" else State(base_loss=float("inf"), best_loss=float("inf"))
     state = checkpoint.load_state(trainee, optimizer, kept) if kept.exists() else fresh
     test = HeldOut(held_out, tokenizer, fmt, window=WINDOW, max_tokens=settings.max_eval_tokens)
     for event in loop.train(trainee, optimizer, settings, corpus, test, state, lambda: False):
         match event:
-            case loop.Evaluated():
+            case Evaluated():
                 print(f"{kind}: step {event.step}, plain held-out loss {event.test.loss:.4f}", flush=True)
-            case loop.StepDone():
+            case StepDone():
                 if event.step % 2 == 0:
                     checkpoint.save_state(trainee, optimizer, state, kept)
                     told = f"train loss {event.train_loss:.3f}, {event.tokens / event.seconds:.0f} tokens/s"

@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 from codegraft.trainer.v1.hyperparameters_pb2 import Hyperparameters
 from codegraft.trainer.v1.run_event_pb2 import Proof
 from services.core.models import catalogue
-from services.trainer import job, loop
+from services.trainer import job, judging, loop
 from services.trainer.config import TrainerSettings
+from services.trainer.story import Evaluated, Proved, StepDone
 
 COLUMNS = pa.schema(
     [
@@ -72,7 +73,7 @@ def run(package: str, requested: Hyperparameters, folder: Path, threads: int) ->
         f"{time.monotonic() - began:.0f} s\n",
         flush=True,
     )
-    seconds = {loop.StepDone: 0.0, loop.Evaluated: 0.0, loop.Proved: 0.0}
+    seconds = {StepDone: 0.0, Evaluated: 0.0, Proved: 0.0}
     began = time.monotonic()
     story = loop.train(
         loaded.trainee,
@@ -87,25 +88,25 @@ def run(package: str, requested: Hyperparameters, folder: Path, threads: int) ->
     proof = None
     for event in story:
         match event:
-            case loop.StepDone():
-                seconds[loop.StepDone] += event.seconds
-            case loop.Evaluated():
-                seconds[loop.Evaluated] += event.seconds
+            case StepDone():
+                seconds[StepDone] += event.seconds
+            case Evaluated():
+                seconds[Evaluated] += event.seconds
                 foreign = "" if event.foreign_loss is None else f", foreign {event.foreign_loss:.4f}"
                 found = f"step {event.step}: test loss {event.test.loss:.4f}{foreign} ({event.seconds:.1f} s)"
                 print(found, event.refused, flush=True)
-            case loop.Proved(proof):
-                seconds[loop.Proved] = proof.seconds
+            case Proved(proof):
+                seconds[Proved] = proof.seconds
     total = time.monotonic() - began
     if proof is None:
-        print(loop.nothing_best(loaded.state, "the base model"))
+        print(judging.nothing_best(loaded.state, "the base model"))
     else:
         tell(proof)
-    trained = seconds[loop.StepDone]
-    evaluated = seconds[loop.Evaluated] + loaded.state.proof_seconds + seconds[loop.Proved]
+    trained = seconds[StepDone]
+    evaluated = seconds[Evaluated] + loaded.state.proof_seconds + seconds[Proved]
     print(
         f"\n{total:.0f} s (planned {plan.estimated_seconds:.0f}): {trained:.0f} s training, {evaluated:.0f} s "
-        f"evaluation ({100 * evaluated / total:.0f} %), {seconds[loop.Proved]:.0f} s of it the adapter's lines; "
+        f"evaluation ({100 * evaluated / total:.0f} %), {seconds[Proved]:.0f} s of it the adapter's lines; "
         f"{loaded.state.step} steps, ended: {loaded.state.ended}\n",
         flush=True,
     )

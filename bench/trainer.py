@@ -41,6 +41,7 @@ def ours(rows: Ids, *, low: bool) -> Iterator[Step | None]:
     from services.trainer.corpus.data import Row
     from services.trainer.model.lora import Trainee
     from services.trainer.planning.settings import Settings
+    from services.trainer.state import State
 
     yield None
     settings = Settings(
@@ -80,7 +81,7 @@ def ours(rows: Ids, *, low: bool) -> Iterator[Step | None]:
     base = weights.ensure_weights(catalogue.find(""), _cache())
     trainee = Trainee(base, settings, device=torch.device("cpu"))
     anything: Any = Rows()
-    state = loop.State(base_loss=0.0)  # the base is not evaluated
+    state = State(base_loss=0.0)  # the base is not evaluated
     story = loop.train(
         trainee, loop.make_optimizer(trainee, settings), settings, anything, anything, state, lambda: False
     )

@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from services.core.errors import AdapterRejected
-from services.trainer.loop import State
 from services.trainer.model.lora import CONFIG, WEIGHTS, Trainee
 from services.trainer.proving.proof import Measures
+from services.trainer.state import State
 
 STATE_TENSORS = "state.safetensors"
 STATE_NUMBERS = "state.json"

@@ -21,7 +21,6 @@ from services.trainer import checkpoint, loop
 from services.trainer.config import TrainerSettings
 from services.trainer.corpus import data
 from services.trainer.corpus.data import Corpus
-from services.trainer.loop import State
 from services.trainer.model import isolation
 from services.trainer.model.lora import Trainee
 from services.trainer.planning import machine, memory
@@ -32,6 +31,7 @@ from services.trainer.planning.settings import Settings
 from services.trainer.proving.evaluate import HeldOut
 from services.trainer.proving.proof import Exam
 from services.trainer.ranks import ALONE, Ranks
+from services.trainer.state import State
 
 
 @dataclass(slots=True)

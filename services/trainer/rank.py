@@ -24,11 +24,12 @@ from codegraft.trainer.v1.training_pb2 import (
 from services.core import log
 from services.core.errors import CodegraftError, InternalError, JobCancelled
 from services.core.models import catalogue
-from services.trainer import checkpoint, job, loop
+from services.trainer import checkpoint, job, judging, loop
 from services.trainer.config import TrainerSettings
 from services.trainer.job import Initial, Loaded
 from services.trainer.launch.folder import RunFolder
 from services.trainer.ranks import ALONE, Ranks
+from services.trainer.story import CheckpointDue, Evaluated, Proved, StepDone, Story
 
 MOST_WAITING = 3
 """Checkpoints that may wait for the worker; training stands still before there are more, lest the disk fill up."""
@@ -133,7 +134,7 @@ class _RankZero:
         )
         folder.write(TrainingMessage(loaded=message))
 
-    def tell(self, story: loop.Story) -> None:
+    def tell(self, story: Story) -> None:
         """Goes through the story and tells it.
 
         Raises:
@@ -143,25 +144,25 @@ class _RankZero:
         try:
             for event in story:
                 match event:
-                    case loop.StepDone():
+                    case StepDone():
                         self._folder.write(TrainingMessage(step=_step(event, state.seconds)))
-                    case loop.Evaluated():
+                    case Evaluated():
                         self._folder.write(_evaluation(event, state.proof_seconds))
-                    case loop.CheckpointDue():
+                    case CheckpointDue():
                         self._keep(event)
-                    case loop.Proved():
+                    case Proved():
                         self._folder.write(TrainingMessage(proof=event.proof))
         except JobCancelled:
             if state.step > self._kept_step:
-                self._keep(loop.CheckpointDue(state.step, None, False))
+                self._keep(CheckpointDue(state.step, None, False))
             raise
         initial = self._spec.HasField("initial")
         rivals = "the base model and the adapter it started from" if initial else "the base model"
-        nothing = "" if state.best_step else loop.nothing_best(state, rivals)
+        nothing = "" if state.best_step else judging.nothing_best(state, rivals)
         ended = TrainingEnded(step=state.step, why=state.ended, nothing_best=nothing)
         self._folder.write(TrainingMessage(ended=ended))
 
-    def _keep(self, due: loop.CheckpointDue) -> None:
+    def _keep(self, due: CheckpointDue) -> None:
         while self._folder.waiting() >= MOST_WAITING and not self._folder.is_stopped():
             time.sleep(0.1)
         loaded = self._loaded
@@ -181,7 +182,7 @@ class _RankZero:
         self._folder.write(TrainingMessage(checkpoint=written))
 
 
-def _step(done: loop.StepDone, run_seconds: float) -> StepTrained:
+def _step(done: StepDone, run_seconds: float) -> StepTrained:
     return StepTrained(
         step=done.step,
         train_loss=done.train_loss,
@@ -193,7 +194,7 @@ def _step(done: loop.StepDone, run_seconds: float) -> StepTrained:
     )
 
 
-def _evaluation(found: loop.Evaluated, proof_seconds: float) -> TrainingMessage:
+def _evaluation(found: Evaluated, proof_seconds: float) -> TrainingMessage:
     metrics = EvalMetrics(
         step=found.step,
         test_loss=found.test.loss,

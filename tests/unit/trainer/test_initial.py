@@ -14,9 +14,10 @@ from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest
 from codegraft.trainer.v1.hyperparameters_pb2 import Hyperparameters, Plan, PlannedSetting
 from services.core import errors
 from services.trainer import checkpoint, loop
-from services.trainer.loop import CheckpointDue, Evaluated, State
 from services.trainer.planning.initial import explain, inherited
 from services.trainer.proving.evaluate import HeldOut
+from services.trainer.state import State
+from services.trainer.story import CheckpointDue, Evaluated
 
 Make = Callable[..., Any]
 MANIFEST = AdapterManifest(lora_r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])

@@ -12,8 +12,9 @@ import torch
 from services.core import errors
 from services.trainer import loop
 from services.trainer.corpus.data import Row
-from services.trainer.loop import CheckpointDue, Evaluated, State, StepDone
 from services.trainer.proving.evaluate import HeldOut
+from services.trainer.state import State
+from services.trainer.story import CheckpointDue, Evaluated, StepDone
 
 Make = Callable[..., Any]
 
@@ -31,7 +32,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(loop, "time", made)
+    monkeypatch.setattr("services.trainer.state.time", made)
     monkeypatch.setattr(State.__dataclass_fields__["_since"], "default_factory", made.monotonic)
     return made
 

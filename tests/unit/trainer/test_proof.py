@@ -17,14 +17,15 @@ from services.core import errors
 from services.core.models import prompts, weights
 from services.core.places import Place, first_line
 from services.inference.engine.scheduler import Limits
-from services.trainer import checkpoint, loop
+from services.trainer import checkpoint, judging, loop
 from services.trainer.corpus.data import Document, Row
-from services.trainer.loop import CheckpointDue, Evaluated, Proved, State
 from services.trainer.model.lora import Trainee
 from services.trainer.proving import foreign, proof
 from services.trainer.proving.evaluate import HeldOut, HeldOutLoss
 from services.trainer.proving.generate import LineWriter
 from services.trainer.proving.proof import Exam, Measures
+from services.trainer.state import State
+from services.trainer.story import CheckpointDue, Evaluated, Proved
 from tests.unit.inference.tiny import Bench
 from tests.unit.trainer.conftest import documents
 
@@ -230,7 +231,9 @@ def test_a_version_that_forgets_is_not_the_best(
         else:
             assert not any(is_best) and all("the loss on foreign code rises" in reason for reason in refused)
             assert not any(isinstance(event, Proved) for event in events) and state.best_step == 0
-            assert "each that is better raises the loss on foreign code" in loop.nothing_best(state, "the base model")
+            assert "each that is better raises the loss on foreign code" in judging.nothing_best(
+                state, "the base model"
+            )
 
 
 def test_the_best_is_judged_and_the_last_goes_on(

@@ -18,11 +18,12 @@ from services.core import errors
 from services.core.models import prompts
 from services.trainer import checkpoint, loop
 from services.trainer.corpus.data import Corpus, Document, Row, pack
-from services.trainer.loop import CheckpointDue, Evaluated, State, StepDone
 from services.trainer.model.lora import Trainee
 from services.trainer.model.loss import CHUNK, IGNORED, summed_loss, token_losses
 from services.trainer.planning.settings import Settings
 from services.trainer.proving.evaluate import HeldOut
+from services.trainer.state import State
+from services.trainer.story import CheckpointDue, Evaluated, StepDone
 
 Make = Callable[..., Any]
 

@@ -18,11 +18,12 @@ from services.core.models import prompts
 from services.trainer import loop, rank
 from services.trainer.corpus.data import Corpus
 from services.trainer.launch.folder import RunFolder
-from services.trainer.loop import Evaluated, State, StepDone
 from services.trainer.model.lora import Trainee
 from services.trainer.planning.settings import Settings
 from services.trainer.proving.evaluate import HeldOut
 from services.trainer.ranks import Ranks, joined
+from services.trainer.state import State
+from services.trainer.story import Evaluated, StepDone
 from tests.unit.inference.tiny import make_tokenizer
 from tests.unit.trainer.conftest import SMALL, documents
 
