@@ -8,7 +8,7 @@ do). Weights stay where they are: only the forward methods of modules change, an
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,26 +17,29 @@ from torch import nn
 from torch.nn import functional
 from transformers.activations import ACT2FN
 
+from services.trainer.kept import Arena
 
-def speed_up(model: nn.Module) -> None:
+
+def speed_up(model: nn.Module, arena: Arena | None) -> None:
     """Replaces the forward methods of the layers that are known; the others stay as they are.
 
     Args:
         model: with PEFT's adapter on it.
+        arena: where what is kept for the backward pass lies; None leaves it to torch.
     """
     for module in model.modules():
-        forward = _faster(module)
+        forward = _faster(module, arena)
         if forward is not None:
             cast(Any, module).forward = forward
 
 
-def _faster(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+def _faster(module: Any, arena: Arena | None) -> Callable[[torch.Tensor], torch.Tensor] | None:
     if isinstance(module, LoraLinear) and _is_linear(module):
         return functools.partial(_lora_forward, module)
     if _is_rms_norm(module):
-        return functools.partial(_norm_forward, module)
+        return functools.partial(_norm_forward, module, arena)
     if _is_gated_mlp(module):
-        return functools.partial(_mlp_forward, module, module.forward)
+        return functools.partial(_mlp_forward, module, module.forward, arena)
     return None
 
 
@@ -82,14 +85,21 @@ class Projection(NamedTuple):
         a, b = (cast(Any, part[name]).weight for part in (module.lora_A, module.lora_B))
         return cls(base.weight, base.bias, a, b, module.scaling[name])
 
-    def forward(self, x: torch.Tensor, seen: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self, x: torch.Tensor, seen: torch.Tensor | None = None, arena: Arena | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``y`` [tokens, out] and ``x A'`` [tokens, rank], which :meth:`backward` wants.
 
         Args:
             x: [tokens, in].
             seen: what the adapter sees of it, when that is something else: after dropout.
+            arena: where ``y`` shall lie.
         """
-        y = torch.mm(x, self.weight.t()) if self.bias is None else torch.addmm(self.bias, x, self.weight.t())
+        y = _empty(arena, (len(x), len(self.weight)), x)
+        if self.bias is None:
+            torch.mm(x, self.weight.t(), out=y)
+        else:
+            torch.addmm(self.bias, x, self.weight.t(), out=y)
         if self.a is None or self.b is None:
             return y, None
         inner = torch.mm(x if seen is None else seen, self.a.t())
@@ -164,10 +174,12 @@ class _GatedMlp(torch.autograd.Function):
     """``down(silu(gate(x)) * up(x))``; keeps x and the two products, not what the activation makes of them."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, scales: tuple[float, ...], *tensors: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, scales: tuple[float, ...], arena: Arena | None, *tensors: torch.Tensor | None
+    ) -> torch.Tensor:
         gate, up, down = _projections(scales, tensors)
-        gated, gate_inner = gate.forward(x)
-        lifted, up_inner = up.forward(x)
+        gated, gate_inner = gate.forward(x, arena=arena)
+        lifted, up_inner = up.forward(x, arena=arena)
         y, down_inner = down.forward(functional.silu(gated).mul_(lifted))
         ctx.save_for_backward(x, gated, lifted, gate_inner, up_inner, down_inner, *tensors)
         ctx.scales = scales
@@ -188,7 +200,7 @@ class _GatedMlp(torch.autograd.Function):
         to_x = None
         if ctx.needs_input_grad[0]:
             to_x = up.to_input(to_lifted, to_up, gate.to_input(to_gated, to_gate))
-        return to_x, None, *(None, None, *gate_grads), *(None, None, *up_grads), *(None, None, *down_grads)
+        return to_x, None, None, *(None, None, *gate_grads), *(None, None, *up_grads), *(None, None, *down_grads)
 
 
 def _projections(scales: tuple[float, ...], tensors: Any) -> list[Projection]:
@@ -196,14 +208,17 @@ def _projections(scales: tuple[float, ...], tensors: Any) -> list[Projection]:
     return [Projection(weight, bias, a, b, scale) for (weight, bias, a, b), scale in zip(fours, scales, strict=True)]
 
 
-def _mlp_forward(module: Any, otherwise: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+def _mlp_forward(
+    module: Any, otherwise: Callable[[torch.Tensor], torch.Tensor], arena: Arena | None, x: torch.Tensor
+) -> torch.Tensor:
     layers = [module.gate_proj, module.up_proj, module.down_proj]
     if module.training and any(isinstance(part, nn.Dropout) for layer in layers for part in layer.modules()):
         return otherwise(x)
     parts = [Projection.of(layer) for layer in layers]
     tensors = [tensor for part in parts for tensor in part[:4]]
     scales = tuple(part.scale for part in parts)
-    y: torch.Tensor = _GatedMlp.apply(x.reshape(-1, x.shape[-1]), scales, *tensors)  # type: ignore[no-untyped-call]
+    flat = x.reshape(-1, x.shape[-1])
+    y: torch.Tensor = _GatedMlp.apply(flat, scales, _open(arena), *tensors)  # type: ignore[no-untyped-call]
     return y.view(x.shape)
 
 
@@ -211,11 +226,14 @@ class _RmsNorm(torch.autograd.Function):
     """Keeps its input in the precision that it came in, and one number a token."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float, arena: Arena | None
+    ) -> torch.Tensor:
         wide = x.to(_wide(x))
         scale = wide.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return weight * (wide.mul_(scale) if wide is not x else wide * scale).to(x.dtype)
+        normed = _empty(arena, x.shape, x).copy_(wide * scale)
+        return normed.mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -223,13 +241,23 @@ class _RmsNorm(torch.autograd.Function):
         to_normed = (gradients[0] * weight).to(scale.dtype)
         normed = x * scale
         shared = (to_normed * normed).mean(-1, keepdim=True)
-        return (to_normed - normed.mul_(shared)).mul_(scale).to(x.dtype), None, None
+        return (to_normed - normed.mul_(shared)).mul_(scale).to(x.dtype), None, None, None
 
 
 def _wide(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _norm_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
-    y: torch.Tensor = _RmsNorm.apply(x, module.weight, module.variance_epsilon)  # type: ignore[no-untyped-call]
+def _norm_forward(module: Any, arena: Arena | None, x: torch.Tensor) -> torch.Tensor:
+    epsilon = module.variance_epsilon
+    y: torch.Tensor = _RmsNorm.apply(x, module.weight, epsilon, _open(arena))  # type: ignore[no-untyped-call]
     return y
+
+
+def _open(arena: Arena | None) -> Arena | None:
+    """None where there will be no backward pass."""
+    return arena if torch.is_grad_enabled() else None
+
+
+def _empty(arena: Arena | None, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    return like.new_empty(shape) if arena is None else arena.empty(shape, like.dtype)

@@ -77,8 +77,9 @@ class Trainee:
         self._model: Any = get_peft_model(base, config)
         self._base: Any = cast(Any, self._model).get_base_model()
         attention.use(self._base)
-        layers.speed_up(self._base)
-        kept.give_back(self._base, device)
+        in_place = device.type == "cpu" and not settings.low_gpu_memory_mode
+        self._arena = kept.Arena() if in_place else None
+        layers.speed_up(self._base, self._arena)
         self._device = device
         self._pad_id = int(getattr(base.config, "eos_token_id", None) or 0)
         if settings.lora_init_scale is not None:
@@ -105,6 +106,8 @@ class Trainee:
     def accumulate(self, rows: Sequence[Row], total_tokens: int) -> float:
         """Adds the gradient of sum(losses) / total_tokens over the rows; returns the sum of the losses in nats."""
         self._model.train()
+        if self._arena is not None:
+            self._arena.reset()
         hidden, labels = self._forward(rows)
         loss = summed_loss(hidden, self._head, labels, scale=self._logit_scale)
         (loss / total_tokens).backward()  # type: ignore[no-untyped-call]
