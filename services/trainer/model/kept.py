@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,8 +19,9 @@ ALIGNMENT = 64
 
 def keep_inputs_only(model: nn.Module) -> None:
     """Low memory mode: of every layer only its input is kept, and the layer is computed again in the backward pass."""
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            layer: Any = module
             layer.gradient_checkpointing = True
             layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
 

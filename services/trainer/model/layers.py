@@ -226,9 +226,7 @@ class _RmsNorm(torch.autograd.Function):
     """Keeps its input in the precision that it came in, and one number a token."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float, arena: Arena | None
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float, arena: Arena | None) -> torch.Tensor:
         wide = x.to(_wide(x))
         scale = wide.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, weight, scale)

@@ -17,7 +17,7 @@ CHUNK = 256
 """Positions whose logits are made at once; the product with the head is slower with fewer."""
 COLUMNS = 16_384
 """Entries of the vocabulary in one product: oneDNN makes a copy of that part of the head."""
-CACHED = 4
+CACHED = 32
 """Positions whose logits are in fp32 at once on a CPU: they stay in its cache."""
 
 
