@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.activations import ACT2FN
 
-from services.trainer.kept import Arena
+from services.trainer.model.kept import Arena
 
 
 def speed_up(model: nn.Module, arena: Arena | None) -> None:
