@@ -18,15 +18,24 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from services.trainer.model.kept import Arena
+
 NAME = "codegraft_documents"
 BLOCK = 128
 """Queries of a block: fewer save products with keys that are masked, more make larger products."""
 
 
-def use(model: PreTrainedModel) -> None:
-    """Gives a model on a CPU this attention where torch's is what it has."""
+def use(model: PreTrainedModel, arena: Arena | None) -> None:
+    """Gives a model on a CPU this attention where torch's is what it has.
+
+    Args:
+        arena: where its output lies until the backward pass; None leaves it to torch.
+    """
     if model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)
+        for module in model.modules():
+            if hasattr(module, "is_causal"):
+                cast(Any, module).arena = arena
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +127,8 @@ def attend(
         )
         return found
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    return _Attend.apply(query, key, value, attention_mask.blocks, scale), None  # type: ignore[no-untyped-call]
+    arena = getattr(module, "arena", None) if torch.is_grad_enabled() else None
+    return _Attend.apply(query, key, value, attention_mask.blocks, scale, arena), None  # type: ignore[no-untyped-call]
 
 
 AttentionInterface.register(NAME, attend)
@@ -128,13 +138,20 @@ AttentionMaskInterface.register(NAME, visible)
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: list[Block], scale: float
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        blocks: list[Block],
+        scale: float,
+        arena: Arena | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.blocks, ctx.scale = blocks, scale
         keys, values = _stacked(key).transpose(1, 2).contiguous(), _stacked(value)
         batch, heads, tokens, width = query.shape
-        out = query.new_empty(batch, tokens, heads, width)
+        shape = (batch, tokens, heads, width)
+        out = query.new_empty(shape) if arena is None else arena.empty(shape, query.dtype)
         for block in blocks:
             part = slice(block.begin, block.end)
             shares = _shares(_rows(query[:, :, part] * scale, len(keys)), keys, block, batch)
@@ -160,7 +177,8 @@ class _Attend(torch.autograd.Function):
             to_scores = torch._softmax_backward_data(to_shares, shares, -1, shares.dtype)
             to_keys[:, seen] += torch.bmm(to_scores.transpose(1, 2), queries)
             _put(torch.bmm(to_scores, keys[:, seen]).mul_(ctx.scale), to_query[:, :, part])
-        return to_query, to_keys.view(key.shape).to(key.dtype), to_values.view(value.shape).to(value.dtype), None, None
+        to_key, to_value = to_keys.view(key.shape).to(key.dtype), to_values.view(value.shape).to(value.dtype)
+        return to_query, to_key, to_value, None, None, None
 
 
 def _shares(queries: torch.Tensor, keys: torch.Tensor, block: Block, batch: int) -> torch.Tensor:

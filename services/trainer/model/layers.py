@@ -37,7 +37,7 @@ def _faster(module: Any, arena: Arena | None) -> Callable[[torch.Tensor], torch.
     if isinstance(module, LoraLinear) and _is_linear(module):
         return functools.partial(_lora_forward, module)
     if _is_rms_norm(module):
-        return functools.partial(_norm_forward, module, arena)
+        return functools.partial(_norm_forward, module)
     if _is_gated_mlp(module):
         return functools.partial(_mlp_forward, module, module.forward, arena)
     return None
@@ -95,7 +95,8 @@ class Projection(NamedTuple):
             seen: what the adapter sees of it, when that is something else: after dropout.
             arena: where ``y`` shall lie.
         """
-        y = _empty(arena, (len(x), len(self.weight)), x)
+        shape = (len(x), len(self.weight))
+        y = x.new_empty(shape) if arena is None else arena.empty(shape, x.dtype)
         if self.bias is None:
             torch.mm(x, self.weight.t(), out=y)
         else:
@@ -130,6 +131,33 @@ class Projection(NamedTuple):
         return found if to_inner is None or self.a is None else found.addmm_(to_inner, self.a)
 
 
+class Normed(NamedTuple):
+    """How to make a norm's output again. Its input is kept anyway, so that the layers after it keep no output."""
+
+    x: torch.Tensor
+    """[..., width], the norm's input."""
+    weight: torch.Tensor
+    """[width]"""
+    scale: torch.Tensor
+    """[..., 1], in fp32 at least."""
+
+    def again(self) -> torch.Tensor:
+        """[tokens, width], the same bits."""
+        y = (self.x * self.scale).to(self.x.dtype).mul_(self.weight)
+        return y.view(-1, y.shape[-1])
+
+
+def _source(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What to keep of a layer's input, for :func:`_again`."""
+    normed: Normed | None = getattr(x, "normed", None)
+    return (x.reshape(-1, x.shape[-1]),) if normed is None else tuple(normed)
+
+
+def _again(source: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The input [tokens, width]."""
+    return source[0] if len(source) == 1 else Normed(*source).again()
+
+
 class _Lora(torch.autograd.Function):
     """One linear layer with its adapter."""
 
@@ -143,22 +171,22 @@ class _Lora(torch.autograd.Function):
         a: torch.Tensor,
         b: torch.Tensor,
         scale: float,
+        source: tuple[torch.Tensor, ...],
     ) -> torch.Tensor:
-        projection = Projection(weight, bias, a, b, scale)
-        y, inner = projection.forward(x, seen)
-        ctx.save_for_backward(x if seen is None else seen, inner, weight, a, b)
+        y, inner = Projection(weight, bias, a, b, scale).forward(x, seen)
+        ctx.save_for_backward(inner, weight, a, b, *(source if seen is None else (seen,)))
         ctx.scale, ctx.has_seen = scale, seen is not None
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        seen, inner, weight, a, b = ctx.saved_tensors
+        inner, weight, a, b, *source = ctx.saved_tensors
         projection = Projection(weight, None, a, b, ctx.scale)
         (to_y,) = gradients
-        to_inner, to_a, to_b = projection.backward(to_y, seen, inner)
+        to_inner, to_a, to_b = projection.backward(to_y, _again(source), inner)
         to_x = projection.to_input(to_y, None if ctx.has_seen else to_inner) if ctx.needs_input_grad[0] else None
         to_seen = torch.mm(to_inner, a) if ctx.has_seen and to_inner is not None else None
-        return to_x, to_seen, None, None, to_a, to_b, None
+        return to_x, to_seen, None, None, to_a, to_b, None, None
 
 
 def _lora_forward(module: LoraLinear, x: torch.Tensor) -> torch.Tensor:
@@ -166,7 +194,7 @@ def _lora_forward(module: LoraLinear, x: torch.Tensor) -> torch.Tensor:
     flat = x.reshape(-1, x.shape[-1])
     dropout = cast(Any, module.lora_dropout[next(iter(module.lora_A))])
     seen = dropout(flat) if module.training and isinstance(dropout, nn.Dropout) else None
-    y: torch.Tensor = _Lora.apply(flat, seen, weight, bias, a, b, scale)  # type: ignore[no-untyped-call]
+    y: torch.Tensor = _Lora.apply(flat, seen, weight, bias, a, b, scale, _source(x))  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], -1)
 
 
@@ -175,20 +203,26 @@ class _GatedMlp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, scales: tuple[float, ...], arena: Arena | None, *tensors: torch.Tensor | None
+        ctx: Any,
+        x: torch.Tensor,
+        source: tuple[torch.Tensor, ...],
+        scales: tuple[float, ...],
+        arena: Arena | None,
+        *tensors: torch.Tensor | None,
     ) -> torch.Tensor:
         gate, up, down = _projections(scales, tensors)
         gated, gate_inner = gate.forward(x, arena=arena)
         lifted, up_inner = up.forward(x, arena=arena)
         y, down_inner = down.forward(functional.silu(gated).mul_(lifted))
-        ctx.save_for_backward(x, gated, lifted, gate_inner, up_inner, down_inner, *tensors)
-        ctx.scales = scales
+        ctx.save_for_backward(gated, lifted, gate_inner, up_inner, down_inner, *tensors, *source)
+        ctx.scales, ctx.count = scales, len(tensors)
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        x, gated, lifted, gate_inner, up_inner, down_inner, *tensors = ctx.saved_tensors
-        gate, up, down = _projections(ctx.scales, tensors)
+        gated, lifted, gate_inner, up_inner, down_inner, *rest = ctx.saved_tensors
+        gate, up, down = _projections(ctx.scales, rest[: ctx.count])
+        x = _again(rest[ctx.count :])
         (to_y,) = gradients
         active = functional.silu(gated)
         to_down, *down_grads = down.backward(to_y, active * lifted, down_inner)
@@ -200,7 +234,7 @@ class _GatedMlp(torch.autograd.Function):
         to_x = None
         if ctx.needs_input_grad[0]:
             to_x = up.to_input(to_lifted, to_up, gate.to_input(to_gated, to_gate))
-        return to_x, None, None, *(None, None, *gate_grads), *(None, None, *up_grads), *(None, None, *down_grads)
+        return to_x, None, None, None, *(None, None, *gate_grads), *(None, None, *up_grads), *(None, None, *down_grads)
 
 
 def _projections(scales: tuple[float, ...], tensors: Any) -> list[Projection]:
@@ -218,20 +252,22 @@ def _mlp_forward(
     tensors = [tensor for part in parts for tensor in part[:4]]
     scales = tuple(part.scale for part in parts)
     flat = x.reshape(-1, x.shape[-1])
-    y: torch.Tensor = _GatedMlp.apply(flat, scales, _open(arena), *tensors)  # type: ignore[no-untyped-call]
+    y: torch.Tensor = _GatedMlp.apply(  # type: ignore[no-untyped-call]
+        flat, _source(x), scales, arena if torch.is_grad_enabled() else None, *tensors
+    )
     return y.view(x.shape)
 
 
 class _RmsNorm(torch.autograd.Function):
-    """Keeps its input in the precision that it came in, and one number a token."""
+    """The output, and the factor [..., 1] of each token; keeps its input in the precision that it came in."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float, arena: Arena | None) -> torch.Tensor:
-        wide = x.to(_wide(x))
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         scale = wide.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        normed = _empty(arena, x.shape, x).copy_(wide * scale)
-        return normed.mul_(weight)
+        ctx.mark_non_differentiable(scale)
+        return (wide * scale).to(x.dtype).mul_(weight), scale
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -239,23 +275,10 @@ class _RmsNorm(torch.autograd.Function):
         to_normed = (gradients[0] * weight).to(scale.dtype)
         normed = x * scale
         shared = (to_normed * normed).mean(-1, keepdim=True)
-        return (to_normed - normed.mul_(shared)).mul_(scale).to(x.dtype), None, None, None
+        return (to_normed - normed.mul_(shared)).mul_(scale).to(x.dtype), None, None
 
 
-def _wide(x: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _norm_forward(module: Any, arena: Arena | None, x: torch.Tensor) -> torch.Tensor:
-    epsilon = module.variance_epsilon
-    y: torch.Tensor = _RmsNorm.apply(x, module.weight, epsilon, _open(arena))  # type: ignore[no-untyped-call]
-    return y
-
-
-def _open(arena: Arena | None) -> Arena | None:
-    """None where there will be no backward pass."""
-    return arena if torch.is_grad_enabled() else None
-
-
-def _empty(arena: Arena | None, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-    return like.new_empty(shape) if arena is None else arena.empty(shape, like.dtype)
+def _norm_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
+    y, scale = _RmsNorm.apply(x, module.weight, module.variance_epsilon)  # type: ignore[no-untyped-call]
+    y.normed = Normed(x.detach(), module.weight, scale)
+    return cast(torch.Tensor, y)

@@ -76,9 +76,9 @@ class Trainee:
         )
         self._model: Any = get_peft_model(base, config)
         self._base: Any = cast(Any, self._model).get_base_model()
-        attention.use(self._base)
         in_place = device.type == "cpu" and not settings.low_gpu_memory_mode
         self._arena = kept.Arena() if in_place else None
+        attention.use(self._base, self._arena)
         layers.speed_up(self._base, self._arena)
         self._device = device
         self._pad_id = int(getattr(base.config, "eos_token_id", None) or 0)

@@ -15,9 +15,9 @@ IGNORED = -100
 """Label of a position without a loss."""
 CHUNK = 256
 """Positions whose logits are made at once; the product with the head is slower with fewer."""
-COLUMNS = 16_384
+COLUMNS = 8_192
 """Entries of the vocabulary in one product: oneDNN makes a copy of that part of the head."""
-CACHED = 32
+CACHED = 8
 """Positions whose logits are in fp32 at once on a CPU: they stay in its cache."""
 
 
