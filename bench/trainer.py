@@ -209,6 +209,7 @@ class Side:
         self.pipe, other = spawn.Pipe()
         self.process = spawn.Process(target=_serve, args=(self.make, rows, self.low, other), daemon=True)
         self.process.start()
+        other.close()  # a side that fails ends the bench, and does not leave it waiting
         self.pipe.recv()
 
     def round(self) -> None:
