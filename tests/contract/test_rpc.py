@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -108,11 +109,11 @@ class Echo(grpc.GenericRpcHandler):
 
 
 @asynccontextmanager
-async def serving(echo: Echo) -> AsyncIterator[tuple[str, CallInterceptor]]:
+async def serving(echo: Echo, address: str = "127.0.0.1:0") -> AsyncIterator[tuple[str, CallInterceptor]]:
     calls = CallInterceptor()
     server = grpc.aio.server(interceptors=[calls])
     server.add_generic_rpc_handlers((echo,))
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = server.add_insecure_port(address)
     await server.start()
     try:
         yield f"127.0.0.1:{port}", calls
@@ -368,6 +369,18 @@ async def test_nobody_there_is_unavailable_and_names_what_to_check() -> None:
     error = from_rpc(caught.value)
     assert type(error) is errors.Unavailable
     assert error.hint
+
+
+async def test_a_new_channel_does_not_inherit_the_wait_of_an_older_one_to_the_same_address(echo: Echo) -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{held.getsockname()[1]}"
+    async with client.channel(address) as older:
+        for _ in range(3):
+            with pytest.raises(grpc.aio.AioRpcError):
+                await older.unary_unary("/test.Echo/Sum")(b"1")
+        async with serving(echo, address), client.channel(address) as newer:
+            assert json.loads(await newer.unary_unary("/test.Echo/Seen")(b""))
 
 
 async def test_an_http_proxy_in_the_environment_is_not_asked(echo: Echo, monkeypatch: pytest.MonkeyPatch) -> None:

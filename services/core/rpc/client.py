@@ -26,6 +26,9 @@ OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_reconnect_backoff_ms", 2_000),
     # The services are neighbours: http_proxy in the environment is for the way out, and would take loopback too.
     ("grpc.enable_http_proxy", 0),
+    # By default a process's channels share connections by address, and with them the wait after a failed one: a new
+    # channel would fail at once where an older one to the same address found nothing a moment ago.
+    ("grpc.use_local_subchannel_pool", 1),
 ]
 
 
