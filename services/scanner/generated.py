@@ -53,6 +53,8 @@ def is_generated(path: str, content: bytes) -> bool:
 def by_path(path: str) -> bool:
     """Whether the path alone says so."""
     lowered = path.lower()
+    if _PATH_MARK.search(lowered) is None:
+        return False
     return any(mark in lowered and rule.search(path) for mark, rule in _BY_PATH)
 
 
@@ -89,6 +91,7 @@ _BY_PATH = tuple(
         (".map", r"(?i)(?:\.css|\.js)\.map$"),
     )
 )
+_PATH_MARK = re.compile("|".join(re.escape(mark) for mark, _ in _BY_PATH))
 
 
 def _says(*texts: bytes, first: int, least: int = 2) -> _Rule:

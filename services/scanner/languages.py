@@ -26,21 +26,28 @@ _CONSIDERED = 50 * 1024
 """Bytes in which linguist looks for what tells languages with the same extension apart."""
 
 _ONLY = {
+    ".adoc": "AsciiDoc",
+    ".bat": "Batchfile",
     ".c": "C",
     ".cc": "C++",
     ".cpp": "C++",
     ".css": "CSS",
     ".dart": "Dart",
     ".go": "Go",
+    ".gradle": "Gradle",
     ".java": "Java",
     ".js": "JavaScript",
     ".jsx": "JavaScript",
     ".kt": "Kotlin",
+    ".lua": "Lua",
+    ".proto": "Protocol Buffer",
     ".py": "Python",
     ".rb": "Ruby",
+    ".rst": "reStructuredText",
     ".scala": "Scala",
     ".scss": "SCSS",
     ".sh": "Shell",
+    ".svg": "SVG",
     ".swift": "Swift",
     ".toml": "TOML",
     ".vue": "Vue",
@@ -50,6 +57,11 @@ _ONLY = {
 
 _MODELINE = re.compile(rb"-\*-.*-\*-|(?:^|[ \t])(?:[vV]im?[<=>\d]*|ex):.*(?:filetype|ft|syntax)[ \t]*=", re.MULTILINE)
 """Without a match there is no modeline; go-enry takes milliseconds to find none in long lines."""
+_SETS_LANGUAGE = re.compile(rb"(?:filetype|ft|syntax)[ \t]*=")
+"""The part of vim's modeline that is sooner seen to be missing."""
+
+_NO_PLAIN_YAML = (b"\n\t", b"swagger", b"openapi")
+"""Without these YAML is no MiniYAML and no OpenAPI description."""
 
 # Linguist's heuristics for .h, where go-enry needs 20 times as long. All of them begin with a character that makes the
 # search fast.
@@ -128,6 +140,8 @@ def _language(name: str, content: bytes) -> str:
             return _of_header(begin)
         if extension == ".json" and b'"swagger"' not in begin and b'"openapi"' not in begin:
             return "JSON with Comments" if base.lower().endswith(".tsconfig.json") else "JSON"
+        if extension in {".yml", ".yaml"} and not any(hint in b"\n" + begin for hint in _NO_PLAIN_YAML):
+            return "YAML"
     return str(enry.get_language(name, begin))
 
 
@@ -135,6 +149,8 @@ def _by_modeline(content: bytes) -> str:
     """As an editor's line among the first or the last five says, like ``vim: ft=ruby``."""
     first, last = content.split(b"\n", 5), content.rsplit(b"\n", 6)
     lines = b"\n".join(first if len(first) < 6 else [*first[:5], *last[1:]])
+    if b"-*-" not in lines and _SETS_LANGUAGE.search(lines) is None:
+        return ""
     if _MODELINE.search(lines) is None or b"UseVimball" in lines:
         return ""
     return str(enry.get_language_by_modeline(lines).language)

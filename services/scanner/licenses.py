@@ -13,8 +13,8 @@ HEAD = 6000
 """Characters in which a header is looked for."""
 
 _TAG = re.compile(r"SPDX-License-Identifier:[ \t]*([A-Za-z0-9 .+()/:_-]{2,200})")
-_BLANKS = re.compile(r"[\s*#/;%\"'!-]+")
-"""What wraps a header into comments, and its lines."""
+_COMMENT_MARKS = str.maketrans(dict.fromkeys("*#/;%\"'!-", " "))
+"""What wraps a header into comments."""
 _GNU = re.compile(
     r"GNU (?P<kind>Lesser |Library |Affero )?General Public License(?: as published by the Free Software Foundation)?"
     r".{0,60}?(?:version|v\.?) ?(?P<version>[123](?:\.\d)?)"
@@ -51,7 +51,7 @@ def detect(text: str) -> str:
         return _normal(tag[1].rstrip(" */-"))  # the end of a comment is no part of it
     if not any(word in head for word in ("icense", "ICENSE", "ermission", "edistribution", "public domain")):
         return ""
-    plain = _BLANKS.sub(" ", head)
+    plain = " ".join(head.translate(_COMMENT_MARKS).split())
     if gnu := _GNU.search(plain):
         version = gnu["version"] if "." in gnu["version"] else gnu["version"] + ".0"
         later = re.search(r"any later version|or later", plain[gnu.end() : gnu.end() + 200])

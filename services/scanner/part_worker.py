@@ -20,7 +20,7 @@ from services.core.jobs.parts import parse_part, part_name
 from services.core.models import catalogue, stored, weights
 from services.core.runtime import Runtime
 from services.core.state import Table
-from services.core.store import Packs
+from services.core.store import Packs, verify
 from services.scanner import attributes, examined, pipeline, plan, rules, secrets, snapshot, text
 from services.scanner.attributes import Attributes
 from services.scanner.config import ScannerSettings
@@ -135,7 +135,7 @@ class PartWorker:
                 if stop.is_set():
                     raise JobCancelled("the scan was cancelled")
                 masks = prepared.masks[file.source]
-                entry, content = pipeline.examine(file, data, prepared.rules, masks, prepared.finder)
+                entry, content = pipeline.examine(file, _verified(file, data), prepared.rules, masks, prepared.finder)
                 entries.append(entry)
                 texts.append(content)
             signatures.extend(examined.signatures(entries[-len(texts) :], texts))
@@ -148,15 +148,15 @@ class PartWorker:
         return await asyncio.to_thread(examined.to_parquet, entries, signatures, first=index * EXAMINE_FILES)
 
     async def _read(self, files: Sequence[File], most_bytes: int, packs: Packs) -> list[bytes | None]:
-        """The files' contents; None for those that are too large or damaged."""
+        """The files' contents, yet to be verified; None for those that are too large, or whose pack is damaged."""
         contents: list[bytes | None] = []
         for file in files:  # one after the other: they lie in a few packs, in this order
             data = None
             if file.size <= most_bytes:
                 try:
-                    data = await packs.get(file.place, file.size, file.sha256)
+                    data = await packs.get_unverified(file.place, file.size)
                 except (ObjectNotFound, DigestMismatch) as error:
-                    logger.warning("a file cannot be read", path=file.path, source=file.source, error=str(error))
+                    _warn(file, error)
             contents.append(data)
         return contents
 
@@ -188,3 +188,19 @@ class PartWorker:
             texts.append((work.text_sha256, content))
         measured = await self._meter.measure(folder, settled, texts, stop)
         return plan.losses_to_parquet(measured)
+
+
+def _verified(file: File, data: bytes | None) -> bytes | None:
+    """A file's content; None when it is damaged."""
+    if data is None:
+        return None
+    try:
+        verify(data, file.place, file.sha256)
+    except DigestMismatch as error:
+        _warn(file, error)
+        return None
+    return data
+
+
+def _warn(file: File, error: CodegraftError) -> None:
+    logger.warning("a file cannot be read", path=file.path, source=file.source, error=str(error))

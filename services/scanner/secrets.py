@@ -126,7 +126,8 @@ class Finder:
         # Kingfisher takes text with many NULs for UTF-16, and would count other bytes than ours.
         data = text.replace("\0", "\1").encode()
         # What was redacted is no secret, whatever a rule may say of the placeholder.
-        data = _PLACEHOLDER.sub(lambda mark: b"<" * len(mark[0]), data)
+        if b"<redacted:" in data:
+            data = _PLACEHOLDER.sub(lambda mark: b"<" * len(mark[0]), data)
         try:
             found = [*self._known(data), *_assigned(data), *_unnamed(data)]
         except TimeoutError:

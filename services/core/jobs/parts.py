@@ -29,7 +29,7 @@ TAKE_SECONDS = 5.0
 MAX_ATTEMPTS = 3
 RESUBMIT_SECONDS = 20.0
 """A part without result is submitted again this often: the queue may have been lost. It refuses what it has."""
-LOOK_FIRST, LOOK_LONGEST = 0.02, 0.5
+LOOK_FIRST, LOOK_LONGEST = 0.05, 0.5
 """Seconds between two looks for results; the longer nothing comes, the longer."""
 FAILED = ".failed"
 

@@ -63,14 +63,17 @@ class Packs:
             ObjectNotFound: the pack is gone.
             DigestMismatch: the pack is damaged, or the file is not at that place.
         """
-        data = (await self._pack(place.pack))[place.offset : place.offset + size]
-        if hashlib.sha256(data).hexdigest() != sha256:
-            raise DigestMismatch(
-                f"the pack {place.pack} does not have {sha256} at {place.offset}",
-                field="sha256",
-                hint="Sync the source again, and take a new snapshot.",
-            )
+        data = await self.get_unverified(place, size)
+        verify(data, place, sha256)
         return data
+
+    async def get_unverified(self, place: Place, size: int) -> bytes:
+        """The bytes of one file, for :func:`verify`; fewer when the pack ends before.
+
+        Raises:
+            ObjectNotFound, DigestMismatch: the pack is gone, or damaged.
+        """
+        return (await self._pack(place.pack))[place.offset : place.offset + size]
 
     async def _pack(self, sha256: str) -> bytes:
         """The whole pack; of several who want it at once one fetches it, for all."""
@@ -82,3 +85,17 @@ class Packs:
         self._kept.move_to_end(sha256)
         # Shielded: a caller that goes away must not take the pack from the others.
         return await asyncio.shield(task)
+
+
+def verify(data: bytes, place: Place, sha256: str) -> None:
+    """Checks the bytes of one file. Blocks for hashing: those of many files are for a thread.
+
+    Raises:
+        DigestMismatch: they are others.
+    """
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise DigestMismatch(
+            f"the pack {place.pack} does not have {sha256} at {place.offset}",
+            field="sha256",
+            hint="Sync the source again, and take a new snapshot.",
+        )
