@@ -1,9 +1,10 @@
 """The proof on real code: an adapter with AUTO settings on the source of installed packages, against the base model.
 
-    python -m bench.proof PACKAGE [PACKAGE ...] [--steps N] [--seconds S] [--threads T]
+    python -m bench.proof PACKAGE [PACKAGE ...] [--steps N] [--seconds S] [--places N] [--threads T] [--sweep]
 
 One run for each package, with a fifth of its files (by hash of their path) held out. It goes through the trainer's own
-domain code, without NATS, store or scan.
+domain code, without NATS, store or scan. With --sweep four more runs without a proof: half and double AUTO's learning
+rate, half and double its steps.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from codegraft.trainer.v1.run_event_pb2 import Proof
 from services.core.models import catalogue
 from services.trainer import job, judging, loop
 from services.trainer.config import TrainerSettings
+from services.trainer.planning.settings import Settings
 from services.trainer.story import Evaluated, Proved, StepDone
 
 COLUMNS = pa.schema(
@@ -41,16 +43,48 @@ def main() -> None:
     parser.add_argument("packages", nargs="+", metavar="PACKAGE", help="an installed package, by its import name")
     parser.add_argument("--steps", type=int, help="train so many steps instead of AUTO's")
     parser.add_argument("--seconds", type=float, help="time limit of each run; AUTO plans within it")
+    parser.add_argument("--places", type=int, help="held-out lines to write, instead of AUTO's number")
+    parser.add_argument("--sweep", action="store_true", help="compare AUTO with four neighbours")
     parser.add_argument("--threads", type=int, default=0, help="of training; 1 on a machine with other work")
     asked = parser.parse_args()
     for package in asked.packages:
-        requested = Hyperparameters(train_steps=asked.steps, time_limit_seconds=asked.seconds)
-        with tempfile.TemporaryDirectory(prefix="codegraft-bench-") as folder:
-            run(package, requested, Path(folder), asked.threads)
+        requested = Hyperparameters(
+            train_steps=asked.steps, time_limit_seconds=asked.seconds, proof_places=asked.places
+        )
+        settings, auto = run(package, requested, asked.threads)
+        if asked.sweep:
+            sweep(package, settings, auto, asked.threads)
 
 
-def run(package: str, requested: Hyperparameters, folder: Path, threads: int) -> None:
-    """Trains on one package and prints what came of it."""
+def sweep(package: str, auto: Settings, loss: float, threads: int) -> None:
+    """Trains with AUTO's settings but for one, and prints how its loss stands among theirs."""
+    losses = {"AUTO": loss}
+    for factor in (0.5, 2.0):
+        for name in ("learning_rate", "train_steps"):
+            changed = auto.to_proto()
+            changed.ClearField("time_limit_seconds")
+            changed.proof_places = 0
+            if name == "learning_rate":
+                changed.learning_rate *= factor
+            else:
+                changed.train_steps = round(auto.train_steps * factor)
+                changed.warmup_steps, changed.eval_steps = round(auto.warmup_steps * factor), changed.train_steps // 4
+                changed.decay_steps = changed.train_steps - changed.warmup_steps
+            _, losses[f"{factor:g} x {name}"] = run(package, changed, threads)
+    print("| | lowest test loss |\n|---|---|")
+    for told, found in losses.items():
+        print(f"| {told} | {found:.4f} |")
+    best = min(losses.values())
+    print(f"\nAUTO is {100 * (loss / best - 1):.1f} % above the lowest (asked: 2 %)\n", flush=True)
+
+
+def run(package: str, requested: Hyperparameters, threads: int) -> tuple[Settings, float]:
+    """Trains on one package and prints what came of it; gives the settings and the lowest test loss."""
+    with tempfile.TemporaryDirectory(prefix="codegraft-bench-") as folder:
+        return _run(package, requested, Path(folder), threads)
+
+
+def _run(package: str, requested: Hyperparameters, folder: Path, threads: int) -> tuple[Settings, float]:
     train, test = split(package, folder)
     began = time.monotonic()
     loaded = job.load(
@@ -85,13 +119,14 @@ def run(package: str, requested: Hyperparameters, folder: Path, threads: int) ->
         lambda: False,
         exam=loaded.exam,
     )
-    proof = None
+    proof, losses = None, []
     for event in story:
         match event:
             case StepDone():
                 seconds[StepDone] += event.seconds
             case Evaluated():
                 seconds[Evaluated] += event.seconds
+                losses.append(event.test.loss)
                 foreign = "" if event.foreign_loss is None else f", foreign {event.foreign_loss:.4f}"
                 found = f"step {event.step}: test loss {event.test.loss:.4f}{foreign} ({event.seconds:.1f} s)"
                 print(found, event.refused, flush=True)
@@ -110,6 +145,7 @@ def run(package: str, requested: Hyperparameters, folder: Path, threads: int) ->
         f"{loaded.state.step} steps, ended: {loaded.state.ended}\n",
         flush=True,
     )
+    return settings, min(losses)
 
 
 def tell(proof: Proof) -> None:

@@ -69,6 +69,7 @@ def ours(rows: Ids, *, low: bool) -> Iterator[Step | None]:
         max_grad_norm=1.0,
         keep_checkpoints=1,
         max_foreign_loss_increase=0.02,
+        proof_places=0,
     )
 
     class Rows:

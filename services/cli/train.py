@@ -76,6 +76,9 @@ def start(
     max_foreign_loss_increase: Annotated[
         float | None, _setting("Most by which a best version may raise the loss on foreign code; 0.02 is 2 %.")
     ] = None,
+    proof_places: Annotated[
+        int | None, _setting("Held-out places where base and adapter write a line, to compare them.")
+    ] = None,
     keep_checkpoints: Annotated[int | None, _setting("Checkpoints beside best, last and kept ones.")] = None,
     from_: Annotated[
         str, typer.Option("--from", metavar="RUN[/STEP]", help="Start with the weights of this checkpoint (best one).")
@@ -115,6 +118,7 @@ def start(
         max_eval_tokens=max_eval_tokens,
         max_grad_norm=max_grad_norm,
         max_foreign_loss_increase=max_foreign_loss_increase,
+        proof_places=proof_places,
         keep_checkpoints=keep_checkpoints,
     )
     chosen = full_name(names.DATASET, dataset, project) if dataset else ""

@@ -65,18 +65,6 @@ class _Choices:
         return chosen
 
 
-def proof_places(settings: Settings, *, has_fim: bool) -> int:
-    """Places of each kind at which the proof has a line written: what a twentieth of the training's time pays for.
-
-    Args:
-        has_fim: whether lines are filled in as well.
-    """
-    trained = settings.train_steps * settings.batch_size * settings.context_length
-    affordable = _PROOF_SHARE * trained * EVALUATION_SPEEDUP / (PLACE_TOKENS * (1 + has_fim))
-    wanted = int(min(max(affordable, _FEWEST_PLACES), _MOST_PLACES))
-    return min(wanted, settings.max_eval_tokens // _EVAL_TOKENS_PER_PLACE)
-
-
 def foreign_tokens(settings: Settings) -> int:
     """Tokens of foreign code that are evaluated with the base model, and with each version that would be the best."""
     return min(_FOREIGN_TOKENS, settings.max_eval_tokens)
@@ -94,7 +82,8 @@ def plan(requested: Hyperparameters, facts: Facts) -> tuple[Settings, Plan]:
     check(requested, facts.context_length)
     pick = _Choices(requested)
     limit = pick.choose("time_limit_seconds", math.inf, "no limit")
-    budget = _train_budget(limit * facts.tokens_per_second, has_fim=facts.has_fim)
+    least_places = requested.proof_places if requested.HasField("proof_places") else _FEWEST_PLACES
+    budget = _train_budget(limit * facts.tokens_per_second, least_places * (1 + facts.has_fim))
     window, why = _window(facts, budget)
     window = int(pick.choose("context_length", window, why))
     tokens = max(1, facts.train_tokens)
@@ -120,7 +109,12 @@ def plan(requested: Hyperparameters, facts: Facts) -> tuple[Settings, Plan]:
     share = _LOSS_SHARE * steps * batch * window * EVALUATION_SPEEDUP / (evaluations + 1)
     least_tokens = min(_LEAST_EVAL_TOKENS, max(512, budget / 16))  # less within a short time limit
     eval_tokens = int(min(max(share, least_tokens), max(64, facts.test_tokens), 500_000))
+    affordable = _PROOF_SHARE * steps * batch * window * EVALUATION_SPEEDUP / (PLACE_TOKENS * (1 + facts.has_fim))
+    places = int(min(max(affordable, _FEWEST_PLACES), _MOST_PLACES))
     width = math.sqrt(1.3e9 / (facts.parameters or 1.3e9))  # relative to a model of hidden size 2,000
+    max_eval_tokens = int(
+        pick.choose("max_eval_tokens", eval_tokens, "an eighth of the training's time, or what tells something")
+    )
     settings = Settings(
         lora_r=int(pick.choose("lora_r", 16, "enough for the idioms of one code base")),
         lora_alpha=pick.choose("lora_alpha", 2.0 * _rank(requested), "twice the rank"),
@@ -154,13 +148,18 @@ def plan(requested: Hyperparameters, facts: Facts) -> tuple[Settings, Plan]:
         early_stopping_patience=int(pick.choose("early_stopping_patience", 5, "five evaluations without gain")),
         eval_steps=eval_steps,
         checkpoint_steps=int(pick.choose("checkpoint_steps", max(eval_steps, 50), "little is lost with a worker")),
-        max_eval_tokens=int(
-            pick.choose("max_eval_tokens", eval_tokens, "an eighth of the training's time, or what tells something")
-        ),
+        max_eval_tokens=max_eval_tokens,
         max_grad_norm=pick.choose("max_grad_norm", 1.0, "usual for language models"),
         keep_checkpoints=int(pick.choose("keep_checkpoints", 3, "beside best, last and kept ones: a way back")),
         max_foreign_loss_increase=pick.choose(
             "max_foreign_loss_increase", 0.02, "a version that forgets other code is not published as best"
+        ),
+        proof_places=int(
+            pick.choose(
+                "proof_places",
+                min(places, max_eval_tokens // _EVAL_TOKENS_PER_PLACE),
+                "what a tenth of the training's time pays for, for base and adapter together",
+            )
         ),
     )
     pick.told.append(
@@ -193,7 +192,7 @@ def _describe(settings: Settings, facts: Facts, told: list[PlannedSetting]) -> P
     trained = settings.train_steps * settings.batch_size * settings.context_length
     evaluations = 1 + math.ceil(settings.train_steps / settings.eval_steps)
     evaluated = evaluations * (min(settings.max_eval_tokens, max(1, facts.test_tokens)) + foreign_tokens(settings))
-    evaluated += 2 * (1 + facts.has_fim) * proof_places(settings, has_fim=facts.has_fim) * PLACE_TOKENS
+    evaluated += 2 * (1 + facts.has_fim) * settings.proof_places * PLACE_TOKENS
     seconds = (trained + evaluated / EVALUATION_SPEEDUP) / facts.tokens_per_second
     return Plan(
         hyperparameters=settings.to_proto(),
@@ -206,12 +205,12 @@ def _describe(settings: Settings, facts: Facts, told: list[PlannedSetting]) -> P
     )
 
 
-def _train_budget(tokens: float, *, has_fim: bool) -> float:
-    """Tokens that can be trained in the time of that many, beside evaluations and checkpoints.
+def _train_budget(tokens: float, places: int) -> float:
+    """Tokens that can be trained in the time of that many, beside evaluations, checkpoints and the proof's places.
 
     A quarter is theirs, or more where the least that they take is more; half of the time is trained in any case.
     """
-    proof = 2 * (1 + has_fim) * _FEWEST_PLACES * PLACE_TOKENS
+    proof = 2 * places * PLACE_TOKENS
     least = (proof + 4 * (_LEAST_EVAL_TOKENS + _FOREIGN_TOKENS)) / EVALUATION_SPEEDUP
     return max(0.5 * tokens, min(0.75 * tokens, 0.95 * tokens - least))
 

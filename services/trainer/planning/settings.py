@@ -32,11 +32,12 @@ RANGES: dict[str, tuple[float, float]] = {
     "max_grad_norm": (1e-6, 1e6),
     "keep_checkpoints": (0, 1000),
     "max_foreign_loss_increase": (0, 10),
+    "proof_places": (0, 10_000),
 }
 """Lowest and highest value of each setting, both allowed."""
 
 
-_CAME_LATER = {"keep_checkpoints": 3, "max_foreign_loss_increase": 0.02}
+_CAME_LATER = {"keep_checkpoints": 3, "max_foreign_loss_increase": 0.02, "proof_places": 24}
 """Settings that the plans of older releases lack."""
 
 
@@ -70,6 +71,7 @@ class Settings:
     max_grad_norm: float
     keep_checkpoints: int
     max_foreign_loss_increase: float
+    proof_places: int
 
     def to_proto(self) -> Hyperparameters:
         """The message with every field set (but those that are None)."""

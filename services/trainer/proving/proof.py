@@ -13,7 +13,7 @@ from services.core.models.prompts import PromptFormat, Tokenizer
 from services.core.places import Place, Score
 from services.trainer.corpus.data import Document
 from services.trainer.model.lora import Trainee
-from services.trainer.planning.plan import PROMPT_TOKENS, foreign_tokens, proof_places
+from services.trainer.planning.plan import PROMPT_TOKENS, foreign_tokens
 from services.trainer.planning.settings import Settings
 from services.trainer.proving import foreign
 from services.trainer.proving.evaluate import HeldOut
@@ -73,7 +73,7 @@ class Exam:
         """The exam of a run: a function of its settings and files."""
         # A base that was never taught the sentinels is nothing to measure filled-in lines against.
         has_fim = fmt.fills_in_the_middle and not fmt.sentinels
-        count = proof_places(settings, has_fim=has_fim)
+        count = settings.proof_places
         chosen = places.choose(
             [(document.path, document.text) for document in test], count * (1 + has_fim), settings.seed
         )

@@ -49,6 +49,7 @@ SMALL: dict[str, Any] = {
     "max_grad_norm": 1.0,
     "keep_checkpoints": 3,
     "max_foreign_loss_increase": 0.02,
+    "proof_places": 24,
 }
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from codegraft.trainer.v1.hyperparameters_pb2 import Hyperparameters
 from services.core.errors import InvalidHyperparameter
-from services.trainer.planning.plan import Facts, foreign_tokens, plan, proof_places
+from services.trainer.planning.plan import Facts, foreign_tokens, plan
 from services.trainer.planning.settings import RANGES, Settings, check
 
 FACTS = Facts(
@@ -75,7 +75,7 @@ def test_a_run_of_five_minutes_has_time_for_its_proof() -> None:
     settings, told = plan(Hyperparameters(time_limit_seconds=300), facts)
     trained = settings.train_steps * settings.batch_size * settings.context_length / 400
     assert trained > 0.65 * 300 and told.estimated_seconds < 300
-    assert 24 <= proof_places(settings, has_fim=False) < 40
+    assert 24 <= settings.proof_places < 40
 
 
 def test_a_run_of_a_minute_trains_for_half_of_it() -> None:
@@ -83,15 +83,23 @@ def test_a_run_of_a_minute_trains_for_half_of_it() -> None:
     settings, told = plan(Hyperparameters(time_limit_seconds=60), facts)
     trained = settings.train_steps * settings.batch_size * settings.context_length / FACTS.tokens_per_second
     assert trained > 0.45 * 60 and told.estimated_seconds < 60
-    assert proof_places(settings, has_fim=False) >= 8 and foreign_tokens(settings) >= 512
+    assert settings.proof_places >= 8 and foreign_tokens(settings) >= 512
 
 
 def test_the_proof_grows_with_the_run_within_its_bounds() -> None:
     plans = [plan(Hyperparameters(), replace(FACTS, train_tokens=n, test_tokens=n))[0] for n in (10**5, 10**6, 10**8)]
-    counts = [proof_places(settings, has_fim=False) for settings in plans]
+    counts = [settings.proof_places for settings in plans]
     assert counts == sorted(counts) and counts[0] >= 24 and counts[-1] == 400
     few, _ = plan(Hyperparameters(max_eval_tokens=640), FACTS)
-    assert proof_places(few, has_fim=True) == 10 and foreign_tokens(few) == 640
+    assert few.proof_places == 10 and foreign_tokens(few) == 640
+
+
+def test_a_proof_of_more_places_takes_its_time_from_the_training() -> None:
+    facts = replace(FACTS, train_tokens=10**7, test_tokens=10**6, tokens_per_second=400)
+    short, _ = plan(Hyperparameters(time_limit_seconds=600), facts)
+    more, told = plan(Hyperparameters(time_limit_seconds=600, proof_places=200), facts)
+    assert more.proof_places == 200 and told.estimated_seconds < 600
+    assert more.train_steps * more.batch_size < short.train_steps * short.batch_size
 
 
 def test_code_that_the_base_predicts_badly_is_trained_longer() -> None:
@@ -163,6 +171,6 @@ def test_half_of_the_documents_get_a_middle_where_the_base_knows_how() -> None:
 
 def test_a_plan_of_an_older_release_can_be_gone_on_with() -> None:
     settings, told = plan(Hyperparameters(), FACTS)
-    for name in ("keep_checkpoints", "max_foreign_loss_increase"):
+    for name in ("keep_checkpoints", "max_foreign_loss_increase", "proof_places"):
         told.hyperparameters.ClearField(name)
-    assert Settings.from_proto(told.hyperparameters) == settings
+    assert Settings.from_proto(told.hyperparameters) == replace(settings, proof_places=24)
