@@ -89,7 +89,8 @@ def _load(
 ) -> Loaded:
     """Model, data and state: of the last checkpoint that was told, else of an earlier attempt, else none."""
     plans = [message.loaded.plan for message in told if message.HasField("loaded")]
-    states = [message.checkpoint.state_path for message in told if message.HasField("checkpoint")]
+    # The checkpoint before the first step has no state: a new start is as good.
+    states = [message.checkpoint.state_path for message in told if message.checkpoint.state_path]
     resume = states[-1] if states else spec.resume_path
     settings = TrainerSettings.model_validate_json(spec.settings)
     return job.load(
@@ -115,7 +116,9 @@ class _RankZero:
         self._loaded = loaded
         self._spec = spec
         told = folder.open_messages()
-        self._kept_step = max([loaded.state.step, *(m.checkpoint.step for m in told if m.HasField("checkpoint"))])
+        kept = [m.checkpoint.step for m in told if m.HasField("checkpoint")]
+        # Of a run that took no step yet nothing is kept, not even step 0.
+        self._kept_step = max([*kept, loaded.state.step or -1])
         message = TrainingLoaded(
             plan=loaded.plan,
             base_digest=loaded.base_digest,
@@ -138,7 +141,8 @@ class _RankZero:
         """Goes through the story and tells it.
 
         Raises:
-            JobCancelled: the worker asked to stop; a checkpoint of the last step is there.
+            JobCancelled: the worker asked to stop; a checkpoint of the last step is there. Before the first step it is
+                the adapter that training would have begun with.
         """
         state = self._loaded.state
         try:
@@ -153,6 +157,8 @@ class _RankZero:
                     case Proved():
                         self._folder.write(TrainingMessage(proof=event.proof))
         except JobCancelled:
+            if not state.step and self._loaded.put_initial is not None:
+                self._loaded.put_initial()  # the base model may still have been evaluated, without any adapter
             if state.step > self._kept_step:
                 self._keep(CheckpointDue(state.step, None, False))
             raise
@@ -168,7 +174,8 @@ class _RankZero:
         loaded = self._loaded
         adapter, state = self._folder.adapter_path(due.step), self._folder.state_path(due.step)
         _, sha256 = checkpoint.save_adapter(loaded.trainee, adapter, self._spec.base_model)
-        checkpoint.save_state(loaded.trainee, loaded.optimizer, loaded.state, state, owner=self._spec.run)
+        if due.step:
+            checkpoint.save_state(loaded.trainee, loaded.optimizer, loaded.state, state, owner=self._spec.run)
         self._kept_step = due.step
         written = CheckpointWritten(
             step=due.step,
@@ -176,7 +183,7 @@ class _RankZero:
             best=due.is_best,
             adapter_path=str(adapter),
             sha256=sha256,
-            state_path=str(state),
+            state_path=str(state) if due.step else "",
             last=bool(loaded.state.ended),
         )
         self._folder.write(TrainingMessage(checkpoint=written))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -311,3 +312,35 @@ async def test_cancelling_while_the_model_is_loaded_ends_the_run_at_once(
     last, _ = await world.watch(run)
     assert last.status.state == JOB_STATE_CANCELLED and time.monotonic() - began < 3
     assert not last.HasField("plan")
+
+
+async def test_before_the_first_step_there_is_an_adapter_to_go_on_from(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = await world.watch(await world.create(QUICK))
+    losses, may_evaluate = lora.Trainee.losses, threading.Event()
+
+    def waits(trainee: Any, rows: Any) -> Any:
+        may_evaluate.wait(0.2)  # once a batch, so that there is time to ask for something meanwhile
+        return losses(trainee, rows)
+
+    monkeypatch.setattr(lora.Trainee, "losses", waits)
+    paused, cancelled = await world.create(QUICK), await world.create(QUICK)
+    await world.until(paused, lambda now: now.status.progress.message == "evaluating the base model")
+    assert not (await pause(world, paused)).best_checkpoint and await steps_of(world, paused) == [0]
+    await world.until(cancelled, lambda now: now.status.progress.message == "evaluating the base model")
+    began = time.monotonic()
+    await world.runs.CancelRun(pb.CancelRunRequest(name=cancelled.name))
+    last, _ = await world.watch(cancelled)
+    assert last.status.state == JOB_STATE_CANCELLED and not last.best_checkpoint and time.monotonic() - began < 10
+    (left,) = (await world.runs.ListCheckpoints(pb.ListCheckpointsRequest(parent=cancelled.name))).checkpoints
+    assert (left.step, left.best, left.HasField("test_loss")) == (0, False, False)
+    may_evaluate.set()
+    await world.runs.ResumeRun(pb.ResumeRunRequest(name=paused.name))
+    resumed, _ = await world.watch(paused)
+    assert resumed.status.state == JOB_STATE_SUCCEEDED
+    assert await sha256_of(world, resumed, 12) == await sha256_of(world, whole, 12)
+    continued, _ = await world.watch(
+        await world.create({"train_steps": 2, "eval_steps": 2}, base_model="", initial_checkpoint=left.name)
+    )
+    assert continued.status.state == JOB_STATE_SUCCEEDED, continued.status

@@ -5,7 +5,7 @@
     failure.binpb     why it cannot go on; written once, by any rank
     stop              is there when training shall end after the step it is at
     adapters/{step}   a checkpoint's adapter, until the worker has taken it
-    states/{step}     the state beside it; the newest one stays: from there a restarted group goes on
+    states/{step}     the state beside it; the newest one stays: from there a restarted group goes on. Step 0 has none
 
 A checkpoint counts from its message on. Needs no torch.
 """
@@ -79,7 +79,7 @@ class RunFolder:
     def release(self, taken: CheckpointWritten) -> None:
         """Makes room for the next checkpoint: this one's files are kept elsewhere by now."""
         shutil.rmtree(taken.adapter_path, ignore_errors=True)
-        for state in (self.path / "states").iterdir():
+        for state in (self.path / "states").glob("*"):
             if int(state.name) < taken.step:
                 shutil.rmtree(state, ignore_errors=True)
 

@@ -46,7 +46,12 @@ class States:
         return folder
 
     async def keep(self, written: CheckpointWritten) -> None:
-        """Keeps what a later attempt needs to go on from this checkpoint, then drops the state before."""
+        """Keeps what a later attempt needs to go on from this checkpoint, then drops the state before.
+
+        Before the first step there is nothing to keep: a later attempt starts over, and comes to the same.
+        """
+        if not written.state_path:
+            return
         step, before = written.step, self.step
         name = f"{self._prefix}{step}"
         with contextlib.suppress(ResourceExists):
