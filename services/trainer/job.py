@@ -24,7 +24,7 @@ from services.trainer.corpus.data import Corpus
 from services.trainer.model import isolation
 from services.trainer.model.lora import Trainee
 from services.trainer.planning import machine, memory
-from services.trainer.planning.fit import find_fit, limited, longest
+from services.trainer.planning.fit import Fit, find_fit, limited, longest
 from services.trainer.planning.initial import explain, inherited
 from services.trainer.planning.plan import plan
 from services.trainer.planning.settings import Settings
@@ -83,7 +83,8 @@ def load(
 
     Args:
         device: where to train: "cpu", "cuda:1", "auto".
-        planned: the plan of an earlier attempt, which is kept: the machine may be another one by now.
+        planned: the plan of an earlier attempt, which is kept but for the rows at once and low memory mode: the machine
+            may be another one by now, with less memory.
         resume: folder of the state to go on from.
         ranks: the processes that train together; all of them load, and come to the same plan.
 
@@ -148,19 +149,7 @@ def load(
         )
         return plan(config.with_defaults(requested), facts)
 
-    if planned is not None:
-        settings, told = Settings.from_proto(planned.hyperparameters), planned
-        corpus = corpus_of(settings)
-        trainee = make(settings)
-    else:
-        # The corpus tells the tokens, and one micro-batch the speed; the plan is made of both.
-        settings, _ = resolve(1, 1, guess)
-        corpus = corpus_of(settings)
-        counting = HeldOut(
-            test_part.documents, tokenizer, base_format, window=settings.context_length, max_tokens=2**40
-        )
-        settings, _ = resolve(corpus.tokens, counting.tokens, guess)
-        _refuse_empty(corpus)
+    def fitted(settings: Settings) -> tuple[Trainee, Fit]:
         row = longest(corpus.batch(0, settings.batch_size), settings.context_length)
         trainee, fit = find_fit(
             make,
@@ -171,15 +160,30 @@ def load(
             # Ranks that share the layers must try the same, and each sees another amount of free memory.
             free=memory.free if not (on_gpu or sharded) and memory.is_known() else None,
         )
-        fit = replace(fit, rows=int(ranks.least(fit.rows)), low_memory=ranks.any(fit.low_memory))
+        return trainee, replace(fit, rows=int(ranks.least(fit.rows)), low_memory=ranks.any(fit.low_memory))
+
+    if planned is not None:
+        settings, told = Settings.from_proto(planned.hyperparameters), planned
+        corpus = corpus_of(settings)
+        _refuse_empty(corpus)
+        trainee, fit = fitted(settings)
+    else:
+        # The corpus tells the tokens, and one micro-batch the speed; the plan is made of both.
+        settings, _ = resolve(1, 1, guess)
+        corpus = corpus_of(settings)
+        counting = HeldOut(
+            test_part.documents, tokenizer, base_format, window=settings.context_length, max_tokens=2**40
+        )
+        settings, _ = resolve(corpus.tokens, counting.tokens, guess)
+        _refuse_empty(corpus)
+        trainee, fit = fitted(settings)
         tried = replace(settings, micro_batch_size=fit.rows)
         speed = machine.measure_speed(trainee, corpus, tried, guess, is_cancelled, ranks)
         settings, told = resolve(corpus.tokens, counting.tokens, speed)
-        settings = limited(settings, told, fit)
         if initial is not None:
             explain(told, asked, initial.manifest)
         told.trainable_parameters = trainee.trainable_parameters
-    _refuse_empty(corpus)
+    settings = limited(settings, told, fit)
     isolation.check(trainee, len(tokenizer.get_vocab()))
     fmt = format_of(base_format, settings, sentinels)
     held_out = HeldOut(

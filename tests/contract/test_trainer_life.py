@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from codegraft.common.v1.job_pb2 import (
     JOB_STATE_CANCELLED,
@@ -19,6 +20,7 @@ from codegraft.common.v1.job_pb2 import (
     JOB_STATE_SUCCEEDED,
 )
 from codegraft.trainer.v1 import run_pb2 as pb
+from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest
 from services.core import errors
 from services.trainer.model import lora
 from tests.contract import test_trainer
@@ -271,6 +273,38 @@ async def test_a_run_that_does_not_fit_in_memory_says_so_before_its_first_step(
     room[0] = 0
     last = await fails(world)
     assert last.status.failure.reason == "OUT_OF_MEMORY" and not last.step
+
+
+async def test_a_run_goes_on_where_there_is_less_memory(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {**QUICK, "learning_rate": 4e-3, "train_steps": 12, "eval_steps": 12, "lora_dropout": 0.0}
+    whole, _ = await world.watch(await world.create(settings))
+    accumulate, is_short, trained = lora.Trainee.accumulate, False, set()
+
+    def on_another_machine(trainee: Any, rows: Any, tokens: int) -> float:
+        time.sleep(0.02)  # so that the pause comes before the end
+        in_low_memory_mode = trainee._arena is None
+        if is_short and (len(rows) > 1 or not in_low_memory_mode):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        trained.add((len(rows), in_low_memory_mode))
+        return float(accumulate(trainee, rows, tokens))
+
+    monkeypatch.setattr(lora.Trainee, "accumulate", on_another_machine)
+    monkeypatch.setattr("services.trainer.planning.fit.gc.collect", lambda: 0)
+    run = await world.create(settings)
+    await world.until(run, lambda now: now.status.progress.done >= 2)
+    planned = (await pause(world, run)).plan
+    is_short = True
+    trained.clear()
+    await world.runs.ResumeRun(pb.ResumeRunRequest(name=run.name))
+    last, events = await world.watch(run)
+    assert last.status.state == JOB_STATE_SUCCEEDED and trained == {(1, True)}, last.status
+    told = next(event.note for event in events if event.note.startswith("there is less memory"))
+    assert "trains with 1 row at once instead of 2 and low memory mode" in told and "dropout" not in told
+    assert last.plan == planned, "another attempt may have the memory again"
+    manifest = await world.runtime.artifacts.manifest(f"{run.name}/checkpoints/12", AdapterManifest)
+    assert manifest.hyperparameters.low_gpu_memory_mode and manifest.hyperparameters.micro_batch_size == 1
+    gain = whole.base_test_loss - whole.test_loss
+    assert gain > 0.1 and last.test_loss == pytest.approx(whole.test_loss, abs=0.15 * gain)  # in bf16
 
 
 async def test_a_dataset_or_a_model_that_is_gone_fails_the_run(worlds: Callable[..., Any], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 
+from codegraft.trainer.v1.hyperparameters_pb2 import Plan
 from codegraft.trainer.v1.run_event_pb2 import RunEvent
 from codegraft.trainer.v1.run_pb2 import Run
 from codegraft.trainer.v1.training_pb2 import (
@@ -113,6 +114,8 @@ class Training:
         if not self._teller.run.HasField("plan"):
             await self._teller.tell(RunEvent(plan=loaded.plan), lambda record: record.plan.CopyFrom(loaded.plan))
             await self._teller.tell(RunEvent(data=loaded.data))
+        elif note := less_memory(self._teller.run.plan, loaded.plan):
+            await self._teller.note(note)
         if loaded.step:
             await self._teller.note(f"goes on after step {loaded.step}")
         self._step, self._seconds, self._proof_seconds = loaded.step, loaded.seconds, loaded.proof_seconds
@@ -152,3 +155,24 @@ class Training:
     async def _progress(self, message: str) -> None:
         left = self._estimate.left(self._step, self._seconds, self._proof_seconds)
         await self._context.progress(self._step, self._settings.train_steps, "steps", message, seconds_left=left)
+
+
+def less_memory(planned: Plan, fitted: Plan) -> str:
+    """What to tell of an attempt that has less memory than its plan was made for; empty when it has as much.
+
+    The plan stays as it is: a later attempt may have the memory again.
+    """
+    before, now = planned.hyperparameters, fitted.hyperparameters
+    changes = []
+    if now.micro_batch_size != before.micro_batch_size:
+        rows = now.micro_batch_size
+        changes.append(f"{rows} row{'s' * (rows > 1)} at once instead of {before.micro_batch_size}")
+    if now.low_gpu_memory_mode and not before.low_gpu_memory_mode:
+        changes.append("low memory mode")
+    if not changes:
+        return ""
+    drawn = " and for what dropout draws" if now.lora_dropout else ""
+    return (
+        f"there is less memory than at the plan: trains with {' and '.join(changes)}. The batches stay the same, and "
+        f"so does the result but for rounding{drawn}"
+    )
