@@ -244,7 +244,7 @@ def keep(
 ) -> None:
     """Keep a checkpoint though its run has newer ones. Pinning one, and starting a run from one, does so by itself.
 
-    Others than the best, the last and a few more (--keep-checkpoints) are deleted as newer ones come.
+    All but the best, the one before it, the last and a few more (--keep-checkpoints) are deleted as newer ones come.
     """
     with connect() as client:
         found = client.runs.keep(checkpoint_name(project, checkpoint), not off)

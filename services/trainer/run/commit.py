@@ -100,19 +100,25 @@ class Committer:
         return await self._artifacts.manifest(name, AdapterManifest)
 
     async def _record(self, record: Checkpoint) -> Checkpoint:
-        """Stores the record of a checkpoint; where an earlier attempt did, only adds what was measured since."""
+        """Stores the record of a checkpoint; where an earlier attempt did, only adds what was measured since.
+
+        The run's best one stays that, also when this attempt measures a little more: it is what others follow.
+        """
         try:
             return await self._checkpoints.create(record)
         except ResourceExists:
 
             def change(there: Checkpoint) -> None:
                 if record.HasField("test_loss"):
-                    there.test_loss, there.best = record.test_loss, record.best
+                    there.test_loss = record.test_loss
+                    there.best = record.best or record.name == self._teller.run.best_checkpoint
 
             return await self._checkpoints.mutate(record.name, change)
 
     async def _make_best(self, record: Checkpoint, test_loss: float) -> None:
         def change(run: Run) -> None:
+            if run.best_checkpoint != record.name:
+                run.previous_best_checkpoint = run.best_checkpoint
             run.best_checkpoint, run.best_test_loss = record.name, test_loss
 
         await self._teller.tell(RunEvent(best=record), change)

@@ -1,37 +1,47 @@
-"""Which checkpoints of a run stay: the best, the last, those that somebody keeps, and a few more."""
+"""Which checkpoints of a run stay: the best and the one before it, the last, those that somebody keeps, and a few more.
+
+The trainer does not know what serves. It knows what may: a pinned checkpoint is kept, and who follows the best one is
+at the run's best or, while the new one is on its way or where it is refused, at the one before.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from codegraft.trainer.v1.checkpoint_pb2 import Checkpoint
+from codegraft.trainer.v1.run_pb2 import Run
 from services.core.errors import EtagMismatch, NotFound
 from services.core.state import Table
 from services.core.store import ObjectStore
 
 
-def surplus(checkpoints: Sequence[Checkpoint], keep: int) -> list[Checkpoint]:
+def surplus(run: Run, checkpoints: Sequence[Checkpoint], keep: int) -> list[Checkpoint]:
     """Those that go, by step.
 
     Args:
-        checkpoints: all of a run.
-        keep: how many stay beside the best, the last and the kept ones: the newest.
+        run: says which is the best one; the marks of checkpoints come before it, and go after.
+        checkpoints: all of the run.
+        keep: how many stay beside those that have to: the newest.
     """
     last = max((checkpoint.step for checkpoint in checkpoints), default=0)
-    others = [one for one in checkpoints if not (one.best or one.kept or one.step == last)]
+    named = {run.best_checkpoint, run.previous_best_checkpoint}
+    others = [one for one in checkpoints if not (one.best or one.kept or one.step == last or one.name in named)]
     others.sort(key=lambda checkpoint: checkpoint.step)
     return others[: max(0, len(others) - keep)]
 
 
-async def delete_surplus(checkpoints: Table[Checkpoint], store: ObjectStore, run: str, keep: int) -> list[int]:
+async def delete_surplus(checkpoints: Table[Checkpoint], store: ObjectStore, run: Run, keep: int) -> list[int]:
     """Deletes the surplus of a run; returns its steps.
 
     The record goes first, and only as it was read: who marked it as kept meanwhile finds it kept. Then the manifest:
     what is left are blobs that nothing refers to, which other artifacts may share, and garbage collection takes.
+
+    Args:
+        run: as it is stored now.
     """
-    found = await checkpoints.all(f"{run}/")
+    found = await checkpoints.all(f"{run.name}/")
     steps = []
-    for one in surplus(found, keep):
+    for one in surplus(run, found, keep):
         try:
             await checkpoints.delete(one.name, etag=one.etag)
         except (EtagMismatch, NotFound):
@@ -39,7 +49,7 @@ async def delete_surplus(checkpoints: Table[Checkpoint], store: ObjectStore, run
         steps.append(one.step)
     # Those without a record: just deleted, or by an attempt that ended between record and manifest.
     recorded = {one.step for one in found} - set(steps)
-    prefix = f"{run}/checkpoints/"
+    prefix = f"{run.name}/checkpoints/"
     keys = [key async for key in store.list(prefix) if key.endswith("/manifest.json")]
     for key in keys:
         step = int(key.removeprefix(prefix).split("/")[0])

@@ -145,7 +145,7 @@ class Training:
         await self._states.keep(written)
         await asyncio.to_thread(self._folder.release, written)
         deleted = await delete_surplus(
-            self._checkpoints, self._runtime.store, self._teller.run.name, self._settings.keep_checkpoints
+            self._checkpoints, self._runtime.store, self._teller.run, self._settings.keep_checkpoints
         )
         if deleted:
             steps = ", ".join(map(str, deleted))

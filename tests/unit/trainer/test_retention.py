@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from codegraft.trainer.v1.checkpoint_pb2 import Checkpoint
+from codegraft.trainer.v1.run_pb2 import Run
+from codegraft.trainer.v1.training_pb2 import CheckpointWritten, TrainingLoaded
 from services.core.errors import CheckpointNotFound
+from services.core.jobs import JobContext, new_status
+from services.core.jobs.states import claim
+from services.core.runtime import Runtime
 from services.core.state import MemoryState, Table
 from services.core.store import MemoryStore
+from services.trainer.records import BUCKET, Tables
+from services.trainer.run.commit import Committer
 from services.trainer.run.retention import delete_surplus, surplus
+from services.trainer.run.telling import Teller
 
 RUN = "projects/p/runs/r"
 
@@ -21,13 +31,21 @@ def made(step: int, **fields: Any) -> Checkpoint:
     return Checkpoint(name=f"{RUN}/checkpoints/{step}", step=step, **fields)
 
 
-@given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=12), st.integers(0, 5))
-def test_best_last_and_kept_stay_with_the_newest_of_the_others(marks: list[tuple[bool, bool]], keep: int) -> None:
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=12), st.integers(0, 5), st.data())
+def test_what_may_serve_the_last_and_the_kept_stay_with_the_newest_of_the_others(
+    marks: list[tuple[bool, bool]], keep: int, data: st.DataObject
+) -> None:
     found = [made(n + 1, best=best, kept=kept) for n, (best, kept) in enumerate(marks)]
-    gone = surplus(found, keep)
-    assert not any(one.best or one.kept or one.step == len(found) for one in gone)
-    stay = [one for one in found if one not in gone]
-    plain = [one for one in stay if not (one.best or one.kept or one.step == len(found))]
+    names = st.sampled_from(["", *(one.name for one in found)])
+    run = Run(name=RUN, best_checkpoint=data.draw(names), previous_best_checkpoint=data.draw(names))
+
+    def has_to_stay(one: Checkpoint) -> bool:
+        serves = one.name in (run.best_checkpoint, run.previous_best_checkpoint)
+        return serves or one.best or one.kept or one.step == len(found)
+
+    gone = surplus(run, found, keep)
+    assert not any(has_to_stay(one) for one in gone)
+    plain = [one for one in found if one not in gone and not has_to_stay(one)]
     assert len(plain) == min(keep, len(plain) + len(gone))
     assert all(old.step < new.step for old in gone for new in plain)
 
@@ -40,12 +58,12 @@ async def test_record_and_manifest_go_and_what_an_earlier_attempt_left_half_dele
             await table.create(made(step, best=step == 1))
     await store.put(f"{RUN}0/checkpoints/1/manifest.json", b"{}")
     await store.put(f"{RUN}/checkpoints/9/manifest.json", b"{}")  # on its way: its record comes after it
-    assert await delete_surplus(table, store, RUN, 2) == [3]
+    assert await delete_surplus(table, store, Run(name=RUN), 2) == [3]
     assert [one.step for one in await table.all(RUN + "/")] == [1, 4, 5, 6]
     left = sorted([key.split("/")[-2] async for key in store.list(f"{RUN}/")])
     assert left == ["1", "4", "5", "6", "9"]
     assert await store.size(f"{RUN}0/checkpoints/1/manifest.json") is not None
-    assert await delete_surplus(table, store, RUN, 2) == []
+    assert await delete_surplus(table, store, Run(name=RUN), 2) == []
 
 
 async def test_a_mark_that_comes_between_reading_and_deleting_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,5 +82,71 @@ async def test_a_mark_that_comes_between_reading_and_deleting_counts(monkeypatch
         return found
 
     monkeypatch.setattr(table, "all", all_then_mark)
-    assert await delete_surplus(table, store, RUN, 0) == []
+    assert await delete_surplus(table, store, Run(name=RUN), 0) == []
     assert (await table.get(made(1).name)).kept
+
+
+# --- as a run goes ---
+
+
+class Going:
+    """A run in the hands of a worker, that keeps nothing but what has to stay."""
+
+    def __init__(self, folder: Path) -> None:
+        self.runtime = Runtime.memory()
+        self.tables = Tables.of(self.runtime.state(BUCKET))
+        self._folder = folder
+
+    async def begin(self) -> None:
+        run = Run(name=RUN, base_test_loss=2.0, status=new_status())
+        claim(run.status, "worker", timedelta(minutes=1))
+        run = await self.tables.runs.create(run)
+        self.teller = Teller(self.tables.story, self.runtime.events, JobContext(self.tables.runs, run, RUN))
+        self._committer = Committer(
+            self.teller, self.tables.checkpoints, self.runtime.artifacts, TrainingLoaded(), "digest"
+        )
+
+    async def commit(self, step: int, test_loss: float | None = None, *, best: bool = False) -> list[int]:
+        """Steps that are there afterwards, each with its files."""
+        adapter = self._folder / str(step)
+        adapter.mkdir(exist_ok=True)
+        (adapter / "adapter_model.safetensors").write_bytes(b"%d" % step)
+        written = CheckpointWritten(step=step, test_loss=test_loss, best=best, adapter_path=str(adapter))
+        await self._committer.commit(written)
+        await delete_surplus(self.tables.checkpoints, self.runtime.store, self.teller.run, 0)
+        there = await self.tables.checkpoints.all(f"{RUN}/")
+        prefix = f"{RUN}/checkpoints/"
+        manifests = {int(key.removeprefix(prefix).split("/")[0]) async for key in self.runtime.store.list(prefix)}
+        assert manifests == {one.step for one in there}
+        return sorted(manifests)
+
+    async def marked(self) -> list[int]:
+        return [one.step for one in await self.tables.checkpoints.all(f"{RUN}/") if one.best]
+
+
+async def test_keeping_none_keeps_what_may_serve(tmp_path: Path) -> None:
+    run = Going(tmp_path)
+    await run.begin()
+    assert await run.commit(2) == [2]
+    assert await run.commit(4, 1.5, best=True) == [4]
+    assert await run.commit(6, 1.4) == [4, 6]  # better, but refused: it forgets
+    assert await run.commit(8, 1.2, best=True) == [4, 8]  # replicas may still be at 4, or refuse 8
+    assert await run.commit(10, 1.1) == [4, 8, 10]
+    assert await run.commit(12, 1.0, best=True) == [8, 12]
+    assert await run.commit(14, 1.3) == [8, 12, 14]
+    await run.tables.keep(f"{RUN}/checkpoints/14", kept=True)  # as pinning it does
+    assert await run.commit(16) == [8, 12, 14, 16]
+    assert await run.marked() == [12] and run.teller.run.previous_best_checkpoint == f"{RUN}/checkpoints/8"
+
+
+async def test_the_best_stays_although_it_is_measured_again_and_worse(tmp_path: Path) -> None:
+    """By a later attempt that went back to the state before it, on a machine that rounds otherwise."""
+    run = Going(tmp_path)
+    await run.begin()
+    await run.commit(4, 1.5, best=True)
+    await run.commit(8, 1.4999, best=True)
+    assert await run.commit(8, 1.5001) == [4, 8]
+    assert await run.commit(9) == [4, 8, 9] and await run.marked() == [8]
+    assert run.teller.run.best_checkpoint == f"{RUN}/checkpoints/8"
+    await run.commit(8, 1.4999, best=True)  # the same again
+    assert run.teller.run.previous_best_checkpoint == f"{RUN}/checkpoints/4"
