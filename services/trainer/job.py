@@ -203,7 +203,7 @@ def load(
         optimizer=optimizer,
         corpus=corpus,
         held_out=held_out,
-        exam=Exam.of(train_part.documents, test_part.documents, tokenizer, fmt, settings),
+        exam=Exam.of(train_part.documents, test_part.documents, tokenizer, fmt, settings, apart=not sharded),
         state=state,
         base_digest=base_digest,
         prompt_format=fmt.name,

@@ -18,7 +18,10 @@ from services.trainer.story import CheckpointDue, Evaluated, Event, Proved
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """Judges one run, and notes in its state what came of it. For the fields see services/trainer/loop."""
+    """Judges one run, and notes in its state what came of it. For the fields see services/trainer/loop.
+
+    With more ranks ``is_cancelled`` is each one's own question.
+    """
 
     trainee: Trainee
     settings: Settings
@@ -31,19 +34,19 @@ class Judge:
     def evaluate(self) -> Evaluated:
         """The test loss; of the base model, and of what would be the best, also what else the exam asks."""
         settings, state, exam = self.settings, self.state, self.exam
-        before = state.tick()
-        found = self.test.evaluate(self.trainee, settings.micro_batch_size, self.is_cancelled, self.ranks)
+        before, is_cancelled = state.tick(), self.ranks.agreed(self.is_cancelled)
+        found = self.test.evaluate(self.trainee, settings.micro_batch_size, is_cancelled, self.ranks)
         check_finite(found.loss, settings, state)
         measures, refused = Measures(found.loss, found.by_file), ""
         is_base = state.base_loss is None
         is_lowest = state.best_loss is None or found.loss < state.best_loss
         if is_lowest and exam is not None:
-            exam.add_foreign_loss(self.trainee, measures, settings.micro_batch_size, self.is_cancelled, self.ranks)
+            exam.add_foreign_loss(self.trainee, measures, settings.micro_batch_size, is_cancelled, self.ranks)
             if state.base is not None:
                 refused = forgets(state.base, measures, settings.max_foreign_loss_increase)
         state.evaluation_seconds = state.tick() - before
         if is_base and exam is not None:
-            exam.add_lines(self.trainee, measures, self.is_cancelled)
+            exam.add_lines(self.trainee, measures, self.is_cancelled, self.ranks)
             state.proof_seconds = state.tick() - before - state.evaluation_seconds
         if is_base:
             state.base_loss = state.best_loss = found.loss
@@ -93,7 +96,7 @@ class Judge:
         before = state.tick()
         self.trainee.wear(state.best_weights)
         try:
-            exam.add_lines(self.trainee, state.best, self.is_cancelled)
+            exam.add_lines(self.trainee, state.best, self.is_cancelled, self.ranks)
         finally:
             self.trainee.publish()
         state.proved = True

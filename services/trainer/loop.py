@@ -50,8 +50,8 @@ def train(
         JobCancelled: it was asked for; the model stands after the last whole step.
         TrainingDiverged: a loss or a gradient is no finite number; the model stands after the last good step.
     """
-    is_cancelled = ranks.agreed(is_cancelled)
     judge = Judge(trainee, settings, test, exam, state, is_cancelled, ranks)
+    is_cancelled = ranks.agreed(is_cancelled)
     state.tick()
     if state.step == 0 and state.base_loss is None:
         # A fresh adapter is zero, so that this is the base model's loss.

@@ -9,6 +9,7 @@ import numpy as np
 
 from codegraft.trainer.v1.run_event_pb2 import Proof, ProofFigures
 from services.core import places
+from services.core.errors import JobCancelled
 from services.core.models.prompts import PromptFormat, Tokenizer
 from services.core.places import Place, Score
 from services.trainer.corpus.data import Document
@@ -51,15 +52,24 @@ class Exam:
         next_lines: places to go on at, seeing what stands above.
         middles: places to fill in, seeing what stands above and below.
         foreign: None when nothing foreign is at hand.
+        apart: whether several ranks may write different lines. Not where the base is spread over them: then each pass
+            of one is a pass of all.
     """
 
     def __init__(
-        self, writer: LineWriter, next_lines: Sequence[Place], middles: Sequence[Place], foreign: HeldOut | None
+        self,
+        writer: LineWriter,
+        next_lines: Sequence[Place],
+        middles: Sequence[Place],
+        foreign: HeldOut | None,
+        *,
+        apart: bool = True,
     ) -> None:
         self._writer = writer
         self._next_lines = next_lines
         self._middles = middles
         self._foreign = foreign
+        self._apart = apart
 
     @classmethod
     def of(
@@ -69,6 +79,8 @@ class Exam:
         tokenizer: Tokenizer,
         fmt: PromptFormat,
         settings: Settings,
+        *,
+        apart: bool = True,
     ) -> Exam:
         """The exam of a run: a function of its settings and files."""
         # A base that was never taught the sentinels is nothing to measure filled-in lines against.
@@ -84,6 +96,7 @@ class Exam:
             chosen[::2] if has_fim else chosen,
             chosen[1::2] if has_fim else [],
             HeldOut(others, tokenizer, fmt, window=window, max_tokens=foreign_tokens(settings)) if others else None,
+            apart=apart,
         )
 
     def add_foreign_loss(
@@ -105,18 +118,48 @@ class Exam:
         if self._foreign is not None:
             measures.foreign_loss = self._foreign.evaluate(trainee, batch, is_cancelled, ranks).loss
 
-    def add_lines(self, trainee: Trainee, measures: Measures, is_cancelled: Callable[[], bool]) -> None:
-        """Measures how well the model as it is now writes the lines. Of several ranks each writes all of them.
+    def add_lines(
+        self, trainee: Trainee, measures: Measures, is_cancelled: Callable[[], bool], ranks: Ranks = ALONE
+    ) -> None:
+        """Measures how well the model as it is now writes the lines; of several ranks each writes a share of them.
+
+        Args:
+            is_cancelled: this rank's own question, for the others are at other lines; they agree at the end.
 
         Raises:
-            JobCancelled: it was asked for meanwhile.
+            JobCancelled: it was asked for meanwhile, of any rank.
         """
         for chosen, kept, use_suffix in (
             (self._next_lines, measures.next_lines, False),
             (self._middles, measures.middles, True),
         ):
-            written = self._writer.write(trainee, chosen, is_cancelled, use_suffix=use_suffix)
-            kept[:] = places.similarities(written, chosen)
+            kept[:] = self._similarities(trainee, chosen, is_cancelled, ranks, use_suffix=use_suffix)
+
+    def _similarities(
+        self,
+        trainee: Trainee,
+        chosen: Sequence[Place],
+        is_cancelled: Callable[[], bool],
+        ranks: Ranks,
+        *,
+        use_suffix: bool,
+    ) -> list[float]:
+        """Of what is written at each place to what stands there."""
+        if ranks.size == 1 or not self._apart:
+            written = self._writer.write(trainee, chosen, ranks.agreed(is_cancelled), use_suffix=use_suffix)
+            return places.similarities(written, chosen)
+        share = slice(ranks.rank, None, ranks.size)
+        similarities = [0.0] * len(chosen)
+        cancelled: JobCancelled | None = None
+        try:
+            written = self._writer.write(trainee, chosen[share], is_cancelled, use_suffix=use_suffix)
+            similarities[share] = places.similarities(written, chosen[share])
+        except JobCancelled as error:
+            cancelled = error
+        # Shares are alike long, so that nobody waits here for much longer than a line takes.
+        if ranks.any(cancelled is not None):
+            raise cancelled or JobCancelled("cancelled while places were completed")
+        return ranks.sum(similarities)
 
 
 def forgets(base: Measures, adapter: Measures, most: float) -> str:

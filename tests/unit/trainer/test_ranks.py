@@ -70,3 +70,22 @@ def test_what_one_rank_is_told_all_do(found: dict[str, Any]) -> None:
     assert one["cancelled"] and other["cancelled"] and one["step"] == other["step"] > 0
     one, other = (found[rank]["late"] for rank in "01")
     assert one["ended"] == other["ended"] == "out of time" and one["step"] == other["step"] == 1
+
+
+def test_the_lines_of_the_proof_are_shared(found: dict[str, Any]) -> None:
+    expected = found["alone"]["lines"]
+    assert expected["written"] == 6 and len(set(expected["measured"][0])) > 1
+    for rank, count in (("0", 4), ("1", 2)):  # of five next lines and one to fill in
+        assert found[rank]["lines"] == {**expected, "written": count}
+    one, other = (found[rank]["cancelled lines"] for rank in "01")
+    assert one["cancelled"] and other["cancelled"]
+
+
+def test_a_sharded_base_writes_each_line_with_all_its_parts(found: dict[str, Any]) -> None:
+    one, other = (found[rank]["sharded lines"] for rank in "01")
+    assert one == other and one["written"] == 6 and len(one["measured"][0]) == 5
+
+
+def test_a_run_of_two_ranks_makes_one_proof(found: dict[str, Any]) -> None:
+    (proof,) = [message.proof for message in found["told"] if message.HasField("proof")]
+    assert proof.test_files == 2 and proof.adapter.test_loss < proof.base.test_loss

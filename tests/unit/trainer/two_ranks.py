@@ -6,6 +6,7 @@ folder that is prepared for training.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +16,15 @@ import torch
 
 from services.core.errors import JobCancelled
 from services.core.models import prompts
+from services.core.places import Place
 from services.trainer import loop, rank
 from services.trainer.corpus.data import Corpus
 from services.trainer.launch.folder import RunFolder
 from services.trainer.model.lora import Trainee
 from services.trainer.planning.settings import Settings
 from services.trainer.proving.evaluate import HeldOut
+from services.trainer.proving.generate import LineWriter
+from services.trainer.proving.proof import Exam, Measures
 from services.trainer.ranks import Ranks, joined
 from services.trainer.state import State
 from services.trainer.story import Evaluated, StepDone
@@ -29,6 +33,13 @@ from tests.unit.trainer.conftest import SMALL, documents
 
 ODD = Settings(**{**SMALL, "batch_size": 5, "train_steps": 6, "eval_steps": 3, "learning_rate": 1e-3})
 """Five rows on two ranks: one of them gets a row less."""
+
+
+PLACES = [
+    Place(f"{number}.py", f"def add_{number}(left, right):\n    return ", "\n", f"left + right + {number}")
+    for number in range(5)
+]
+"""Five places on two ranks: one of them writes a line less."""
 
 
 class Case:
@@ -65,6 +76,26 @@ class Case:
         grads = {name: master.grad for name, master in self.trainee.masters.items()}
         return {"loss": self.ranks.sum([loss])[0] / tokens, "gradients": grads}
 
+    def lines(self, is_cancelled: Callable[[], bool] = lambda: False, *, apart: bool = True) -> dict[str, Any]:
+        """The proof's measures, and how many of its lines this rank wrote."""
+        tokenizer = make_tokenizer()
+        writer = LineWriter(tokenizer, prompts.detect(tokenizer), budget=64)
+        exam = Exam(writer, PLACES, PLACES[:1], None, apart=apart)
+        measures, generate, counts = Measures(0.0, []), self.trainee.generate, []
+
+        def counting(starts: Any, choose: Any) -> None:
+            counts.append(len(starts))
+            generate(starts, choose)
+
+        self.trainee.generate = counting  # type: ignore[method-assign]
+        cancelled = False
+        try:
+            exam.add_lines(self.trainee, measures, is_cancelled, self.ranks)
+        except JobCancelled:
+            cancelled = True
+        measured = measures.next_lines, measures.middles
+        return {"measured": measured, "written": sum(counts), "cancelled": cancelled}
+
     def run(self, is_cancelled: Callable[[], bool] = lambda: False) -> dict[str, Any]:
         """Losses and the adapter at the end."""
         optimizer = loop.make_optimizer(self.trainee, self.settings)
@@ -97,6 +128,7 @@ def cases(base: Path, ranks: Ranks) -> dict[str, Any]:
     return {
         "gradients": Case(base, ODD, ranks).gradients(),
         "run": Case(base, ODD, ranks).run(),
+        "lines": Case(base, ODD, ranks).lines(),
     }
 
 
@@ -112,10 +144,13 @@ def main(folder: Path) -> None:
         sharded = Case(base, ODD, ranks, sharded=True)
         found["sharded run"] = sharded.run()
         layers = sharded.trainee._base.base_model.layers
+        found["sharded lines"] = sharded.lines(apart=False)
         found["held"] = sum(p.to_local().numel() for p in layers.parameters() if hasattr(p, "to_local"))
         asked = iter(range(1_000_000))
         only_second = ranks.rank == 1
         found["cancelled"] = Case(base, Settings(**endless), ranks).run(lambda: only_second and next(asked) > 20)
+        asked = iter(range(1_000_000))
+        found["cancelled lines"] = Case(base, ODD, ranks).lines(lambda: only_second and next(asked) > 2)
         late = Case(base, Settings(**{**endless, "time_limit_seconds": 1e6}), ranks)
         late.state.seconds = 2e6 * only_second
         found["late"] = late.run()
@@ -125,3 +160,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    os._exit(0)  # gloo's threads now and then abort an interpreter that takes its time to end
