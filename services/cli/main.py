@@ -14,6 +14,7 @@ from services.cli import (
     complete,
     credential,
     doctor,
+    manifest,
     models,
     project,
     scan,
@@ -40,6 +41,7 @@ for command in (stack.up, stack.down, stack.status, doctor.doctor):
     app.command(rich_help_panel="Local stack", epilog=EXIT_CODES)(command)
 train.app.command()(adapters.download)
 train.app.command()(adapters.upload)
+train.app.command()(manifest.manifest)
 for name, group in (
     ("project", project.app),
     ("source", source.app),

@@ -1,100 +1,28 @@
 """Training in a cluster: a run's processes as an indexed Job with a headless Service, in which torchrun finds itself.
 
-    python -m services.trainer.launch.kubernetes FOLDER --cluster cluster.toml | kubectl create --filename -
-
-Nothing but Kubernetes' own objects is used, so that no operator has to be installed. One pod is one node of torchrun;
-rank 0 is on the pod of index 0. Worker and pods share the folder, the datasets and the model cache through a volume
-that all of them mount at the same path (ReadWriteMany): the worker follows the folder wherever the pods are. The name
-carries the attempt's epoch, so that deleting the objects of an epoch fences it and no other.
+Nothing but Kubernetes' own objects is used, so that no operator has to be installed; for a cluster with Kubeflow see
+:mod:`.kubeflow`. One pod is one node of torchrun; rank 0 is on the pod of index 0. Worker and pods share the folder,
+the datasets and the model cache through a volume that all of them mount at the same path (ReadWriteMany): the worker
+follows the folder wherever the pods are. The name carries the attempt's epoch, so that deleting the objects of an epoch
+fences it and no other.
 
 This renders; it submits nothing.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import json
-import sys
-import tomllib
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import Any
 
 from services.core import names
-from services.core.errors import CodegraftError, InvalidArgument
+from services.core.errors import InvalidArgument
 from services.trainer.launch import MAX_RESTARTS, STORE_OF_ITS_OWN
-from services.trainer.launch.folder import RunFolder
+from services.trainer.launch.cluster import Cluster
 
 PORT = 29400
-_LONGEST_NAME = 55
-"""Characters; the pods' host names add an index, and Kubernetes allows 63."""
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SecretKey(_Strict):
-    """Where the value of an environment variable is kept."""
-
-    name: str
-    """Of the Secret."""
-    key: str
-    """In it."""
-
-
-class Toleration(_Strict):
-    """Of a node's taint, as Kubernetes has it."""
-
-    key: str
-    operator: Literal["Exists", "Equal"] = "Exists"
-    value: str | None = None
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-
-
-class Cluster(_Strict):
-    """What a deployment decides about the pods; the TOML file of ``--cluster``."""
-
-    image: str
-    """Image with the trainer in it, best named by digest."""
-    claim: str
-    """PersistentVolumeClaim (ReadWriteMany) that the trainer mounts too."""
-    mount: Path = Path("/var/lib/codegraft")
-    """Where both mount it."""
-    namespace: str = "default"
-    nodes: int = Field(default=1, ge=1)
-    """Pods of a run."""
-    gpus: int = Field(default=1, ge=0)
-    """GPUs of a pod, one process each; without any there is one process."""
-    gpu_resource: str = "nvidia.com/gpu"
-    cpu: str = "8"
-    """Of a pod."""
-    memory: str = "64Gi"
-    """Of a pod."""
-    user: int = Field(default=10001, ge=1)
-    """User and group id of the processes, and group of the volume."""
-    secrets: dict[str, SecretKey] = {}
-    """Environment variables, by name (a Hub token, say). Their values never come into the manifest."""
-    tolerations: tuple[Toleration, ...] = ()
-    node_selector: dict[str, str] = {}
-
-
-def load(file: Path) -> Cluster:
-    """Reads a cluster's TOML file.
-
-    Raises:
-        InvalidArgument: it is missing, no TOML, or has a wrong value; names the field.
-    """
-    try:
-        return Cluster.model_validate(tomllib.loads(file.read_text()))
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise InvalidArgument(f"{field}: {first['msg']}", field=field, hint=f"Correct {file}.") from None
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise InvalidArgument(f"{file} cannot be read: {error}", field="cluster", hint="Give a TOML file.") from None
+_LONGEST_NAME = 50
+"""Characters; the pods' host names add an index (Kubeflow's ``-node-0-`` too), and Kubernetes allows 63."""
 
 
 def render(folder: Path, run: str, epoch: int, cluster: Cluster) -> list[dict[str, Any]]:
@@ -108,24 +36,9 @@ def render(folder: Path, run: str, epoch: int, cluster: Cluster) -> list[dict[st
     Raises:
         InvalidArgument: the pods would not see the folder.
     """
-    if not folder.is_relative_to(cluster.mount):
-        raise InvalidArgument(
-            f"{folder} is not below {cluster.mount}, where the pods mount the shared volume",
-            field="folder",
-            hint="Let the trainer keep its runs' folders on that volume.",
-        )
-    name = job_name(run, epoch)
-    labels = {
-        "app.kubernetes.io/name": "codegraft-training",
-        "app.kubernetes.io/part-of": "codegraft",
-        "app.kubernetes.io/instance": name,
-    }
-    metadata = {
-        "name": name,
-        "namespace": cluster.namespace,
-        "labels": labels,
-        "annotations": {"codegraft.dev/run": run, "codegraft.dev/epoch": str(epoch)},
-    }
+    check_folder(folder, cluster)
+    metadata = metadata_of(run, epoch, cluster)
+    name, labels = metadata["name"], metadata["labels"]
     service = {
         "apiVersion": "v1",
         "kind": "Service",
@@ -156,6 +69,31 @@ def render(folder: Path, run: str, epoch: int, cluster: Cluster) -> list[dict[st
     return [service, job]
 
 
+def check_folder(folder: Path, cluster: Cluster) -> None:
+    """Raises InvalidArgument when the pods would not see the folder."""
+    if not folder.is_relative_to(cluster.mount):
+        raise InvalidArgument(
+            f"{folder} is not below {cluster.mount}, where the pods mount the shared volume",
+            field="folder",
+            hint="Let the trainer keep its runs' folders on that volume.",
+        )
+
+
+def metadata_of(run: str, epoch: int, cluster: Cluster) -> dict[str, Any]:
+    """Name, labels and annotations of the objects of one attempt."""
+    name = job_name(run, epoch)
+    return {
+        "name": name,
+        "namespace": cluster.namespace,
+        "labels": {
+            "app.kubernetes.io/name": "codegraft-training",
+            "app.kubernetes.io/part-of": "codegraft",
+            "app.kubernetes.io/instance": name,
+        },
+        "annotations": {"codegraft.dev/run": run, "codegraft.dev/epoch": str(epoch)},
+    }
+
+
 def job_name(run: str, epoch: int) -> str:
     """A name for the objects of one attempt: a DNS label, different for every run and epoch."""
     parts = names.parse(names.RUN, run)
@@ -163,31 +101,46 @@ def job_name(run: str, epoch: int) -> str:
     return f"run-{parts['run']}"[: _LONGEST_NAME - len(suffix)].rstrip("-") + suffix
 
 
-def _pod(folder: Path, name: str, cluster: Cluster) -> dict[str, Any]:
-    resources: dict[str, str] = {"cpu": cluster.cpu, "memory": cluster.memory}
-    if cluster.gpus:
-        resources[cluster.gpu_resource] = str(cluster.gpus)
-    command = [
+def torchrun(folder: Path, name: str, endpoint: str, *size: str) -> list[str]:
+    """The command of a node.
+
+    Args:
+        endpoint: host and port where the nodes meet.
+        size: options that tell the numbers of nodes and of processes, where the environment does not.
+    """
+    return [
         "torchrun",
-        f"--nnodes={cluster.nodes}",
-        f"--nproc-per-node={max(1, cluster.gpus)}",
+        *size,
         f"--max-restarts={MAX_RESTARTS}",
         "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={name}-0.{name}.{cluster.namespace}.svc:{PORT}",
+        f"--rdzv-endpoint={endpoint}",
         f"--rdzv-id={name}",
         "--module",
         "services.trainer.launch.process",
         str(folder),
     ]
+
+
+def environment(cluster: Cluster) -> list[dict[str, Any]]:
+    """Variables of the processes; secrets by reference."""
     env: list[dict[str, Any]] = [{"name": key, "value": value} for key, value in STORE_OF_ITS_OWN.items()]
-    env += [
+    return env + [
         {"name": variable, "valueFrom": {"secretKeyRef": secret.model_dump()}}
         for variable, secret in cluster.secrets.items()
     ]
+
+
+def resources(cluster: Cluster) -> dict[str, dict[str, str]]:
+    """Of a pod: as much as it asks for, no more: a neighbour must not starve one rank, for all wait for it."""
+    wanted = {"cpu": cluster.cpu, "memory": cluster.memory}
+    if cluster.gpus:
+        wanted[cluster.gpu_resource] = str(cluster.gpus)
+    return {"requests": wanted, "limits": wanted}
+
+
+def pod_settings(cluster: Cluster) -> dict[str, Any]:
+    """What every pod has beside its container: who it runs as, where, and its volumes."""
     return {
-        "subdomain": name,
-        "restartPolicy": "Never",
-        "automountServiceAccountToken": False,
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": cluster.user,
@@ -198,27 +151,6 @@ def _pod(folder: Path, name: str, cluster: Cluster) -> dict[str, Any]:
         },
         "nodeSelector": cluster.node_selector,
         "tolerations": [toleration.model_dump(exclude_none=True) for toleration in cluster.tolerations],
-        "containers": [
-            {
-                "name": "training",
-                "image": cluster.image,
-                "command": command,
-                "env": env,
-                "ports": [{"name": "rendezvous", "containerPort": PORT}],
-                # As much as it asks for, no more: a neighbour must not be able to starve one rank, for all wait for it.
-                "resources": {"requests": resources, "limits": resources},
-                "securityContext": {
-                    "allowPrivilegeEscalation": False,
-                    "readOnlyRootFilesystem": True,
-                    "capabilities": {"drop": ["ALL"]},
-                },
-                "volumeMounts": [
-                    {"name": "shared", "mountPath": str(cluster.mount)},
-                    {"name": "scratch", "mountPath": "/tmp"},
-                    {"name": "memory", "mountPath": "/dev/shm"},
-                ],
-            }
-        ],
         "volumes": [
             {"name": "shared", "persistentVolumeClaim": {"claimName": cluster.claim}},
             {"name": "scratch", "emptyDir": {}},
@@ -228,25 +160,39 @@ def _pod(folder: Path, name: str, cluster: Cluster) -> dict[str, Any]:
     }
 
 
-def main() -> int:
-    """Prints the objects as one JSON list."""
-    parser = argparse.ArgumentParser(
-        prog="python -m services.trainer.launch.kubernetes",
-        description="Renders the Kubernetes objects that train a run, for kubectl create.",
-    )
-    parser.add_argument("folder", type=Path, help="the run's folder, prepared by the worker, on the shared volume")
-    parser.add_argument("--cluster", type=Path, required=True, help="TOML file; see Cluster in this module")
-    parser.add_argument("--epoch", type=int, default=1, help="of the attempt; part of the objects' name")
-    given = parser.parse_args()
-    try:
-        run = RunFolder(given.folder).spec().run
-        objects = render(given.folder, run, given.epoch, load(given.cluster))
-    except (CodegraftError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(json.dumps({"apiVersion": "v1", "kind": "List", "items": objects}, indent=2))
-    return 0
+def container_settings(cluster: Cluster) -> dict[str, Any]:
+    """What the container may do, and where it finds the volumes."""
+    return {
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "volumeMounts": [
+            {"name": "shared", "mountPath": str(cluster.mount)},
+            {"name": "scratch", "mountPath": "/tmp"},
+            {"name": "memory", "mountPath": "/dev/shm"},
+        ],
+    }
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _pod(folder: Path, name: str, cluster: Cluster) -> dict[str, Any]:
+    endpoint = f"{name}-0.{name}.{cluster.namespace}.svc:{PORT}"
+    size = f"--nnodes={cluster.nodes}", f"--nproc-per-node={max(1, cluster.gpus)}"
+    return {
+        "subdomain": name,
+        "restartPolicy": "Never",
+        "automountServiceAccountToken": False,
+        "containers": [
+            {
+                "name": "training",
+                "image": cluster.image,
+                "command": torchrun(folder, name, endpoint, *size),
+                "env": environment(cluster),
+                "ports": [{"name": "rendezvous", "containerPort": PORT}],
+                "resources": resources(cluster),
+                **container_settings(cluster),
+            }
+        ],
+        **pod_settings(cluster),
+    }

@@ -1,4 +1,4 @@
-"""The rendered objects, against the schemas that Kubernetes publishes for its own."""
+"""The rendered objects, against what Kubernetes and Kubeflow publish of their fields."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from typing import Any
 
 import kubernetes_validate
 import pytest
+from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
+from pydantic import ValidationError
 
 from codegraft.trainer.v1.training_pb2 import TrainingSpec
+from services.cli.main import main
 from services.core.errors import InvalidArgument
-from services.trainer.launch import kubernetes
+from services.trainer.launch import kubeflow, kubernetes
+from services.trainer.launch.cluster import Cluster, SecretKey, Toleration
 from services.trainer.launch.folder import RunFolder
-from services.trainer.launch.kubernetes import Cluster, SecretKey, Toleration
 
 RUN = "projects/demo/runs/01jd0000000000000000000000"
 FOLDER = Path("/var/lib/codegraft/runs/one")
@@ -97,14 +100,134 @@ def test_a_folder_that_the_pods_do_not_see() -> None:
     assert caught.value.field == "folder"
 
 
-def test_the_command_prints_what_kubectl_reads(tmp_path: Path) -> None:
+# --- Kubeflow ---
+
+
+def train_job(cluster: Cluster) -> dict[str, Any]:
+    (job,) = kubeflow.render(FOLDER, RUN, 3, cluster)
+    return job
+
+
+def as_kubeflow_reads_it(job: dict[str, Any]) -> dict[str, Any]:
+    """By the types that Kubeflow publishes, which check the fields they know and leave out the others."""
+    read = TrainerV1alpha1TrainJob.from_dict(job)
+    assert read is not None
+    return read.to_dict()
+
+
+@pytest.mark.parametrize("cluster", [FULL, BARE])
+def test_kubeflow_knows_every_field(cluster: Cluster) -> None:
+    job = train_job(cluster)
+    assert as_kubeflow_reads_it(job) == job
+
+
+def test_a_field_that_kubeflow_does_not_know_is_found() -> None:
+    job = train_job(FULL)
+    (patch,) = job["spec"]["runtimePatches"]
+    (nodes,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    nodes["template"]["spec"]["template"]["spec"]["containers"][0]["gpus"] = 4
+    assert as_kubeflow_reads_it(job) != job
+    job = train_job(FULL)
+    job["spec"]["trainer"]["numNodes"] = "two"
+    with pytest.raises(ValidationError):
+        as_kubeflow_reads_it(job)
+    job = train_job(FULL)
+    del job["spec"]["runtimeRef"]
+    with pytest.raises(ValidationError):
+        as_kubeflow_reads_it(job)
+
+
+def test_a_train_job_trains_as_the_job_does() -> None:
+    job, (_, plain) = train_job(FULL), objects(FULL)
+    pod = plain["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    (patch,) = job["spec"]["runtimePatches"]
+    (nodes,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    patched = nodes["template"]["spec"]["template"]["spec"]
+    for name in ("volumes", "securityContext", "nodeSelector", "tolerations"):
+        assert patched[name] == pod[name]
+    for name in ("volumeMounts", "securityContext"):
+        assert patched["containers"][0][name] == container[name]
+    trainer = job["spec"]["trainer"]
+    assert (trainer["image"], trainer["env"]) == (container["image"], container["env"])
+    assert trainer["resourcesPerNode"] == container["resources"]
+    assert "env" not in patched["containers"][0], "Kubeflow refuses it there for a container of this name"
+
+
+def test_torchrun_finds_the_other_nodes_of_a_train_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.run import config_from_args, parse_args
+
+    job = train_job(FULL)
+    trainer, name = job["spec"]["trainer"], job["metadata"]["name"]
+    # As Kubeflow's plugin for torch sets them, on the second node.
+    told = {
+        "PET_NNODES": str(trainer["numNodes"]),
+        "PET_NPROC_PER_NODE": str(trainer["numProcPerNode"]),
+        "PET_NODE_RANK": "1",
+        "PET_MASTER_ADDR": f"{name}-node-0-0.{name}",
+        "PET_MASTER_PORT": "29500",
+    }
+    command = trainer["command"]
+    for variable, value in told.items():
+        monkeypatch.setenv(variable, value)
+        command = [part.replace(f"$({variable})", value) for part in command]
+    launch, _, arguments = config_from_args(parse_args(command[1:]))
+    assert (launch.min_nodes, launch.max_nodes, launch.nproc_per_node, launch.max_restarts) == (2, 2, 4, 3)
+    assert (launch.rdzv_backend, launch.rdzv_endpoint) == ("c10d", f"{name}-node-0-0.{name}:29500")
+    assert arguments[-3:] == ["-m", "services.trainer.launch.process", str(FOLDER)]
+    assert len(f"{name}-node-0-999") <= 63
+
+
+# --- the commands ---
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> tuple[str, str]:
+    """A run's folder, and a cluster's file."""
     folder = RunFolder(tmp_path / "runs" / "one")
     folder.prepare(TrainingSpec(run=RUN))
     file = tmp_path / "cluster.toml"
     file.write_text(f'image = "codegraft"\nclaim = "runs"\nmount = "{tmp_path}"\n')
-    argv = [sys.executable, "-m", "services.trainer.launch.kubernetes", str(folder.path), "--cluster", str(file)]
+    return str(folder.path), str(file)
+
+
+@pytest.mark.parametrize(("kind", "kinds"), [("job", ["Service", "Job"]), ("trainjob", ["TrainJob"])])
+def test_the_command_prints_what_kubectl_reads(prepared: tuple[str, str], capsys: Any, kind: str, kinds: Any) -> None:
+    folder, file = prepared
+    argv = ["train", "manifest", folder, "--cluster", file, "--kind", kind, "--epoch", "7"]
+    assert main(argv) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [item["kind"] for item in printed["items"]] == kinds
+    assert all(item["metadata"]["name"].endswith("-7") for item in printed["items"])
+    assert main([*argv, "--json"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line) == printed
+
+
+def test_the_command_says_what_is_wrong(prepared: tuple[str, str], tmp_path: Path, capsys: Any) -> None:
+    folder, file = prepared
+    for argv, told in (
+        ([str(tmp_path), "--cluster", file], "no run is prepared"),
+        ([folder, "--cluster", str(tmp_path / "none.toml")], "cannot be read"),
+        ([folder, "--cluster", file, "--kind", "pod"], "trainjob"),
+    ):
+        assert main(["train", "manifest", *argv]) == 2
+        assert told in capsys.readouterr().err
+    Path(file).write_text('image = "codegraft"\nclaims = "runs"\n')
+    assert main(["train", "manifest", folder, "--cluster", file]) == 2
+    assert "claim" in capsys.readouterr().err
+
+
+def test_the_trainer_alone_can_render_too(prepared: tuple[str, str]) -> None:
+    folder, file = prepared
+    argv = [sys.executable, "-m", "services.trainer.launch.manifest", folder, "--cluster", file, "--kind", "trainjob"]
     printed = json.loads(subprocess.run(argv, capture_output=True, text=True, check=True).stdout)
-    assert [item["kind"] for item in printed["items"]] == ["Service", "Job"]
-    file.write_text('image = "codegraft"\nclaims = "runs"\n')
+    assert [item["kind"] for item in printed["items"]] == ["TrainJob"]
+    Path(file).write_text('image = "codegraft"\nclaims = "runs"\n')
     refused = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert refused.returncode == 1 and "claim" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_the_command_line_loads_no_torch() -> None:
+    script = "import sys, services.cli.main; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
