@@ -17,7 +17,7 @@ def manifest(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="The run's folder, prepared by its worker, on the shared volume.")
     ],
-    cluster: Annotated[Path, typer.Option(help="TOML file: image, claim, nodes, gpus, memory and more; see below.")],
+    cluster: Annotated[Path, typer.Option(help="TOML file: image, claim, nodes, gpus, memory and more; see above.")],
     epoch: Annotated[int, typer.Option(min=1, help="Attempt at the run; part of the objects' name.")] = 1,
     kind: Annotated[
         Kind, typer.Option(help="job: an indexed Job with a Service. trainjob: a TrainJob of Kubeflow Trainer.")

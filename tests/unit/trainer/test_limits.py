@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from codegraft.trainer.v1.training_pb2 import TrainingMessage
 from services.core import errors
-from services.trainer import loop
+from services.trainer import loop, rank
 from services.trainer.corpus.data import Row
+from services.trainer.launch.folder import RunFolder
 from services.trainer.proving.evaluate import HeldOut
 from services.trainer.state import State
 from services.trainer.story import CheckpointDue, Evaluated, StepDone
+from tests.unit.trainer.folders import prepared
 
 Make = Callable[..., Any]
 
@@ -65,6 +70,31 @@ def test_the_last_evaluation_and_checkpoint_fit_into_the_time_limit(
     assert state.ended == "out of time"
     assert [type(event) for event in events[-3:]] == [StepDone, Evaluated, CheckpointDue]
     assert limit - 14 < clock.now <= limit
+
+
+class Taken(RunFolder):
+    """A folder whose checkpoints are taken at once, lest training wait for room."""
+
+    def write(self, message: TrainingMessage) -> None:
+        super().write(message)
+        if message.HasField("checkpoint"):
+            self.release(message.checkpoint)
+
+
+def test_the_time_limit_holds_on_a_real_clock(base: Path, tmp_path: Path) -> None:
+    """Of all that counts: loading, the dry run, evaluations, steps, checkpoints and the proof."""
+    endless = {"train_steps": 1_000_000, "eval_steps": 50, "checkpoint_steps": 1_000_000}
+    folder = Taken(prepared(tmp_path / "run", base, **endless, time_limit_seconds=3.0).path)
+    began = time.monotonic()
+    rank.train(folder)
+    took = time.monotonic() - began
+    story = folder.read()[0]
+    assert folder.failure() is None and story[-1].ended.why == "out of time"
+    assert 1.5 < took < 3.5
+    checkpoints = [message.checkpoint for message in story if message.HasField("checkpoint")]
+    evaluations = [message.evaluation for message in story if message.HasField("evaluation")]
+    assert checkpoints[-1].last and checkpoints[-1].step == evaluations[-1].step == story[-1].ended.step > 10
+    assert any(checkpoint.best for checkpoint in checkpoints) and any(message.HasField("proof") for message in story)
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
