@@ -12,6 +12,7 @@ from codegraft.common.v1.artifact_pb2 import FileChunk
 from codegraft.trainer.v1 import adapter_pb2 as pb
 from codegraft.trainer.v1.adapter_pb2_grpc import AdapterServiceServicer
 from services.core.errors import InvalidArgument
+from services.core.incoming import opened
 from services.core.runtime import Runtime
 from services.trainer.adapters.export import Exporter
 from services.trainer.adapters.imports import Importer
@@ -48,17 +49,6 @@ class AdapterServicer(AdapterServiceServicer):
     async def ImportAdapter(
         self, request_iterator: AsyncIterator[pb.ImportAdapterRequest], context: Context
     ) -> pb.ImportAdapterResponse:
-        first = await anext(aiter(request_iterator), None)
-        if first is None or first.WhichOneof("part") != "header":
-            raise InvalidArgument(
-                "the first message is no header", field="header", hint="Send the header, then the chunks."
-            )
-        run = await self._importer.receive(first.header, _chunks(request_iterator))
+        header, chunks = await opened(request_iterator)
+        run = await self._importer.receive(header, chunks)
         return pb.ImportAdapterResponse(run=run)
-
-
-async def _chunks(messages: AsyncIterator[pb.ImportAdapterRequest]) -> AsyncIterator[tuple[int, bytes]]:
-    async for message in messages:
-        if message.WhichOneof("part") != "chunk":
-            raise InvalidArgument("only the first message is a header", field="chunk", hint="Send chunks after it.")
-        yield message.chunk.offset, message.chunk.data

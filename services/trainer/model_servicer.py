@@ -9,7 +9,7 @@ import grpc
 
 from codegraft.trainer.v1 import model_pb2, run_pb2
 from codegraft.trainer.v1.run_pb2_grpc import ModelServiceServicer
-from services.core.errors import InvalidArgument
+from services.core.incoming import opened
 from services.core.pages import bounds, token
 from services.core.runtime import Runtime
 from services.trainer.config import TrainerSettings
@@ -37,17 +37,6 @@ class ModelServicer(ModelServiceServicer):
     async def PushModel(
         self, request_iterator: AsyncIterator[model_pb2.PushModelRequest], context: Context
     ) -> model_pb2.PushModelResponse:
-        first = await anext(aiter(request_iterator), None)
-        if first is None or first.WhichOneof("part") != "header":
-            raise InvalidArgument(
-                "the first message is no header", field="header", hint="Send the header, then the chunks."
-            )
-        model = await self._desk.push(first.header, _chunks(request_iterator))
+        header, chunks = await opened(request_iterator)
+        model = await self._desk.push(header, chunks)
         return model_pb2.PushModelResponse(model=model)
-
-
-async def _chunks(messages: AsyncIterator[model_pb2.PushModelRequest]) -> AsyncIterator[tuple[int, bytes]]:
-    async for message in messages:
-        if message.WhichOneof("part") != "chunk":
-            raise InvalidArgument("only the first message is a header", field="chunk", hint="Send chunks after it.")
-        yield message.chunk.offset, message.chunk.data

@@ -9,7 +9,7 @@ import grpc
 
 from codegraft.ingest.v1 import upload_pb2 as pb
 from codegraft.ingest.v1.upload_pb2_grpc import UploadServiceServicer
-from services.core.errors import InvalidArgument
+from services.core.incoming import opened
 from services.ingest.records import Tables
 from services.ingest.uploads import Announced, Uploads
 
@@ -26,23 +26,11 @@ class UploadServicer(UploadServiceServicer):
     async def UploadContent(
         self, request_iterator: AsyncIterator[pb.UploadContentRequest], context: Context
     ) -> pb.UploadContentResponse:
-        first = await anext(aiter(request_iterator), None)
-        if first is None or first.WhichOneof("part") != "header":
-            raise InvalidArgument(
-                "the first message is no header", field="header", hint="Send the header, then the chunks."
-            )
-        header = first.header
+        header, chunks = await opened(request_iterator)
         await self._tables.known(header.parent, "header.parent")
         announced = Announced(header.parent, header.sha256, header.size, header.filename[:255])
-        return pb.UploadContentResponse(upload=await self._uploads.receive(announced, _chunks(request_iterator)))
+        return pb.UploadContentResponse(upload=await self._uploads.receive(announced, chunks))
 
     async def GetUpload(self, request: pb.GetUploadRequest, context: Context) -> pb.GetUploadResponse:
         await self._tables.known(request.parent)
         return pb.GetUploadResponse(upload=await self._uploads.find(request.parent, request.sha256))
-
-
-async def _chunks(messages: AsyncIterator[pb.UploadContentRequest]) -> AsyncIterator[tuple[int, bytes]]:
-    async for message in messages:
-        if message.WhichOneof("part") != "chunk":
-            raise InvalidArgument("only the first message is a header", field="chunk", hint="Send chunks after it.")
-        yield message.chunk.offset, message.chunk.data
