@@ -1,16 +1,18 @@
-"""Folders as the worker makes them, over the tiny model and a few lines of code."""
+"""Folders as the worker makes them, over the tiny model and a few lines of code; what is told in them, and by whom."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from codegraft.trainer.v1.hyperparameters_pb2 import Hyperparameters
-from codegraft.trainer.v1.training_pb2 import TrainingSpec
+from codegraft.trainer.v1.training_pb2 import TrainingMessage, TrainingSpec
 from services.trainer.config import TrainerSettings
 from services.trainer.launch.folder import RunFolder
 from tests.unit.trainer.conftest import documents
@@ -26,8 +28,9 @@ STEPS: dict[str, Any] = {
     "lora_r": 4,
     "lora_dropout": 0.1,
     "early_stopping_patience": 0,
+    "max_eval_tokens": 128,
 }
-"""Three checkpoints: as many as may wait for a worker."""
+"""Three checkpoints: as many as may wait for a worker. Little is evaluated, which would take most of the time."""
 
 
 def prepared(path: Path, base: Path, **changed: Any) -> RunFolder:
@@ -54,3 +57,21 @@ def prepared(path: Path, base: Path, **changed: Any) -> RunFolder:
         )
     )
     return folder
+
+
+def checkpoints_of(story: list[TrainingMessage]) -> list[tuple[int, str]]:
+    return [(m.checkpoint.step, m.checkpoint.sha256) for m in story if m.HasField("checkpoint")]
+
+
+def steps_of(story: list[TrainingMessage]) -> list[tuple[int, float]]:
+    return [(message.step.step, message.step.train_loss) for message in story if message.HasField("step")]
+
+
+def running_ranks() -> list[psutil.Process]:
+    """Training processes under this one, by rank."""
+    found = {}
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "services.trainer.launch.process" in process.cmdline():
+                found[process.environ()["RANK"]] = process
+    return [found[rank] for rank in sorted(found)]

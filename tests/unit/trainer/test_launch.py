@@ -1,9 +1,8 @@
-"""The folder between worker and processes, and the launchers: threads and real torch elastic, killed and stopped."""
+"""The folder between worker and processes, and the launchers: threads and real torch elastic, stopped and orphaned."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import io
 import logging
 import time
@@ -28,7 +27,7 @@ from services.trainer.launch.elastic import ElasticLauncher, relay
 from services.trainer.launch.folder import RunFolder
 from services.trainer.launch.launcher import Processes, Steps, follow
 from services.trainer.launch.thread import ThreadLauncher
-from tests.unit.trainer.folders import prepared
+from tests.unit.trainer.folders import checkpoints_of, prepared, running_ranks, steps_of
 
 
 def step(number: int) -> TrainingMessage:
@@ -120,14 +119,6 @@ async def told(training: Processes, folder: RunFolder, stop_at: int = -1) -> lis
     return found
 
 
-def checkpoints_of(story: list[TrainingMessage]) -> list[tuple[int, str]]:
-    return [(m.checkpoint.step, m.checkpoint.sha256) for m in story if m.HasField("checkpoint")]
-
-
-def steps_of(story: list[TrainingMessage]) -> list[tuple[int, float]]:
-    return [(message.step.step, message.step.train_loss) for message in story if message.HasField("step")]
-
-
 async def test_stopping_leaves_a_checkpoint_from_which_another_attempt_goes_on(base: Path, tmp_path: Path) -> None:
     whole = prepared(tmp_path / "whole", base)
     story = await told(ThreadLauncher().start(whole), whole)
@@ -185,44 +176,11 @@ async def test_errors_come_as_what_they_are(base: Path, tmp_path: Path, caplog: 
 # --- torch elastic ---
 
 
-def ranks() -> list[psutil.Process]:
-    """Training processes under this one, by rank."""
-    found = {}
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if "services.trainer.launch.process" in process.cmdline():
-                found[process.environ()["RANK"]] = process
-    return [found[rank] for rank in sorted(found)]
-
-
-async def test_a_killed_rank_comes_back_and_ends_with_the_same_adapter(
-    base: Path, tmp_path: Path, found: dict[str, Any]
-) -> None:
-    folder = prepared(tmp_path / "run", base)
-    training = ElasticLauncher(2).start(folder)
-    story = []
-    killed = False
-    async for message in training.events():
-        story.append(message)
-        if message.HasField("checkpoint"):
-            folder.release(message.checkpoint)
-        if message.HasField("step") and message.step.step >= 13 and not killed:
-            ranks()[0].kill()
-            killed = True
-    await training.fence()
-    assert [message.loaded.step for message in story if message.HasField("loaded")] == [0, 10]
-    whole = found["told"]
-    assert steps_of(story) == steps_of(whole) and len(steps_of(story)) == 30
-    assert story[-1].ended == whole[-1].ended and len(checkpoints_of(story)) == 3
-    assert checkpoints_of(story) == checkpoints_of(whole)
-    assert not ranks()
-
-
 async def test_processes_end_with_the_service(base: Path, tmp_path: Path) -> None:
     folder = prepared(tmp_path / "run", base, train_steps=100_000)
     training = ElasticLauncher(1).start(folder)
     deadline = time.monotonic() + 60
-    while not (started := ranks()):
+    while not (started := running_ranks()):
         assert time.monotonic() < deadline
         await asyncio.sleep(0.05)
     agent = training._agent  # type: ignore[attr-defined]

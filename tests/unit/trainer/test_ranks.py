@@ -1,4 +1,4 @@
-"""Two ranks do what one does: plain data parallelism and a sharded base, over gloo, in processes of their own."""
+"""Two ranks do what one does: plain data parallelism and a sharded base, over gloo; one of them is killed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from services.trainer.corpus.data import IGNORED, Row
+from services.trainer.launch.elastic import ElasticLauncher
 from services.trainer.ranks import ALONE, Ranks
+from tests.unit.trainer.folders import checkpoints_of, prepared, running_ranks, steps_of
 
 
 def rows(count: int) -> list[Row]:
@@ -89,3 +91,26 @@ def test_a_sharded_base_writes_each_line_with_all_its_parts(found: dict[str, Any
 def test_a_run_of_two_ranks_makes_one_proof(found: dict[str, Any]) -> None:
     (proof,) = [message.proof for message in found["told"] if message.HasField("proof")]
     assert proof.test_files == 2 and proof.adapter.test_loss < proof.base.test_loss
+
+
+async def test_a_killed_rank_comes_back_and_ends_with_the_same_adapter(
+    base: Path, tmp_path: Path, found: dict[str, Any]
+) -> None:
+    folder = prepared(tmp_path / "run", base)
+    training = ElasticLauncher(2).start(folder)
+    story = []
+    killed = False
+    async for message in training.events():
+        story.append(message)
+        if message.HasField("checkpoint"):
+            folder.release(message.checkpoint)
+        if message.HasField("step") and message.step.step >= 13 and not killed:
+            running_ranks()[0].kill()
+            killed = True
+    await training.fence()
+    assert [message.loaded.step for message in story if message.HasField("loaded")] == [0, 10]
+    whole = found["told"]
+    assert steps_of(story) == steps_of(whole) and len(steps_of(story)) == 30
+    assert story[-1].ended == whole[-1].ended and len(checkpoints_of(story)) == 3
+    assert checkpoints_of(story) == checkpoints_of(whole)
+    assert not running_ranks()
