@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 FILE = "model.gguf"
 _Q8_BLOCK = 32
 """Weights that share a scale; a row that is no multiple of it is kept as float16."""
+_POSITIONS = "position_embd.weight"
 _NOT_WEIGHTS = re.compile(r"\.(rotary_emb\.inv_freq|attn\.bias|masked_bias)$")
 
 
@@ -38,14 +39,17 @@ class _Architecture:
     arch: gguf.MODEL_ARCH
     norm: str
     """The setting that holds the norms' epsilon."""
-    interleaves_rope: bool
+    interleaves_rope: bool = False
     """Whether llama.cpp rotates neighbouring rows of q and k, where transformers rotates halves."""
+    has_rope: bool = True
+    """Without it positions are learned, and embedded like tokens."""
 
 
 _ARCHITECTURES = {
     "llama": _Architecture(gguf.MODEL_ARCH.LLAMA, "rms_norm_eps", interleaves_rope=True),
-    "qwen2": _Architecture(gguf.MODEL_ARCH.QWEN2, "rms_norm_eps", interleaves_rope=False),
-    "starcoder2": _Architecture(gguf.MODEL_ARCH.STARCODER2, "norm_epsilon", interleaves_rope=False),
+    "qwen2": _Architecture(gguf.MODEL_ARCH.QWEN2, "rms_norm_eps"),
+    "starcoder2": _Architecture(gguf.MODEL_ARCH.STARCODER2, "norm_epsilon"),
+    "gpt_bigcode": _Architecture(gguf.MODEL_ARCH.STARCODER, "layer_norm_epsilon", has_rope=False),
 }
 _TYPES = {
     GGUF_TYPE_BF16: (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
@@ -76,6 +80,13 @@ def write(merged: Merged, to: Path, title: str, type: GgufType, meter: Meter) ->
             field="format",
             hint=f"Possible are {', '.join(_ARCHITECTURES)}; download it as PEFT or MERGED, which every model allows.",
         )
+    if not getattr(config, "multi_query", True):
+        raise NotSupported(
+            f"a model of type {config.model_type} with keys and values for every head (multi_query off) cannot be "
+            "written as GGUF: its runtimes know it with one for all heads",
+            field="format",
+            hint="Download it as PEFT or MERGED.",
+        )
     matrix_type, file_type = _TYPES.get(type, _Q8)
     names = gguf.get_tensor_name_map(architecture.arch, config.num_hidden_layers)
     writer = gguf.GGUFWriter(to / FILE, gguf.MODEL_ARCH_NAMES[architecture.arch])
@@ -86,10 +97,11 @@ def write(merged: Merged, to: Path, title: str, type: GgufType, meter: Meter) ->
         for stored in merged.stored:
             if _NOT_WEIGHTS.search(stored.name):
                 continue
-            types[stored.name] = chosen = _type_of(stored.shape, matrix_type)
+            name = _name(names, stored.name)
+            types[stored.name] = chosen = _type_of(name, stored.shape, matrix_type)
             nbytes = _bytes_of(stored.shape, chosen)
             size += nbytes
-            writer.add_tensor_info(_name(names, stored.name), stored.shape, _float32(), nbytes, chosen)
+            writer.add_tensor_info(name, stored.shape, _float32(), nbytes, chosen)
         check_room(to, size, "the GGUF file")
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -113,7 +125,6 @@ def _add_settings(
 ) -> None:
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    rope = dict(config.rope_parameters or {})
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(title)
     writer.add_file_type(file_type)
@@ -122,11 +133,11 @@ def _add_settings(
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
+    # GPT-BigCode calls it n_inner, and leaves out the usual.
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
+    writer.add_feed_forward_length(inner)
     writer.add_head_count(heads)
     writer.add_head_count_kv(config.num_key_value_heads or heads)
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(float(rope.get("rope_theta", 10_000.0)))
     if head_dim * heads != config.hidden_size:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
@@ -135,6 +146,13 @@ def _add_settings(
         writer.add_layer_norm_rms_eps(epsilon)
     else:
         writer.add_layer_norm_eps(epsilon)
+    if architecture.has_rope:
+        _add_rope(writer, dict(config.rope_parameters or {}), head_dim)
+
+
+def _add_rope(writer: gguf.GGUFWriter, rope: dict[str, Any], head_dim: int) -> None:
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(float(rope.get("rope_theta", 10_000.0)))
     kind = rope.get("rope_type", "default")
     if kind == "linear":  # DeepSeek-Coder
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -156,8 +174,8 @@ def _name(names: gguf.TensorNameMap, name: str) -> str:
     return found
 
 
-def _type_of(shape: tuple[int, ...], matrix_type: GGMLQuantizationType) -> GGMLQuantizationType:
-    if len(shape) < 2:
+def _type_of(name: str, shape: tuple[int, ...], matrix_type: GGMLQuantizationType) -> GGMLQuantizationType:
+    if len(shape) < 2 or name == _POSITIONS:  # learned positions are added, not multiplied with
         return GGMLQuantizationType.F32
     if matrix_type == GGMLQuantizationType.Q8_0 and shape[-1] % _Q8_BLOCK:
         return GGMLQuantizationType.F16

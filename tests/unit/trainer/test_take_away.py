@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from peft import PeftModel
@@ -23,6 +24,7 @@ from services.trainer.planning.settings import Settings
 from tests.unit.trainer.whole import CODE, make_adapter, make_base, make_tokenizer
 
 KINDS = ["llama", "tied", "biased", "qwen2", "starcoder2"]
+BIGCODE = "gpt_bigcode"
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def test_plain_peft_computes_what_the_trainer_computed(
     torch.testing.assert_close(trained.losses([row])[0][:end], losses, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, BIGCODE])
 def test_the_merged_model_says_what_base_and_adapter_say(
     made: Callable[[str], tuple[Path, Path]], tmp_path: Path, kind: str
 ) -> None:
@@ -128,6 +130,43 @@ def test_the_gguf_file_says_nearly_the_same(
     assert tokenizer.encode(CODE) == make_tokenizer().encode(CODE)
 
 
+@pytest.mark.parametrize(("type", "tolerance"), [(GGUF_TYPE_F16, 0.02), (GGUF_TYPE_Q8_0, 0.5)])
+def test_the_gguf_file_of_gpt_bigcode_says_nearly_the_same(
+    made: Callable[[str], tuple[Path, Path]], tmp_path: Path, type: GgufType, tolerance: float
+) -> None:
+    """transformers does not read it from GGUF, so its tensors are put back by the names that llama.cpp has."""
+    base, adapter = made(BIGCODE)
+    gguf_file.write(Merged(base, adapter, "x"), tmp_path, "title", type, Meter())
+    read = gguf.GGUFReader(tmp_path / gguf_file.FILE)
+    told = {name: field.contents() for name, field in read.fields.items()}
+    assert told["general.architecture"] == "starcoder" and not any("rope" in name for name in told)
+    counts = ("block_count", "attention.head_count", "attention.head_count_kv", "feed_forward_length", "context_length")
+    assert [told[f"starcoder.{name}"] for name in counts] == [2, 4, 1, 256, 512]
+    theirs = {
+        "token_embd": "wte",
+        "position_embd": "wpe",
+        "output_norm": "ln_f",
+        "attn_norm": "ln_1",
+        "attn_qkv": "attn.c_attn",
+        "attn_output": "attn.c_proj",
+        "ffn_norm": "ln_2",
+        "ffn_up": "mlp.c_fc",
+        "ffn_down": "mlp.c_proj",
+    }
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    waiting = set(model.state_dict()) - {"lm_head.weight"}  # llama.cpp takes the embedding for it, as this model does
+    for tensor in read.tensors:
+        *block, name, what = tensor.name.removeprefix("blk.").split(".")
+        place = ".".join(["transformer", *(["h", *block] if block else []), theirs[name], what])
+        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        model.get_parameter(place).data.copy_(torch.from_numpy(values.copy()))
+        waiting.remove(place)
+        if name == "position_embd" or what == "bias":
+            assert tensor.tensor_type == gguf.GGMLQuantizationType.F32
+    assert not waiting
+    assert (logits(model) - with_peft(base, adapter)).abs().max() < tolerance
+
+
 def test_what_gguf_has_no_form_for_is_refused_with_the_way_out(
     made: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
@@ -136,7 +175,7 @@ def test_what_gguf_has_no_form_for_is_refused_with_the_way_out(
     config = json.loads((base / "config.json").read_text())
     yarn = {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
     for change, what in (
-        ({"model_type": "gpt_neox"}, "llama, qwen2, starcoder2"),
+        ({"model_type": "gpt_neox"}, "llama, qwen2, starcoder2, gpt_bigcode"),
         ({"rope_parameters": yarn}, "convert_hf_to_gguf"),
     ):
         merged.base = tmp_path / what[:4]
@@ -145,6 +184,15 @@ def test_what_gguf_has_no_form_for_is_refused_with_the_way_out(
         with pytest.raises(NotSupported) as caught:
             gguf_file.write(merged, tmp_path, "title", GGUF_TYPE_Q8_0, Meter())
         assert caught.value.field == "format" and what in caught.value.hint
+
+
+def test_gpt_bigcode_with_keys_for_every_head_is_refused(
+    made: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """Its rows of q, k and v alternate head by head; llama.cpp knows one head of keys only."""
+    with pytest.raises(NotSupported, match="multi_query") as caught:
+        gguf_file.write(Merged(*made("gpt_bigcode, all heads"), "x"), tmp_path, "title", GGUF_TYPE_F16, Meter())
+    assert caught.value.field == "format" and "MERGED" in caught.value.hint
 
 
 SPLIT = {"type": "Split", "behavior": "Isolated"}

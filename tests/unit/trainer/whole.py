@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    GPTBigCodeConfig,
     LlamaConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -54,6 +55,8 @@ def make_base(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> Pa
         "biased": lambda: LlamaConfig(**sizes, attention_bias=True, mlp_bias=True),  # granite-code
         "qwen2": lambda: Qwen2Config(**sizes),
         "starcoder2": lambda: Starcoder2Config(**sizes),
+        "gpt_bigcode": lambda: bigcode(sizes),  # granite-code 20B
+        "gpt_bigcode, all heads": lambda: bigcode(sizes, multi_query=False),
     }[kind]()
     model = AutoModelForCausalLM.from_config(config).to(dtype)
     for parameter in model.parameters():
@@ -62,6 +65,21 @@ def make_base(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> Pa
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def bigcode(sizes: dict[str, Any], **more: Any) -> GPTBigCodeConfig:
+    """These sizes in the names of this architecture; learned positions, an MLP of four times the width."""
+    return GPTBigCodeConfig(
+        vocab_size=sizes["vocab_size"],
+        n_embd=sizes["hidden_size"],
+        n_layer=sizes["num_hidden_layers"],
+        n_head=sizes["num_attention_heads"],
+        n_positions=sizes["max_position_embeddings"],
+        bos_token_id=None,
+        eos_token_id=sizes["eos_token_id"],
+        initializer_range=sizes["initializer_range"],
+        **more,
+    )
 
 
 def make_adapter(base: Path, folder: Path, *, rank: int = 4, **options: Any) -> Path:
