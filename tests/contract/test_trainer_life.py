@@ -356,7 +356,7 @@ async def test_before_the_first_step_there_is_an_adapter_to_go_on_from(
     losses, may_evaluate = lora.Trainee.losses, threading.Event()
 
     def waits(trainee: Any, rows: Any) -> Any:
-        may_evaluate.wait(0.2)  # once a batch, so that there is time to ask for something meanwhile
+        may_evaluate.wait(0.3)  # once a batch, so that there is time to ask for something meanwhile
         return losses(trainee, rows)
 
     monkeypatch.setattr(lora.Trainee, "losses", waits)

@@ -1,6 +1,7 @@
 """A merged model as one GGUF file, as llama.cpp and its relatives read it.
 
-Names and layouts are those of llama.cpp's convert_hf_to_gguf.py; the mapping of names is the gguf package's own.
+Names and layouts are those of llama.cpp's convert_hf_to_gguf.py; the mapping of names is the gguf package's own. What
+llama.cpp does not read from a file it computes its own way: the activation of GPT-BigCode is GELU in its tanh form.
 Written tensor by tensor: what is needed of memory is the largest tensor in fp32.
 """
 

@@ -1,4 +1,4 @@
-"""Training in a cluster with Kubeflow Trainer: a run's processes as one TrainJob (trainer.kubeflow.org/v1alpha1).
+"""Training in a cluster with Kubeflow Trainer, 2.2 or later: a run's processes as one TrainJob of its v1alpha1.
 
 For clusters whose queue (Kueue) and whose people know TrainJobs. The runtime that it refers to is Kubeflow's own for
 torch, with one replicated job "node" and in it one container "node"; what that runtime cannot know (the volume, whom
