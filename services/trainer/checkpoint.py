@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ _NUMBERS = (
     "base_loss",
     "best_loss",
     "best_step",
+    "best_strength",
     "evaluations_without_gain",
     "evaluated_step",
     "ended",
@@ -37,12 +39,23 @@ _NUMBERS = (
 _MEASURES = ("base", "best")
 
 
-def save_adapter(trainee: Trainee, folder: Path, base_model: str) -> tuple[dict[str, Path], str]:
+def save_adapter(
+    trainee: Trainee, folder: Path, base_model: str, weights: Mapping[str, torch.Tensor] | None = None
+) -> tuple[dict[str, Path], str]:
     """Writes the adapter as a PEFT directory; returns its files by name, and its version.
 
     The version is the SHA-256 of the weights.
+
+    Args:
+        weights: a copy of it that is written instead of what it is now, see :meth:`Trainee.weights`.
     """
-    trainee.save(folder, base_model)
+    if weights is not None:
+        trainee.wear(weights)
+    try:
+        trainee.save(folder, base_model)
+    finally:
+        if weights is not None:
+            trainee.publish()
     files = {name: folder / name for name in (WEIGHTS, CONFIG)}
     with files[WEIGHTS].open("rb") as file:
         return files, hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,11 +9,22 @@ from dataclasses import dataclass
 from services.core.errors import TrainingDiverged
 from services.trainer.model.lora import Trainee
 from services.trainer.planning.settings import Settings
-from services.trainer.proving.evaluate import HeldOut
-from services.trainer.proving.proof import Exam, Measures, forgets, judge
+from services.trainer.proving.evaluate import HeldOut, HeldOutLoss
+from services.trainer.proving.proof import Exam, Measures, foreign_rise, forgets, judge
 from services.trainer.ranks import Ranks
 from services.trainer.state import State
 from services.trainer.story import CheckpointDue, Evaluated, Event, Proved
+
+_LEAST_STRENGTH = 0.2
+"""Share of an adapter below which it is not worth another evaluation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """What may be the best: the adapter, or a share of it."""
+
+    measures: Measures
+    strength: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +45,18 @@ class Judge:
     def evaluate(self) -> Evaluated:
         """The test loss; of the base model, and of what would be the best, also what else the exam asks."""
         settings, state, exam = self.settings, self.state, self.exam
-        before, is_cancelled = state.tick(), self.ranks.agreed(self.is_cancelled)
-        found = self.test.evaluate(self.trainee, settings.micro_batch_size, is_cancelled, self.ranks)
+        before = state.tick()
+        found = self._test()
         check_finite(found.loss, settings, state)
         measures, refused = Measures(found.loss, found.by_file), ""
+        version = Version(measures, 1.0)
         is_base = state.base_loss is None
         is_lowest = state.best_loss is None or found.loss < state.best_loss
-        if is_lowest and exam is not None:
-            exam.add_foreign_loss(self.trainee, measures, settings.micro_batch_size, is_cancelled, self.ranks)
-            if state.base is not None:
-                refused = forgets(state.base, measures, settings.max_foreign_loss_increase)
+        if is_lowest:
+            self._add_foreign_loss(measures)
+            if state.base is not None and (refused := self._forgets(measures)) and state.step:
+                version, told = self._weakened(measures)
+                refused += told
         state.evaluation_seconds = state.tick() - before
         if is_base and exam is not None:
             exam.add_lines(self.trainee, measures, self.is_cancelled, self.ranks)
@@ -51,16 +64,56 @@ class Judge:
         if is_base:
             state.base_loss = state.best_loss = found.loss
             state.base = measures
-        elif is_lowest and not refused:
-            state.best_loss, state.best_step, state.evaluations_without_gain = found.loss, state.step, 0
+        elif is_lowest and (version.strength < 1 or not refused):
+            state.best_step, state.evaluations_without_gain = state.step, 0
+            state.best_loss = version.measures.test_loss
             if state.step:
-                state.best, state.best_weights = measures, self.trainee.weights()
+                state.best, state.best_strength = version.measures, version.strength
+                state.best_weights = self.trainee.weights(version.strength)
         else:
             state.evaluations_without_gain += 1
         if state.step:
             state.lowest_loss = min(found.loss, state.lowest_loss or found.loss)
         state.evaluated_step = state.step
         return Evaluated(state.step, found, state.evaluation_seconds, is_base, measures.foreign_loss, refused)
+
+    def _weakened(self, whole: Measures) -> tuple[Version, str]:
+        """The adapter with the share of its strength that does no more harm than is allowed, and what to tell of it.
+
+        On the way from base to adapter losses are nearly convex (WiSE-FT, arXiv:2109.01903): a share of the way has at
+        most that share of the harm, and at least that share of the gain. The version is the whole adapter where the
+        weaker one could not be the best either.
+        """
+        state, limit = self.state, self.settings.max_foreign_loss_increase
+        assert state.base is not None and state.best_loss is not None
+        strength = limit / foreign_rise(state.base, whole)
+        if strength < _LEAST_STRENGTH:
+            return Version(whole, 1.0), ""
+        self.trainee.wear(self.trainee.weights(strength))
+        try:
+            found = self._test()
+            weaker = Measures(found.loss, found.by_file)
+            self._add_foreign_loss(weaker)
+        finally:
+            self.trainee.publish()
+        told = f"; with {strength:.2f} of its strength the test loss is {found.loss:.4f}"
+        if found.loss >= state.best_loss or self._forgets(weaker):
+            return Version(whole, 1.0), told
+        return Version(weaker, strength), told + ", and that is published"
+
+    def _test(self) -> HeldOutLoss:
+        is_cancelled = self.ranks.agreed(self.is_cancelled)
+        return self.test.evaluate(self.trainee, self.settings.micro_batch_size, is_cancelled, self.ranks)
+
+    def _add_foreign_loss(self, measures: Measures) -> None:
+        if self.exam is not None:
+            is_cancelled = self.ranks.agreed(self.is_cancelled)
+            batch = self.settings.micro_batch_size
+            self.exam.add_foreign_loss(self.trainee, measures, batch, is_cancelled, self.ranks)
+
+    def _forgets(self, measures: Measures) -> str:
+        assert self.state.base is not None
+        return forgets(self.state.base, measures, self.settings.max_foreign_loss_increase)
 
     def after_step(self, *, is_new: bool) -> Iterator[Event]:
         """The evaluation and the checkpoint that are due at this step, and whether it was the last one.
@@ -85,7 +138,8 @@ class Judge:
         is_best = evaluated is not None and state.best_step == state.step
         if is_best or state.ended or (is_new and kept):
             before = state.tick()
-            yield CheckpointDue(state.step, evaluated.test.loss if evaluated else None, is_best)
+            loss = state.best_loss if is_best else evaluated.test.loss if evaluated else None
+            yield CheckpointDue(state.step, loss, is_best)
             state.commit_seconds = state.tick() - before
 
     def prove(self) -> Iterator[Proved]:

@@ -173,7 +173,8 @@ class _RankZero:
             time.sleep(0.1)
         loaded = self._loaded
         adapter, state = self._folder.adapter_path(due.step), self._folder.state_path(due.step)
-        _, sha256 = checkpoint.save_adapter(loaded.trainee, adapter, self._spec.base_model)
+        weights = loaded.state.best_weights if due.is_best else None
+        _, sha256 = checkpoint.save_adapter(loaded.trainee, adapter, self._spec.base_model, weights)
         if due.step:
             checkpoint.save_state(loaded.trainee, loaded.optimizer, loaded.state, state, owner=self._spec.run)
         self._kept_step = due.step
@@ -185,6 +186,7 @@ class _RankZero:
             sha256=sha256,
             state_path=str(state) if due.step else "",
             last=bool(loaded.state.ended),
+            strength=loaded.state.best_strength if due.is_best else 1.0,
         )
         self._folder.write(TrainingMessage(checkpoint=written))
 

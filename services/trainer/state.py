@@ -39,6 +39,8 @@ class State:
     best: Measures | None = None
     """None while no step has led to a best one."""
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    best_strength: float = 1.0
+    """Share of the trained update that is in them."""
     proved: bool = False
     """Whether the proof is made; kept with the run's record, not with this state."""
     _since: float = field(default_factory=time.monotonic)

@@ -38,18 +38,18 @@ class Evaluated:
     foreign_loss: float | None = None
     """Nats per token; None where it was not measured."""
     refused: str = ""
-    """Why the adapter is not the best although its test loss is the lowest."""
+    """Why the adapter is not the best as it is although its test loss is the lowest, and what became of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointDue:
-    """The adapter as it is now should be kept."""
+    """The adapter should be kept: as it is now, or as the best version has it."""
 
     step: int
     test_loss: float | None
     """None between evaluations."""
     is_best: bool
-    """Lowest test loss so far, below the base model's, and no harm to foreign code."""
+    """Lowest test loss so far, below the base model's, and no harm to foreign code: the weights are the state's."""
 
 
 @dataclass(frozen=True, slots=True)

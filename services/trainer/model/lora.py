@@ -162,9 +162,16 @@ class Trainee:
                 mask = torch.cat([mask, mask.new_ones(len(kept), 1)], dim=1)
                 positions = positions[:, -1:] + 1
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """A copy of the adapter as it computes now, by name; for :meth:`wear`."""
-        return {name: parameter.detach().clone() for name, parameter in self._trained.items()}
+    def weights(self, strength: float = 1.0) -> dict[str, torch.Tensor]:
+        """A copy of the adapter as it computes now, by name; for :meth:`wear`.
+
+        Args:
+            strength: share of the update that the copy makes of the base.
+        """
+        return {
+            name: parameter.detach() * (strength if ".lora_B." in name else 1.0)
+            for name, parameter in self._trained.items()
+        }
 
     def wear(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Computes with this copy of an adapter until the next :meth:`publish`; the masters stay as they are."""

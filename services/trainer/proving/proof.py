@@ -170,14 +170,21 @@ def forgets(base: Measures, adapter: Measures, most: float) -> str:
     """
     if base.foreign_loss is None or adapter.foreign_loss is None:
         return ""
-    rise = adapter.foreign_loss / base.foreign_loss - 1
+    rise = foreign_rise(base, adapter)
     if rise <= most:
         return ""
     return (
-        f"not published as best: the loss on foreign code rises from {base.foreign_loss:.4f} to "
+        f"not published as best as it is: the loss on foreign code rises from {base.foreign_loss:.4f} to "
         f"{adapter.foreign_loss:.4f} ({100 * rise:+.1f} %, at most {100 * most:+.1f} % is allowed by "
         f"max_foreign_loss_increase), while the test loss is {adapter.test_loss:.4f} (base {base.test_loss:.4f})"
     )
+
+
+def foreign_rise(base: Measures, adapter: Measures) -> float:
+    """By what share of the base model's the loss on foreign code is higher; 0 when it was not measured."""
+    if base.foreign_loss is None or adapter.foreign_loss is None:
+        return 0.0
+    return adapter.foreign_loss / base.foreign_loss - 1
 
 
 def judge(base: Measures, adapter: Measures, *, seed: int, seconds: float) -> Proof:

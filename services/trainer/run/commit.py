@@ -61,6 +61,7 @@ class Committer:
             base_model=run.base_model,
             base_digest=loaded.base_digest,
             size=sum(file.size for file in stored.files),
+            strength=written.strength,
         )
         record.create_time.GetCurrentTime()
         record = await self._record(record)
@@ -94,6 +95,7 @@ class Committer:
             test_loss=test_loss,
             base_test_loss=run.base_test_loss if run.HasField("base_test_loss") else None,
             hyperparameters=settings,
+            strength=written.strength,
         )
         with contextlib.suppress(ResourceExists):
             await self._artifacts.commit(name, manifest, files_in(Path(written.adapter_path)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -199,6 +199,22 @@ class Forgotten:
         return replace(self._files.evaluate(*arguments), loss=2.0 if self._times < 3 else 9.0)
 
 
+class Distance:
+    """Foreign code whose loss rises with the square of the adapter: by 3 % at its first evaluation."""
+
+    def __init__(self, files: HeldOut) -> None:
+        self._files = files
+        self._first = 0.0
+
+    def loss_of(self, weights: Mapping[str, torch.Tensor]) -> float:
+        size = sum(float(tensor.float().square().sum()) for name, tensor in weights.items() if ".lora_B." in name)
+        self._first = self._first or size
+        return 2.0 * (1 + 0.03 * size / self._first) if size else 2.0
+
+    def evaluate(self, made: Trainee, *arguments: Any) -> HeldOutLoss:
+        return replace(self._files.evaluate(made, *arguments), loss=self.loss_of(made.weights()))
+
+
 def train(made: Trainee, state: State, optimizer: Any, *rest: Any) -> list[Any]:
     chosen, corpus, held_out, exam = rest
     return list(loop.train(made, optimizer, chosen, corpus, held_out, state, lambda: False, exam=exam))
@@ -234,6 +250,35 @@ def test_a_version_that_forgets_is_not_the_best(
             assert "each that is better raises the loss on foreign code" in judging.nothing_best(
                 state, "the base model"
             )
+
+
+def test_of_a_version_that_forgets_a_share_is_published(
+    settings: Make, trainee: Make, corpus: Make, held_out: Make, exam: Make, tmp_path: Path
+) -> None:
+    chosen = settings(max_foreign_loss_increase=0.02)
+    made, state, judge = trainee(chosen), State(), exam()
+    judge._foreign = Distance(judge._foreign)
+    optimizer = loop.make_optimizer(made, chosen)
+    best = []
+    for event in loop.train(
+        made, optimizer, chosen, corpus(chosen), held_out(chosen), state, lambda: False, exam=judge
+    ):
+        if isinstance(event, Evaluated):
+            evaluated = event
+        if isinstance(event, CheckpointDue) and event.is_best:
+            now = made.weights()
+            _, whole = checkpoint.save_adapter(made, tmp_path, "tiny")
+            _, published = checkpoint.save_adapter(made, tmp_path, "tiny", state.best_weights)
+            assert (published == whole) == (state.best_strength == 1)
+            assert all(torch.equal(now[name], after) for name, after in made.weights().items())
+            best.append((event, evaluated, state.best_strength, dict(state.best_weights), now))
+    due, evaluated, strength, weights, now = best[-1]
+    assert 0.2 < strength < 1 and "that is published" in evaluated.refused
+    # The smaller the share the less of the gain, but the base model is worse than any.
+    assert evaluated.test.loss < due.test_loss == state.best_loss < state.base_loss
+    assert judge._foreign.loss_of(weights) <= 1.02 * 2.0 < judge._foreign.loss_of(now)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, now[name] * (strength if ".lora_B." in name else 1), rtol=0.02, atol=0)
 
 
 def test_the_best_is_judged_and_the_last_goes_on(
