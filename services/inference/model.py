@@ -44,9 +44,11 @@ class LoadedModel:
         """The tensors of a safetensors file, on the CPU."""
         return load_file(file)
 
-    def prepare(self, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], scale: float) -> lora.Weights:
+    def prepare(
+        self, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], scale: float, sha256: str
+    ) -> lora.Weights:
         """Verified matrices, ready to run on this model."""
-        return lora.prepare(pairs, scale, self.model.dtype, self.model.device)
+        return lora.prepare(pairs, scale, self.model.dtype, self.model.device, sha256)
 
 
 def load(spec: ModelSpec, cache_dir: Path, limits: Limits, *, threads: int = 0, max_rank: int = 64) -> LoadedModel:
@@ -69,7 +71,7 @@ def start(
     """Starts an engine over a model in memory."""
     fmt, vocabulary = prompts.detect(tokenizer), token_bytes(tokenizer)
     base = Base(model_id, digest, fmt, lora.adaptable(model), max_rank)
-    engine = Engine(Runner(model, Sampler(Spelling(vocabulary))), limits)
+    engine = Engine(Runner(model, Sampler(Spelling(vocabulary)), limits.blocks), limits)
     engine.start()
     context_length = int(model.config.max_position_embeddings)
     return LoadedModel(model, base, tokenizer, fmt, vocabulary, context_length, engine)

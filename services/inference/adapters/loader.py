@@ -37,7 +37,7 @@ class Device(Protocol):
         """The tensors of a safetensors file."""
         ...
 
-    def prepare(self, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], scale: float) -> Weights:
+    def prepare(self, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], scale: float, sha256: str) -> Weights:
         """Verified matrices, ready to run."""
         ...
 
@@ -94,6 +94,6 @@ class Loader:
 def _stage(folder: Path, manifest: AdapterManifest, device: Device) -> Version:
     scale = verify.check_config(folder, manifest)
     pairs = verify.check_tensors(device.read(folder / WEIGHTS), manifest, device.base)
-    weights = device.prepare(pairs, scale)
+    weights = device.prepare(pairs, scale, manifest.sha256)
     fmt = verify.prompt_format(manifest, device.base)
     return Version(manifest.sha256, manifest.name, weights, weights.rank, weights.size, fmt)

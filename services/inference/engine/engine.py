@@ -53,6 +53,18 @@ class Engine:
         with self._changed:
             return len(self._scheduler.running), len(self._scheduler.waiting)
 
+    @property
+    def blocks_held(self) -> int:
+        """Blocks of the KV cache that sequences hold; what is only cached does not count."""
+        with self._changed:
+            return self._scheduler.blocks.held
+
+    @property
+    def prefix_tokens(self) -> tuple[int, int]:
+        """(found in the cache, admitted) prompt tokens since the start."""
+        with self._changed:
+            return self._scheduler.cached_tokens, self._scheduler.prompt_tokens
+
     def submit(self, sequence: Sequence) -> None:
         """Queues a sequence.
 
@@ -98,6 +110,8 @@ class Engine:
             _log.exception("a step failed; its sequences end", sequences=len(work))
             ended = [(item.sequence, item.sequence.close(Reason.FAILED)) for item in work]
         else:
+            with self._changed:
+                self._scheduler.commit(work)
             ended = self._take(work, tokens)
         if ended:
             with self._changed:

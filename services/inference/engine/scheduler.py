@@ -3,6 +3,12 @@
 Continuous batching with chunked prefill (Sarathi-Serve, arXiv:2403.02310): every running sequence decodes one token a
 step, and what is left of the step's token budget goes to prompts in the order of their arrival. So a long prompt never
 stops the others, and a finished one makes room within a step.
+
+Memory is given out block by block as sequences grow, not for the longest they might get: most end early. When it runs
+out, the sequence admitted last gives up its blocks and goes back to the head of the queue, to be computed again (what
+of it is still cached is not). Waiting instead could deadlock, each for a block of the other. This cannot: the one
+admitted first is never the victim of others, no sequence may be larger than the whole memory, and nobody overtakes in
+the queue, so it ends, and then the next is first.
 """
 
 from __future__ import annotations
@@ -12,6 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from services.core.errors import InvalidArgument, QueueFull
+from services.inference.engine.blocks import BLOCK, Blocks, blocks_for
 from services.inference.engine.sequence import Reason, Sequence
 
 
@@ -26,9 +33,14 @@ class Limits:
     step_tokens: int = 256
     """Most tokens in one step: bounds how long a prompt delays everybody's next token."""
     kv_tokens: int = 32768
-    """Most tokens whose keys and values are held at once."""
+    """Most tokens whose keys and values are kept at once, those of ended sequences too."""
     retry_seconds: float = 1.0
     """What a refused caller is told to wait."""
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the KV cache."""
+        return self.kv_tokens // BLOCK
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +64,7 @@ class Plan:
     work: list[Work] = field(default_factory=list)
     """At most one entry a sequence."""
     admitted: list[Sequence] = field(default_factory=list)
-    """Sequences whose first step this is."""
+    """Sequences whose first step this is; not those that were there before and had to give up their blocks."""
     ended: list[tuple[Sequence, Reason]] = field(default_factory=list)
     """Sequences that are out from now on, and why."""
 
@@ -64,6 +76,14 @@ class Scheduler:
         self.limits = limits
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        """In the order of their admission."""
+        self.blocks = Blocks(limits.blocks)
+        self.prompt_tokens = 0
+        """Of all sequences admitted so far."""
+        self.cached_tokens = 0
+        """Of these, those that were not computed again."""
+        self.preemptions = 0
+        """Times that a sequence had to give up its blocks."""
 
     def __len__(self) -> int:
         return len(self.waiting) + len(self.running)
@@ -75,7 +95,7 @@ class Scheduler:
             QueueFull: too many wait already.
             InvalidArgument: it could never run within the limits.
         """
-        if sequence.capacity > self.limits.kv_tokens:
+        if blocks_for(sequence.capacity) > self.blocks.count:
             raise InvalidArgument(
                 f"prompt and completion of {sequence.capacity} tokens exceed this replica's {self.limits.kv_tokens}",
                 field="stop.max_tokens",
@@ -102,6 +122,7 @@ class Scheduler:
             if sequence.cancelled is not None:
                 plan.ended.append((sequence, sequence.cancelled))
         self.remove(sequence for sequence, _ in plan.ended)
+        self._grow()
         self._admit(plan)
         budget = self.limits.step_tokens
         decoding = [sequence for sequence in self.running if sequence.remaining == 1]
@@ -114,19 +135,59 @@ class Scheduler:
             budget -= count
         return plan
 
+    def commit(self, work: Iterable[Work]) -> None:
+        """Takes note that a step's work is done: its keys and values are there."""
+        for item in work:
+            sequence = item.sequence
+            sequence.computed = item.start + item.count
+            if sequence.table is not None:
+                self.blocks.commit(sequence.table, sequence.tokens, sequence.computed)
+
     def remove(self, sequences: Iterable[Sequence]) -> None:
-        """Takes sequences out; their place is free for the next step."""
+        """Takes sequences out; their place and their blocks are free for the next step."""
         gone = {sequence.number for sequence in sequences}
         if gone:
+            for sequence in self.running:
+                if sequence.number in gone:
+                    self._free(sequence)
             self.waiting = deque(s for s in self.waiting if s.number not in gone)
             self.running = [s for s in self.running if s.number not in gone]
 
+    def _grow(self) -> None:
+        """Sees that every running sequence has blocks for its tokens, at the cost of those admitted last."""
+        served = 0
+        while served < len(self.running):
+            sequence = self.running[served]
+            assert sequence.table is not None
+            if self.blocks.grow(sequence.table, len(sequence.tokens), sequence.capacity):
+                served += 1
+                continue
+            victim = self.running.pop()
+            self._free(victim)
+            self.waiting.appendleft(victim)
+            self.preemptions += 1
+
     def _admit(self, plan: Plan) -> None:
-        held = sum(sequence.capacity for sequence in self.running)
         while self.waiting and len(self.running) < self.limits.running:
-            if held + self.waiting[0].capacity > self.limits.kv_tokens:
+            sequence = self.waiting[0]
+            sequence.table = self.blocks.open(
+                sequence.root,
+                sequence.tokens,
+                reusable=len(sequence.tokens) - 1,
+                capacity=sequence.capacity,
+                spare=len(self.running),  # a block each to grow into, or somebody had to give up theirs soon
+            )
+            if sequence.table is None:
                 break  # in order of arrival: a small one behind a large one would starve it
-            sequence = self.waiting.popleft()
-            held += sequence.capacity
-            self.running.append(sequence)
-            plan.admitted.append(sequence)
+            self.running.append(self.waiting.popleft())
+            sequence.computed = len(sequence.table.names) * BLOCK
+            if sequence.cached is None:
+                sequence.cached = min(sequence.computed, len(sequence.prompt))
+                self.prompt_tokens += len(sequence.prompt)
+                self.cached_tokens += sequence.cached
+                plan.admitted.append(sequence)
+
+    def _free(self, sequence: Sequence) -> None:
+        if sequence.table is not None:
+            self.blocks.close(sequence.table)
+        sequence.table, sequence.computed = None, 0

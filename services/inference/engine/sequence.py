@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from services.inference.engine.blocks import Table
 from services.inference.engine.text import TextStream
 
 _numbers = itertools.count(1)
@@ -71,7 +73,8 @@ class Sequence:
     """Called from the engine's thread."""
     sampling: Sampling = Sampling()
     adapter: Any = None
-    """The weights this sequence runs on to its end; None for the base model. The engine only hands them through."""
+    """The weights this sequence runs on to its end; None for the base model. The engine hands them through, and keeps
+    apart what they computed by their ``digest``."""
     stop_ids: frozenset[int] = frozenset()
     """Tokens that end the text."""
     deadline: float | None = None
@@ -85,6 +88,10 @@ class Sequence:
     """Prompt and what was generated."""
     computed: int = field(default=0, init=False)
     """Tokens whose keys and values are there."""
+    table: Table | None = field(default=None, init=False)
+    """The blocks they are in; None while it waits."""
+    cached: int | None = field(default=None, init=False)
+    """Prompt tokens that were there already when it was admitted; None before."""
     generated: int = field(default=0, init=False)
     """New tokens that count towards max_tokens."""
     unsent: int = field(default=0, init=False)
@@ -104,8 +111,13 @@ class Sequence:
         self.tokens = list(self.prompt)
 
     @property
+    def root(self) -> bytes:
+        """Stands for its weights, so that it never finds keys and values of others."""
+        return b"base" if self.adapter is None else hashlib.sha256(self.adapter.digest.encode()).digest()
+
+    @property
     def capacity(self) -> int:
-        """Most tokens it can come to, so that its keys and values are allocated once."""
+        """Most tokens it can come to."""
         return len(self.prompt) + self.max_tokens + self.text.overhang_size
 
     @property

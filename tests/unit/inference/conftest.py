@@ -33,4 +33,4 @@ def bench(reference: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> It
     made.engine.start()
     yield made
     made.engine.stop()
-    assert made.runner.sequences_held == 0, "keys and values of an ended sequence are still held"
+    assert made.engine.blocks_held == 0, "blocks of an ended sequence are still held"

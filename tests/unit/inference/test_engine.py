@@ -82,7 +82,7 @@ def test_cancel_frees_the_sequence_within_a_step(bench: Bench) -> None:
     heard = bench.submit(PROMPTS[1], 400).wait(lambda output: output.tokens > 0)
     bench.engine.cancel(heard.sequence)
     assert heard.wait().reason is Reason.CANCELLED
-    assert bench.runner.sequences_held == 0 and bench.engine.load == (0, 0)
+    assert bench.engine.blocks_held == 0 and bench.engine.load == (0, 0)
     bench.engine.cancel(heard.sequence)  # once more does no harm
 
 
@@ -141,8 +141,6 @@ class Failing:
         self.steps += 1
         if self.steps == 2:
             raise MemoryError("no room")
-        for item in work:
-            item.sequence.computed = item.start + item.count
         return [65 if item.samples else None for item in work]
 
     def release(self, sequence: Sequence) -> None:
@@ -202,4 +200,4 @@ def test_nothing_is_held_after_thousands_of_random_operations(bench: Bench) -> N
         thread.join()
     assert not errors_seen
     assert all(sum(o.reason is not None for o in heard.outputs) == 1 for heard in live)
-    assert bench.engine.load == (0, 0) and bench.runner.sequences_held == 0
+    assert bench.engine.load == (0, 0) and bench.engine.blocks_held == 0

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.core import errors
+from services.inference.engine.blocks import BLOCK
 from services.inference.engine.scheduler import Limits, Plan, Scheduler
 from services.inference.engine.sequence import Reason, Sequence
 from services.inference.engine.text import TextStream
@@ -24,10 +25,9 @@ def make(prompt: int = 5, max_tokens: int = 4, **fields: Any) -> Sequence:
 def compute(scheduler: Scheduler, plan: Plan) -> list[Sequence]:
     """Pretends to run the step; the sequences that ended with it."""
     ended = []
+    scheduler.commit(plan.work)
     for work in plan.work:
-        samples = work.samples
-        work.sequence.computed = work.start + work.count
-        if samples:
+        if work.samples:
             output = work.sequence.accept(0)
             if output and output.reason:
                 ended.append(work.sequence)
@@ -50,19 +50,66 @@ def test_a_long_prompt_goes_in_chunks_beside_decodes() -> None:
     assert steps[2:] == [[(True, 1, True), (False, 6, True)], [(True, 1, True), (False, 1, True)]]
 
 
-def test_room_for_keys_and_values_is_kept_in_order_of_arrival() -> None:
-    scheduler = Scheduler(Limits(kv_tokens=30))
-    first, large, small = make(15, 5), make(15, 5), make(1, 1)
+def test_blocks_are_given_out_in_order_of_arrival() -> None:
+    scheduler = Scheduler(Limits(kv_tokens=3 * BLOCK))
+    first, large, small = make(2 * BLOCK, 5), make(2 * BLOCK, 5), make(1, 1)
     for sequence in (first, large, small):
         scheduler.submit(sequence)
     assert scheduler.plan(0).admitted == [first]
     scheduler.remove([first])
-    assert scheduler.plan(0).admitted == [large, small]
+    assert scheduler.plan(0).admitted == [large]
+    scheduler.remove([large])
+    assert scheduler.plan(0).admitted == [small]
+
+
+def test_the_latest_gives_up_its_blocks_and_comes_back_first() -> None:
+    scheduler = Scheduler(Limits(kv_tokens=4 * BLOCK, step_tokens=64))
+    first, second, third = make(BLOCK, 2 * BLOCK), make(BLOCK, 2 * BLOCK), make(1, 1)
+    for sequence in (first, second, third):
+        scheduler.submit(sequence)
+    assert scheduler.plan(0).admitted == [first, second]
+    while scheduler.preemptions == 0:
+        compute(scheduler, scheduler.plan(0))
+    assert scheduler.running == [first] and list(scheduler.waiting) == [second, third]
+    tokens = len(second.tokens)
+    assert tokens > BLOCK and second.table is None and second.computed == 0
+    while first in scheduler.running:
+        assert not scheduler.plan(0).admitted
+        compute(scheduler, scheduler.plan(0))
+    plan = scheduler.plan(0)
+    assert second in scheduler.running and second not in plan.admitted, "it is not told again that it begins"
+    assert plan.work[0].sequence is second and plan.work[0].start >= BLOCK, "what was still there is not computed again"
+    while len(scheduler):
+        compute(scheduler, scheduler.plan(0))
+    assert all(s.generated == s.max_tokens for s in (first, second, third)) and scheduler.blocks.held == 0
+
+
+def test_a_known_beginning_is_not_computed_again() -> None:
+    scheduler = Scheduler(Limits())
+    for prompt, cached in ((40, 0), (40, 32), (33, 32), (32, 16), (90, 32), (90, 80)):
+        sequence = make(prompt, 1)
+        scheduler.submit(sequence)
+        plan = scheduler.plan(0)
+        assert (plan.work[0].start, plan.work[0].count, sequence.cached) == (cached, prompt - cached, cached)
+        compute(scheduler, plan)
+    assert (scheduler.cached_tokens, scheduler.prompt_tokens) == (192, 325)
+
+
+def test_only_what_was_computed_is_found() -> None:
+    scheduler = Scheduler(Limits(step_tokens=20))
+    first = make(64, 1)
+    scheduler.submit(first)
+    compute(scheduler, scheduler.plan(0))
+    first.cancelled = Reason.CANCELLED
+    second = make(64, 1)
+    scheduler.submit(second)
+    scheduler.plan(0)
+    assert second.cached == BLOCK
 
 
 def test_what_could_never_run_is_refused_at_once() -> None:
     with pytest.raises(errors.InvalidArgument) as refused:
-        Scheduler(Limits(kv_tokens=30)).submit(make(20, 20))
+        Scheduler(Limits(kv_tokens=40)).submit(make(20, 20))
     assert refused.value.field == "stop.max_tokens"
 
 
@@ -105,7 +152,7 @@ def test_a_session_has_one_sequence() -> None:
     step_tokens=st.integers(8, 20),
 )
 def test_everybody_ends_within_the_limits(shapes: list[tuple[int, int, bool]], running: int, step_tokens: int) -> None:
-    limits = Limits(running=running, step_tokens=step_tokens, kv_tokens=80)
+    limits = Limits(running=running, step_tokens=step_tokens, kv_tokens=5 * BLOCK)
     scheduler = Scheduler(limits)
     sequences = [make(prompt, tokens) for prompt, tokens, _ in shapes]
     for sequence, (_, _, cancel) in zip(sequences, shapes, strict=True):
@@ -119,10 +166,11 @@ def test_everybody_ends_within_the_limits(shapes: list[tuple[int, int, bool]], r
         plan = scheduler.plan(0)
         ended += [sequence for sequence, _ in plan.ended]
         assert len(plan.work) <= running and sum(work.count for work in plan.work) <= step_tokens
-        assert sum(sequence.capacity for sequence in scheduler.running) <= limits.kv_tokens
+        assert all(len(s.tokens) <= BLOCK * len(s.table.blocks) for s in scheduler.running if s.table)
         assert all(work.start == work.sequence.computed for work in plan.work)
         decoding = {s.number for s in scheduler.running if s.remaining == 1}
         assert decoding <= {work.sequence.number for work in plan.work}, "decodes never wait for prompts"
         ended += compute(scheduler, plan)
     assert len(ended) == len({s.number for s in ended}) == len(sequences) and not len(scheduler)
     assert all(s.generated == s.max_tokens for s in sequences if s.cancelled is None)
+    assert scheduler.blocks.held == 0

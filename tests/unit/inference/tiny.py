@@ -65,7 +65,7 @@ def marker(model: PreTrainedModel, seed: int, rank: int = 4) -> lora.Weights:
         path: (torch.randn(rank, width, generator=generator) * 0.2, torch.randn(out, rank, generator=generator) * 0.2)
         for path, (out, width) in lora.adaptable(model).items()
     }
-    return lora.prepare(pairs, 2.0, torch.float32, torch.device("cpu"))
+    return lora.prepare(pairs, 2.0, torch.float32, torch.device("cpu"), sha256=f"{seed}-{rank}")
 
 
 def merged(model: LlamaForCausalLM, weights: lora.Weights) -> LlamaForCausalLM:
@@ -111,7 +111,7 @@ class Bench:
     def __init__(self, reference: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, limits: Limits) -> None:
         self.vocabulary = token_bytes(tokenizer)
         self.model = copy.deepcopy(reference)
-        self.runner = Runner(self.model, Sampler(Spelling(self.vocabulary)))
+        self.runner = Runner(self.model, Sampler(Spelling(self.vocabulary)), limits.blocks)
         self.engine = Engine(self.runner, limits)
 
     def make(self, prompt: list[int], max_tokens: int = 16, **fields: Any) -> Heard:
