@@ -71,6 +71,8 @@ class Started:
     adapter_sha256: str
     checkpoint: str
     prompt: Prompt
+    cached_tokens: int
+    """Prompt tokens that were not computed again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +161,7 @@ class Completions:
                         adapter_sha256=version.sha256 if version else "",
                         checkpoint=version.checkpoint if version else "",
                         prompt=prompt,
+                        cached_tokens=sequence.cached or 0,
                     )
                 if output.text:
                     yield Delta(output.text, output.tokens)

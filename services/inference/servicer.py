@@ -188,6 +188,7 @@ def _part(part: Started | Delta | Finished) -> dict[str, Any]:
                 adapter_sha256=part.adapter_sha256,
                 checkpoint=part.checkpoint,
                 prompt_tokens=len(part.prompt.ids),
+                cached_tokens=part.cached_tokens,
                 suffix_in_prompt=part.prompt.suffix_used,
                 prompt_truncated=part.prompt.truncated,
             )

@@ -271,7 +271,8 @@ async def test_a_stream_is_started_deltas_finished(world: World) -> None:
     assert stream.finished.usage.prompt_tokens == stream.started.prompt_tokens
     timings = stream.finished.timings
     assert 0 <= timings.first_token_seconds <= timings.total_seconds < 20
-    assert stream.text == (await world.complete().end()).text
+    again = await world.complete().end()
+    assert again.text == stream.text and (stream.started.cached_tokens, again.started.cached_tokens) == (0, 16)
 
 
 async def test_stop_rules_and_sampling(world: World) -> None:

@@ -45,8 +45,8 @@ class Step:
     slots: torch.Tensor
     """Where the step's keys and values go: ``[tokens]``, int64."""
     kv: list[torch.Tensor]
-    """Keys and values by layer: ``[2, kv_heads, slots, head_dim]``, 16 slots a block. A head's come one after the other,
-    so that neighbouring blocks are one matrix."""
+    """Keys and values by layer: ``[2, kv_heads, slots, head_dim]``, 16 slots a block. Each head's lie together, so that
+    neighbouring blocks are one matrix."""
 
 
 def attend(
@@ -79,7 +79,7 @@ def attend(
     outputs = []
     for row in step.rows:
         queries = query[:, :, row.begin : row.begin + row.count]
-        keys, values = _seen(row, kv, sliding_window)[:, None]
+        keys, values = (_seen(row, memory, sliding_window)[None] for memory in kv)
         if softcap is None:
             attended = _attend(row, queries, keys, values, scaling, sliding_window)
         else:
@@ -128,12 +128,12 @@ def _attend_capped(
     return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ values.repeat_interleave(group, dim=1)
 
 
-def _seen(row: Row, kv: torch.Tensor, window: int | None) -> torch.Tensor:
-    """Keys and values that any of the row's queries sees: ``[2, kv_heads, seen, head_dim]``."""
+def _seen(row: Row, memory: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Keys (or values) that any of the row's queries sees, of ``[kv_heads, slots, head_dim]``."""
     first = _first(row, window)
     if isinstance(row.slots, slice):
-        return kv[:, :, row.slots.start + first : row.slots.stop]
-    return kv.index_select(2, row.slots[first:])
+        return memory[:, row.slots.start + first : row.slots.stop]
+    return memory.index_select(1, row.slots[first:])
 
 
 def _first(row: Row, window: int | None) -> int:

@@ -25,7 +25,7 @@ BLOCK = 16
 _AHEAD = 8
 """Blocks that a sequence is given room to grow into: with runs of 128 tokens, gathering is rare enough."""
 _LOOSE = 8
-"""At most an eighth of the memory lies free, in pieces, for the sake of neighbours while something cached is dropped."""
+"""Once an eighth of the memory lies free in pieces, nothing cached is dropped any more for the sake of neighbours."""
 
 
 @dataclass(slots=True, eq=False)

@@ -65,6 +65,12 @@ class Engine:
         with self._changed:
             return self._scheduler.cached_tokens, self._scheduler.prompt_tokens
 
+    @property
+    def preemptions(self) -> int:
+        """Times that a sequence had to give up its blocks, since the start."""
+        with self._changed:
+            return self._scheduler.preemptions
+
     def submit(self, sequence: Sequence) -> None:
         """Queues a sequence.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ def test_what_is_dropped_makes_room_for_neighbours() -> None:
 def test_runs_are_the_blocks(numbers: list[int]) -> None:
     runs = Table(A, numbers).runs()
     assert [block for begin, end in runs for block in range(begin, end)] == numbers
-    assert all(one[1] != other[0] for one, other in zip(runs, runs[1:], strict=False))
+    assert all(one[1] != other[0] for one, other in itertools.pairwise(runs))
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,9 @@ from __future__ import annotations
 import random
 import threading
 import time
-from typing import Any
 
 import pytest
-import torch
-from transformers import (
-    AutoModelForCausalLM,
-    GraniteConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Starcoder2Config,
-)
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from services.core import errors
 from services.inference.engine.engine import Engine
@@ -40,28 +30,6 @@ def test_tokens_do_not_depend_on_the_company(bench: Bench, reference: LlamaForCa
         assert one.reason is Reason.LENGTH
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        Qwen2Config(num_key_value_heads=2, bos_token_id=None, eos_token_id=None),
-        Starcoder2Config(num_key_value_heads=1, sliding_window=24, bos_token_id=None, eos_token_id=None),
-        GraniteConfig(num_key_value_heads=4, attention_multiplier=0.3, bos_token_id=None, eos_token_id=None),
-    ],
-    ids=lambda config: config.model_type,
-)
-def test_every_architecture_of_the_catalogue(config: Any, tokenizer: PreTrainedTokenizerFast) -> None:
-    torch.manual_seed(1)
-    config.update({"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 96, "initializer_range": 0.3})
-    config.update({"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 256})
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
-    bench = Bench(model, tokenizer, Limits(running=4, step_tokens=16))
-    bench.engine.start()
-    heard = [bench.submit(prompt, 12) for prompt in PROMPTS]
-    expected = [greedy(model, prompt, 12) for prompt in PROMPTS]
-    assert [one.wait().new for one in heard] == expected
-    bench.engine.stop()
-
-
 def test_each_sequence_runs_on_its_own_adapter(bench: Bench, reference: LlamaForCausalLM) -> None:
     versions = [None, marker(bench.model, 1), marker(bench.model, 2, rank=8), None, marker(bench.model, 1)]
     heard = [bench.submit(PROMPTS[3], 20, adapter=weights) for weights in versions]
@@ -72,10 +40,47 @@ def test_each_sequence_runs_on_its_own_adapter(bench: Bench, reference: LlamaFor
     assert len({tuple(text) for text in texts}) == 3, "the markers must tell the versions apart"
 
 
-def test_a_b_a_gives_the_tokens_of_a_again(bench: Bench) -> None:
+def test_a_b_a_gives_the_tokens_of_a_again(bench: Bench, reference: LlamaForCausalLM) -> None:
     a, b = marker(bench.model, 1), marker(bench.model, 2)
-    first, other, again = (bench.submit(PROMPTS[2], 20, adapter=weights).wait().new for weights in (a, b, a))
-    assert first == again != other
+    twin = marker(bench.model, 1)  # the same version, staged once more
+    heard = [bench.submit(PROMPTS[3], 20, adapter=weights).wait() for weights in (a, b, a, b, None, twin)]
+    assert [one.sequence.cached for one in heard] == [0, 0, 80, 80, 0, 80], "a version finds its own, and only its own"
+    expected = [greedy(merged(reference, weights), PROMPTS[3], 20) for weights in (a, b)]
+    assert [one.new for one in heard] == [*expected, *expected, greedy(reference, PROMPTS[3], 20), expected[0]]
+
+
+def test_a_known_beginning_gives_the_same_tokens(bench: Bench, reference: LlamaForCausalLM) -> None:
+    for prompt, cached in ((PROMPTS[3], 0), (PROMPTS[3], 80), (PROMPTS[3][:70], 64), ([*PROMPTS[3], 5, 6], 80)):
+        heard = bench.submit(prompt, 20).wait()
+        assert heard.new == greedy(reference, prompt, 20) and heard.sequence.cached == cached
+    conversation = [*PROMPTS[3], *greedy(reference, PROMPTS[3], 20), 7]
+    heard = bench.submit(conversation, 20).wait()
+    assert heard.sequence.cached == 96, "what was generated is found, too"
+    assert heard.new == greedy(reference, conversation, 20)
+    assert bench.engine.prefix_tokens == (80 + 64 + 80 + 96, 90 + 90 + 70 + 92 + 111)
+
+
+def test_those_that_give_up_their_blocks_stream_the_same_text(
+    reference: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    bench = Bench(reference, tokenizer, Limits(running=4, step_tokens=16, kv_tokens=9 * 16))
+    sampling = Sampling(temperature=1.0, seed=3)
+    alone = Bench(reference, tokenizer, Limits())
+    alone.engine.start()
+    drawn = alone.submit(PROMPTS[2], 60, sampling=sampling).wait()
+    alone.engine.stop()
+    # All are queued before the first step, so that the course of it is the same every time.
+    heard = [bench.submit(PROMPTS[2], 60, sampling=sampling), *(bench.submit(PROMPTS[n], 60) for n in (1, 4, 5))]
+    heard.append(bench.submit(PROMPTS[2], 60, sampling=sampling))
+    bench.engine.start()
+    for one, n in zip(heard[1:4], (1, 4, 5), strict=True):
+        assert one.wait().new == greedy(reference, PROMPTS[n], 60)
+        assert sum(output.started for output in one.outputs) == 1
+    for one in (heard[0], heard[4]):
+        assert one.wait().new == drawn.new and one.text == drawn.text, "the draws go on where they were"
+    assert bench.engine.preemptions > 0
+    bench.engine.stop()
+    assert bench.engine.blocks_held == 0
 
 
 def test_cancel_frees_the_sequence_within_a_step(bench: Bench) -> None:

@@ -1,0 +1,82 @@
+"""Every architecture of the catalogue through the engine: transformers' own greedy tokens, cold and warm, mixed."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPTBigCodeConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    Starcoder2Config,
+)
+
+from services.core.models import catalogue
+from services.inference.engine.scheduler import Limits
+from tests.unit.inference.tiny import Bench, greedy, marker
+
+_LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 100000.0}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "smollm2": LlamaConfig(num_key_value_heads=2),
+    "deepseek-coder": LlamaConfig(num_key_value_heads=4, rope_parameters=_LINEAR),
+    "codellama": LlamaConfig(num_key_value_heads=4, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+    "qwen2.5-coder": Qwen2Config(num_key_value_heads=2),
+    "starcoder2": Starcoder2Config(num_key_value_heads=1, sliding_window=24, use_bias=True),
+    "granite-code": LlamaConfig(num_key_value_heads=2, attention_bias=True, mlp_bias=True),
+    "granite-code-20b": GPTBigCodeConfig(multi_query=True),
+    "granite": GraniteConfig(num_key_value_heads=4, attention_multiplier=0.3),
+    "qwen3": Qwen3Config(num_key_value_heads=2, head_dim=16),
+    "mistral": MistralConfig(num_key_value_heads=2, sliding_window=24, head_dim=16),
+    "gemma2": Gemma2Config(
+        num_key_value_heads=2, sliding_window=24, head_dim=16, query_pre_attn_scalar=16, attn_logit_softcapping=3.0
+    ),
+}
+FAMILY = random.Random(1).choices(range(256), k=85)
+PROMPTS = [[5], FAMILY[:40], FAMILY, [*FAMILY[:70], 1, 2, 3], [7] * 33]
+
+
+def small(config: PreTrainedConfig, vocabulary: int) -> PreTrainedModel:
+    """Random weights wide enough that every completion is another one."""
+    torch.manual_seed(1)
+    config.update({"vocab_size": vocabulary, "hidden_size": 64, "intermediate_size": 96, "initializer_range": 0.3})
+    config.update({"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 256})
+    config.update({"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "tie_word_embeddings": False})
+    if isinstance(config, Gemma2Config):
+        config.layer_types = ["sliding_attention", "full_attention"]
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tokens_are_those_of_transformers(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = small(CONFIGS[name], len(tokenizer))
+    expected = [greedy(model, prompt, 12) for prompt in PROMPTS]
+    assert len({tuple(tokens) for tokens in expected}) == len(PROMPTS), "all alike would prove little"
+    bench = Bench(model, tokenizer, Limits(running=4, step_tokens=24))
+    bench.engine.start()
+    cold = [bench.submit(prompt, 12).wait() for prompt in PROMPTS]
+    adapter = marker(bench.model, 1)
+    other = bench.submit(PROMPTS[2], 12, adapter=adapter).wait()
+    mixed = [bench.submit(prompt, 12) for prompt in PROMPTS]
+    again = bench.submit(PROMPTS[2], 12, adapter=adapter)
+    assert [one.new for one in cold] == expected
+    assert [one.wait().new for one in mixed] == expected
+    assert [one.sequence.cached for one in cold] == [0, 0, 32, 64, 0]
+    assert [one.sequence.cached for one in mixed] == [0, 32, 80, 64, 32]
+    assert again.wait().new == other.new != expected[2]
+    bench.engine.stop()
+
+
+def test_every_type_that_can_be_served_is_here() -> None:
+    types: set[Any] = {config.model_type for config in CONFIGS.values()}
+    assert set(catalogue._TARGETS_BY_TYPE) <= types
