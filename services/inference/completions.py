@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from services.core import log
@@ -53,6 +53,8 @@ class Request:
     prompt: Code | Sequence[Turn]
     sampling: engine.Sampling = field(default_factory=engine.Sampling)
     stop: Stop = Stop()
+    n: int = 1
+    """Completions of the same prompt; of a seed, each next one draws with the next seed."""
     base: bool = False
     """The base model answers, whatever the policy says."""
     checkpoint: str = ""
@@ -76,16 +78,30 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
-class Delta:
-    """Some more text."""
+class Logprob:
+    """A token and the natural logarithm of its probability."""
 
+    text: bytes
+    logprob: float
+    top: tuple[tuple[bytes, float], ...] = ()
+    """The likeliest tokens at its place, and theirs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Some more text of one of the completions."""
+
+    index: int
     text: str
     tokens: int
+    logprobs: tuple[Logprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The last part."""
+    """The last part of one of the completions."""
+
+    index: int
 
     reason: engine.Reason
     prompt_tokens: int
@@ -137,22 +153,22 @@ class Completions:
             )
         model = await self._loaded(request.deadline)
         pin = await self._pin(model, request)
-        inbox: asyncio.Queue[engine.Output] = asyncio.Queue()
+        inbox = _Inbox(request.n, pin)
         try:
             # The version that answers says how it wants its prompts.
             fmt = (pin.version.format if pin.version else None) or model.format
             prompt = await self._prompt(model, fmt, request)
-            sequence = self._sequence(model, fmt, request, prompt, pin, inbox)
-            model.engine.submit(sequence)
+            sequences = self._sequences(model, fmt, request, prompt, inbox)
+            model.engine.submit(*sequences)
         except BaseException:
             pin.release()
             raise
-        version, started, ended = pin.version, False, False
+        version, started = pin.version, False
         try:
-            while not ended:
-                output = await inbox.get()
-                ended = output.reason is not None
-                _raise_if_broken(output.reason, sequence)
+            while inbox.awaited:
+                index, output = await inbox.get()
+                sequence = sequences[index]
+                _raise_if_broken(output.reason, is_waiting=sequence.start_time is None and not started)
                 if not started:  # also for one that was superseded in the queue
                     started = True
                     yield Started(
@@ -164,12 +180,12 @@ class Completions:
                         cached_tokens=sequence.cached or 0,
                     )
                 if output.text:
-                    yield Delta(output.text, output.tokens)
+                    yield Delta(index, output.text, output.tokens, _logprobs(model, output.logprobs))
                 if output.reason is not None:
-                    yield _finished(sequence, output.reason)
+                    yield _finished(index, sequence, output.reason)
         finally:
-            if not ended:
-                model.engine.cancel(sequence)
+            for index in inbox.awaited:
+                model.engine.cancel(sequences[index])
 
     async def _loaded(self, deadline: float | None) -> LoadedModel:
         wait = self._load_wait
@@ -200,62 +216,98 @@ class Completions:
             _log.warning("the policy cannot be read, serving what is there", project=request.project, error=str(error))
         return self._registry.pin(request.project)
 
-    def _sequence(
-        self,
-        model: LoadedModel,
-        fmt: PromptFormat,
-        request: Request,
-        prompt: Prompt,
-        pin: Pin,
-        inbox: asyncio.Queue[engine.Output],
-    ) -> engine.Sequence:
-        loop = asyncio.get_running_loop()
-
-        def deliver(output: engine.Output) -> None:
-            if output.reason is not None:
-                pin.release()
-            try:
-                loop.call_soon_threadsafe(inbox.put_nowait, output)
-            except RuntimeError:  # the loop is closed: nobody listens any more
-                _log.debug("an output came after the end of the loop")
-
+    def _sequences(
+        self, model: LoadedModel, fmt: PromptFormat, request: Request, prompt: Prompt, inbox: _Inbox
+    ) -> list[engine.Sequence]:
         # An adapter that was taught sentinels in a short run does not end where the suffix begins: of expressions in
         # a line 35 % are exact with this stop, none without (bench/fim.py).
         ends_at_suffix = not prompt.suffix_used or bool(fmt.sentinels)
         suffix = request.prompt.suffix if isinstance(request.prompt, Code) and ends_at_suffix else ""
-        return engine.Sequence(
-            prompt=prompt.ids,
-            max_tokens=request.stop.max_tokens,
-            text=TextStream(
-                model.vocabulary,
-                stop=request.stop.strings,
-                suffix_stop=suffix_stop(suffix),
-                single_line=request.stop.single_line,
-                overhang=prompt.overhang,
-            ),
-            deliver=deliver,
-            sampling=request.sampling,
-            adapter=pin.version.weights if pin.version else None,
-            stop_ids=frozenset(fmt.stop_ids),
-            deadline=request.deadline,
-            session=f"{request.project}/{request.session}" if request.session else "",
-        )
+        version, seed = inbox.pin.version, request.sampling.seed
+        sequences: list[engine.Sequence] = []
+        for index in range(request.n):
+            sequence = engine.Sequence(
+                prompt=prompt.ids,
+                max_tokens=request.stop.max_tokens,
+                text=TextStream(
+                    model.vocabulary,
+                    stop=request.stop.strings,
+                    suffix_stop=suffix_stop(suffix),
+                    single_line=request.stop.single_line,
+                    overhang=prompt.overhang,
+                ),
+                deliver=inbox.door(index),
+                sampling=replace(request.sampling, seed=None if seed is None else seed + index),
+                adapter=version.weights if version else None,
+                stop_ids=frozenset(fmt.stop_ids),
+                deadline=request.deadline,
+                session=f"{request.project}/{request.session}" if request.session else "",
+                after=sequences[0] if sequences else None,
+            )
+            sequences.append(sequence)
+        return sequences
 
 
-def _raise_if_broken(reason: engine.Reason | None, sequence: engine.Sequence) -> None:
+class _Inbox:
+    """What the sequences of one answer deliver, on its way from the engine's thread to the event loop.
+
+    The version is released with the last sequence's end, whether anybody still listens or not.
+    """
+
+    def __init__(self, count: int, pin: Pin) -> None:
+        self.pin = pin
+        self.awaited = set(range(count))
+        """Those whose end was not received yet."""
+        self._running = set(range(count))
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[tuple[int, engine.Output]] = asyncio.Queue()
+
+    def door(self, index: int) -> Callable[[engine.Output], None]:
+        """Where that sequence delivers."""
+
+        def deliver(output: engine.Output) -> None:
+            if output.reason is not None:
+                self._running.discard(index)
+                if not self._running:
+                    self.pin.release()
+            try:
+                self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, output))
+            except RuntimeError:  # the loop is closed: nobody listens any more
+                _log.debug("an output came after the end of the loop")
+
+        return deliver
+
+    async def get(self) -> tuple[int, engine.Output]:
+        """The next output, and whose."""
+        index, output = await self._queue.get()
+        if output.reason is not None:
+            self.awaited.discard(index)
+        return index, output
+
+
+def _raise_if_broken(reason: engine.Reason | None, *, is_waiting: bool) -> None:
     if reason is engine.Reason.FAILED:
         raise InternalError("the engine failed on this completion")
     if reason is engine.Reason.CANCELLED:
         raise ShuttingDown("this replica is shutting down", retry_after=0.5)
-    if reason is engine.Reason.DEADLINE and sequence.start_time is None:
+    if reason is engine.Reason.DEADLINE and is_waiting:
         raise DeadlineExceeded("the deadline passed in the queue", hint="Give more time, or run more replicas.")
 
 
-def _finished(sequence: engine.Sequence, reason: engine.Reason) -> Finished:
+def _logprobs(model: LoadedModel, logprobs: tuple[engine.TokenLogprob, ...]) -> tuple[Logprob, ...]:
+    text = model.vocabulary
+    return tuple(
+        Logprob(text[item.token], item.logprob, tuple((text[token], logprob) for token, logprob in item.top))
+        for item in logprobs
+    )
+
+
+def _finished(index: int, sequence: engine.Sequence, reason: engine.Reason) -> Finished:
     now = time.monotonic()
     started = sequence.start_time if sequence.start_time is not None else now
     first = sequence.first_token_time
     return Finished(
+        index=index,
         reason=reason,
         prompt_tokens=len(sequence.prompt),
         completion_tokens=sequence.generated,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 
@@ -16,7 +16,7 @@ from services.core import names
 from services.core.errors import EmptyPrompt, InvalidArgument, InvalidPageSize, InvalidPageToken, NotSupported
 from services.core.models.catalogue import ModelSpec
 from services.inference import completions
-from services.inference.completions import Completions, Delta, Finished, Request, Started, Stop
+from services.inference.completions import Completions, Delta, Finished, Logprob, Request, Started, Stop
 from services.inference.engine.sequence import Sampling
 from services.inference.prompter import Code, Turn
 from services.inference.serving import ServingDesk
@@ -141,6 +141,7 @@ def _request(
         prompt=prompt,
         sampling=_sampling(request.sampling),
         stop=_stop(request.stop),
+        n=_whole(request.sampling, "n", 1, 8) or 1,
         base=request.adapter.base,
         checkpoint=checkpoint,
         session=session,
@@ -163,7 +164,22 @@ def _sampling(sampling: pb.Sampling) -> Sampling:
         values[name] = value
     if sampling.top_k < 0:
         raise InvalidArgument(f"top_k is {sampling.top_k}", field="sampling.top_k", hint="Use 0 or a positive number.")
-    return Sampling(top_k=sampling.top_k, seed=sampling.seed if sampling.HasField("seed") else None, **values)
+    return Sampling(
+        top_k=sampling.top_k,
+        seed=sampling.seed if sampling.HasField("seed") else None,
+        logprobs=_whole(sampling, "logprobs", 0, 5),
+        **values,
+    )
+
+
+def _whole(sampling: pb.Sampling, name: Literal["n", "logprobs"], low: int, high: int) -> int | None:
+    """A field's value; None when it is absent."""
+    if not sampling.HasField(name):
+        return None
+    value: int = getattr(sampling, name)
+    if not low <= value <= high:
+        raise InvalidArgument(f"{name} is {value}", field=f"sampling.{name}", hint=f"Use {low} to {high}.")
+    return value
 
 
 def _stop(stop: pb.StopRule) -> Stop:
@@ -194,9 +210,11 @@ def _part(part: Started | Delta | Finished) -> dict[str, Any]:
             )
             return {"started": started}
         case completions.Delta():
-            return {"delta": pb.Delta(text=part.text, tokens=part.tokens)}
+            logprobs = [_logprob(item) for item in part.logprobs]
+            return {"delta": pb.Delta(text=part.text, tokens=part.tokens, index=part.index, logprobs=logprobs)}
         case completions.Finished():
             finished = pb.Finished(
+                index=part.index,
                 reason=f"FINISH_REASON_{part.reason}",
                 usage=pb.Usage(prompt_tokens=part.prompt_tokens, completion_tokens=part.completion_tokens),
                 timings=pb.Timings(
@@ -206,3 +224,8 @@ def _part(part: Started | Delta | Finished) -> dict[str, Any]:
                 ),
             )
             return {"finished": finished}
+
+
+def _logprob(item: Logprob) -> pb.TokenLogprob:
+    top = [pb.TopLogprob(text=text, logprob=logprob) for text, logprob in item.top]
+    return pb.TokenLogprob(text=item.text, logprob=item.logprob, top=top)

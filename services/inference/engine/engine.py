@@ -12,7 +12,7 @@ from typing import Protocol
 from services.core import log
 from services.core.errors import ShuttingDown
 from services.inference.engine.scheduler import Limits, Scheduler, Work
-from services.inference.engine.sequence import Output, Reason, Sequence
+from services.inference.engine.sequence import Output, Reason, Result, Sequence
 
 _log = log.get("inference.engine")
 
@@ -20,7 +20,7 @@ _log = log.get("inference.engine")
 class StepRunner(Protocol):
     """What the loop needs of the runner."""
 
-    def step(self, work: list[Work]) -> list[int | None]: ...
+    def step(self, work: list[Work]) -> list[Result | None]: ...
 
     def release(self, sequence: Sequence) -> None: ...
 
@@ -71,8 +71,8 @@ class Engine:
         with self._changed:
             return self._scheduler.preemptions
 
-    def submit(self, sequence: Sequence) -> None:
-        """Queues a sequence.
+    def submit(self, sequence: Sequence, *others: Sequence) -> None:
+        """Queues a sequence, and others of the same request with it: all or none.
 
         Raises:
             QueueFull, InvalidArgument: as the scheduler says.
@@ -81,8 +81,9 @@ class Engine:
         with self._changed:
             if self._stopping:
                 raise ShuttingDown("this replica is shutting down", retry_after=0.5)
-            sequence.submit_time = time.monotonic()
-            self._scheduler.submit(sequence)
+            for one in (sequence, *others):
+                one.submit_time = time.monotonic()
+            self._scheduler.submit(sequence, *others)
             self._changed.notify()
 
     def cancel(self, sequence: Sequence) -> None:
@@ -111,28 +112,28 @@ class Engine:
 
     def _step(self, work: list[Work]) -> None:
         try:
-            tokens = self._runner.step(work)
+            results = self._runner.step(work)
         except Exception:
             _log.exception("a step failed; its sequences end", sequences=len(work))
             ended = [(item.sequence, item.sequence.close(Reason.FAILED)) for item in work]
         else:
             with self._changed:
                 self._scheduler.commit(work)
-            ended = self._take(work, tokens)
+            ended = self._take(work, results)
         if ended:
             with self._changed:
                 self._scheduler.remove(sequence for sequence, _ in ended)
         for sequence, output in ended:
             self._end(sequence, output)
 
-    def _take(self, work: list[Work], tokens: list[int | None]) -> list[tuple[Sequence, Output]]:
-        """Hands every sequence its token; the last outputs of those that ended with it."""
+    def _take(self, work: list[Work], results: list[Result | None]) -> list[tuple[Sequence, Output]]:
+        """Hands every sequence its result; the last outputs of those that ended with it."""
         now, ended = time.monotonic(), []
-        for item, token in zip(work, tokens, strict=True):
-            if token is None:
+        for item, result in zip(work, results, strict=True):
+            if result is None:
                 continue
             item.sequence.first_token_time = item.sequence.first_token_time or now
-            output = item.sequence.accept(token)
+            output = item.sequence.take(result)
             if output is not None and output.reason is not None:
                 ended.append((item.sequence, output))
             elif output is not None:

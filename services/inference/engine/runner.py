@@ -14,7 +14,7 @@ from services.inference.engine.attention import NAME, Row, Step
 from services.inference.engine.blocks import BLOCK, Table
 from services.inference.engine.sampler import Sampler
 from services.inference.engine.scheduler import Work
-from services.inference.engine.sequence import Sequence
+from services.inference.engine.sequence import Result, Sequence
 
 
 class Runner:
@@ -39,8 +39,8 @@ class Runner:
         model.set_attn_implementation(NAME)
 
     @torch.inference_mode()
-    def step(self, work: list[Work]) -> list[int | None]:
-        """Computes the work's tokens; for each entry the sampled token, None while its prompt is not through."""
+    def step(self, work: list[Work]) -> list[Result | None]:
+        """Computes the work's tokens; for each entry what it was wanted for, None while its prompt is not through."""
         device = self._model.device
         # One version's sequences stand side by side, so that its adapter is one product over all of them.
         order = sorted(range(len(work)), key=lambda index: id(work[index].sequence.adapter))
@@ -55,8 +55,7 @@ class Runner:
             where, written = _slots(item.sequence.table, item.start, end)
             rows.append(Row(begin, item.count, item.start, where if isinstance(where, slice) else where.to(device)))
             slots += written
-            if item.samples:
-                last.append(len(ids) - 1)
+            last += range(len(ids) - item.outputs, len(ids))
             if (weights := item.sequence.adapter) is not None:
                 if segments and segments[-1].weights is weights and segments[-1].end == begin:
                     segments[-1] = Segment(segments[-1].begin, len(ids), weights)
@@ -71,13 +70,27 @@ class Runner:
                 logits_to_keep=torch.tensor(last, dtype=torch.long, device=device),
                 step=step,
             ).logits[0]
-        sampling = [index for index in order if work[index].samples]
-        tokens: list[int | None] = [None] * len(work)
+        outputs = logits.split([work[index].outputs for index in order])
+        return self._results(work, dict(zip(order, outputs, strict=True)))
+
+    def _results(self, work: list[Work], outputs: dict[int, torch.Tensor]) -> list[Result | None]:
+        """From each entry's outputs ``[outputs, embeddings]``, by its index."""
+        results: list[Result | None] = [None] * len(work)
+        sampling = [index for index, item in enumerate(work) if item.samples]
         if sampling:
-            sampled = self._sampler.sample(logits, [work[index].sequence for index in sampling])
-            for index, token in zip(sampling, sampled, strict=True):
-                tokens[index] = token
-        return tokens
+            logits = torch.cat([outputs[index] for index in sampling])
+            tokens = self._sampler.sample(logits, [work[index].sequence for index in sampling])
+            for index, token in zip(sampling, tokens, strict=True):
+                top = work[index].sequence.sampling.logprobs
+                logprobs = () if top is None else self._sampler.logprobs(outputs[index], (token,), top)
+                results[index] = Result(token, logprobs)
+        for index, item in enumerate(work):
+            sequence, end = item.sequence, item.start + item.count
+            if sequence.targets and item.outputs:
+                at = end - sequence.reusable
+                targets = sequence.targets[at - item.outputs : at]
+                results[index] = Result(None, self._sampler.logprobs(outputs[index], targets, 0))
+        return results
 
     def release(self, sequence: Sequence) -> None:
         """Frees what is kept for a sequence beside its blocks; nothing is fine."""

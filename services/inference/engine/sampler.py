@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from services.core.models.spelling import Spelling
-from services.inference.engine.sequence import Sampling, Sequence
+from services.inference.engine.sequence import Sampling, Sequence, TokenLogprob
 
 
 class Sampler:
@@ -31,6 +31,21 @@ class Sampler:
             self._one(logits[row].float(), sequence) if _is_special(sequence) else likeliest[row]
             for row, sequence in enumerate(sequences)
         ]
+
+    def logprobs(self, logits: torch.Tensor, tokens: tuple[int, ...], top: int) -> tuple[TokenLogprob, ...]:
+        """What the model thinks of these tokens, before temperature, filters and penalty.
+
+        Args:
+            logits: ``[tokens, embeddings]``, any float type: each token's.
+            top: how many of the likeliest ones come with each.
+        """
+        logprobs = logits[:, : self._spelling.size].float().log_softmax(-1)
+        own = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+        values, ids = (part.tolist() for part in logprobs.topk(top))
+        return tuple(
+            TokenLogprob(token, logprob, tuple(zip(ids[row], values[row], strict=True)))
+            for row, (token, logprob) in enumerate(zip(tokens, own, strict=True))
+        )
 
     def forget(self, sequence: Sequence) -> None:
         """Drops what is kept for a sequence that has ended."""

@@ -54,7 +54,12 @@ class Work:
     @property
     def samples(self) -> bool:
         """Whether the step gives the sequence's next token: no prompt token is left after it."""
-        return self.start + self.count == len(self.sequence.tokens)
+        return not self.sequence.targets and self.start + self.count == len(self.sequence.tokens)
+
+    @property
+    def outputs(self) -> int:
+        """How many of its last tokens need the model's output: one to sample from, or those before targets."""
+        return max(0, self.start + self.count - max(self.start, self.sequence.reusable))
 
 
 @dataclass(slots=True)
@@ -88,8 +93,8 @@ class Scheduler:
     def __len__(self) -> int:
         return len(self.waiting) + len(self.running)
 
-    def submit(self, sequence: Sequence) -> None:
-        """Queues a sequence, in place of an older one of its session.
+    def submit(self, sequence: Sequence, *others: Sequence) -> None:
+        """Queues a sequence, in place of an older one of its session; others of the same request with it.
 
         Raises:
             QueueFull: too many wait already.
@@ -111,7 +116,7 @@ class Scheduler:
                 hint="Retry later, or run more replicas.",
                 retry_after=self.limits.retry_seconds,
             )
-        self.waiting.append(sequence)
+        self.waiting += (sequence, *others)
 
     def plan(self, now: float) -> Plan:
         """The next step; sequences whose time is over leave first."""
@@ -164,16 +169,21 @@ class Scheduler:
                 continue
             victim = self.running.pop()
             self._free(victim)
+            if victim.targets:
+                victim.logprobs.clear()  # they come again
             self.waiting.appendleft(victim)
             self.preemptions += 1
 
     def _admit(self, plan: Plan) -> None:
         while self.waiting and len(self.running) < self.limits.running:
             sequence = self.waiting[0]
+            first = sequence.after
+            if first is not None and first in self.running and first.computed < len(first.prompt):
+                break  # a step or two, and its blocks can be shared
             sequence.table = self.blocks.open(
                 sequence.root,
                 sequence.tokens,
-                reusable=len(sequence.tokens) - 1,
+                reusable=sequence.reusable,
                 capacity=sequence.capacity,
                 spare=len(self.running),  # a block each to grow into, or somebody had to give up theirs soon
             )

@@ -43,6 +43,29 @@ class Sampling:
     """Divides positive logits of tokens seen before, multiplies negative ones (CTRL, arXiv:1909.05858)."""
     seed: int | None = None
     """Same seed, same completion; None draws one."""
+    logprobs: int | None = None
+    """Each token comes with its log-probability and those of so many likeliest ones; None for neither."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """What the model thinks of a token, before temperature and filters."""
+
+    token: int
+    logprob: float
+    """Natural logarithm of its probability."""
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens at its place and theirs, the likeliest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What the runner gives for a sequence after a step."""
+
+    token: int | None
+    """Its next token; None for one that is only scored."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Of that token, if wanted; of the targets that the step reached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +78,8 @@ class Output:
     """New text, whole characters only."""
     tokens: int = 0
     """Tokens that the text stands for, and those held back before it."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Theirs, if wanted; of one that is only scored all targets', in the last output."""
     reason: Reason | None = None
     """Set on the last output."""
 
@@ -81,6 +106,11 @@ class Sequence:
     """On the monotonic clock, seconds."""
     session: str = ""
     """A newer sequence of the same session takes this one's place."""
+    targets: tuple[int, ...] = ()
+    """When there are any, nothing is generated: what is told is how likely each of these tokens is behind those before
+    it. All but the last are the prompt's end, so that the outputs at its last ``len(targets)`` tokens say it."""
+    after: Sequence | None = None
+    """One with the same prompt: this one waits until that has computed it, to share its blocks."""
 
     number: int = field(default_factory=lambda: next(_numbers))
     """Unique in this process."""
@@ -96,6 +126,8 @@ class Sequence:
     """New tokens that count towards max_tokens."""
     unsent: int = field(default=0, init=False)
     """Generated tokens whose text is held back."""
+    logprobs: list[TokenLogprob] = field(default_factory=list, init=False)
+    """Of the unsent tokens, or of the targets so far."""
     cancelled: Reason | None = field(default=None, init=False)
     """Set when it is to end before its next step."""
     submit_time: float = field(default=0.0, init=False)
@@ -121,11 +153,23 @@ class Sequence:
         return len(self.prompt) + self.max_tokens + self.text.overhang_size
 
     @property
+    def reusable(self) -> int:
+        """Tokens whose keys and values are enough; from there on their outputs are needed."""
+        return len(self.tokens) - max(1, len(self.targets))
+
+    @property
     def remaining(self) -> int:
         """Tokens that wait for their keys and values; 1 while decoding."""
         return len(self.tokens) - self.computed
 
-    def accept(self, token: int) -> Output | None:
+    def take(self, result: Result) -> Output | None:
+        """Takes what a step gave; None while there is nothing new to tell."""
+        if result.token is not None:
+            return self.accept(result.token, result.logprobs)
+        self.logprobs += result.logprobs
+        return self.close(Reason.LENGTH) if len(self.logprobs) == len(self.targets) else None
+
+    def accept(self, token: int, logprobs: tuple[TokenLogprob, ...] = ()) -> Output | None:
         """Takes one new token; None while there is no new text to tell.
 
         The stop token itself is neither text nor counted.
@@ -137,6 +181,7 @@ class Sequence:
         if not self.text.repeating:
             self.generated += 1
             self.unsent += 1
+            self.logprobs += logprobs
         if self.text.stopped:
             return self._output(text, Reason.STOP)
         if self.generated >= self.max_tokens or len(self.tokens) >= self.capacity:
@@ -148,5 +193,6 @@ class Sequence:
         return self._output(before + self.text.flush(), reason)
 
     def _output(self, text: str, reason: Reason | None = None) -> Output:
-        tokens, self.unsent = self.unsent, 0
-        return Output(text=text, tokens=tokens, reason=reason)
+        tokens, logprobs = self.unsent, tuple(self.logprobs)
+        self.unsent, self.logprobs = 0, []
+        return Output(text=text, tokens=tokens, logprobs=logprobs, reason=reason)

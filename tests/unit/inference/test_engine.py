@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from services.core import errors
 from services.inference.engine.engine import Engine
 from services.inference.engine.scheduler import Limits, Work
-from services.inference.engine.sequence import Reason, Sampling, Sequence
+from services.inference.engine.sequence import Reason, Result, Sampling, Sequence
 from tests.unit.inference.tiny import Bench, greedy, marker, merged
 
 PROMPTS = [[random.Random(n).randrange(256) for _ in range(size)] for n, size in enumerate([1, 7, 40, 90, 16, 17])]
@@ -142,11 +142,11 @@ class Failing:
     def __init__(self) -> None:
         self.steps, self.released = 0, 0
 
-    def step(self, work: list[Work]) -> list[int | None]:
+    def step(self, work: list[Work]) -> list[Result | None]:
         self.steps += 1
         if self.steps == 2:
             raise MemoryError("no room")
-        return [65 if item.samples else None for item in work]
+        return [Result(65) if item.samples else None for item in work]
 
     def release(self, sequence: Sequence) -> None:
         self.released += 1
