@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from codegraft.inference.v1.completion_pb2 import ChatResponse, CompleteResponse, Finished, Started
+from codegraft.inference.v1.completion_pb2 import ChatResponse, CompleteResponse, Finished, Started, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One message of a completion: ``started`` first, then text, ``finished`` last."""
+    """One message of a completion: ``started`` first, then text, ``finished`` last.
+
+    Of n completions (``sampling.n``) the texts come in any order, and each has its own ``finished``.
+    """
 
     text: str = ""
     """New text; empty in the first and the last piece."""
@@ -17,6 +20,10 @@ class Piece:
     """In the first piece: the model and the adapter version that answers to the end."""
     finished: Finished | None = None
     """In the last piece: why it ended, tokens used, timings."""
+    index: int = 0
+    """Which of the n completions."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the text's tokens, when ``sampling.logprobs`` is set."""
 
     @classmethod
     def of(cls, message: CompleteResponse | ChatResponse) -> Piece:
@@ -25,6 +32,7 @@ class Piece:
             case "started":
                 return cls(started=message.started)
             case "finished":
-                return cls(finished=message.finished)
+                return cls(finished=message.finished, index=message.finished.index)
             case _:
-                return cls(text=message.delta.text)
+                delta = message.delta
+                return cls(text=delta.text, index=delta.index, logprobs=tuple(delta.logprobs))

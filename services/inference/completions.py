@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from services.inference.adapters.loader import Loader
 from services.inference.adapters.registry import Pin, Registry
 from services.inference.engine import sequence as engine
 from services.inference.engine.text import TextStream, suffix_stop
+from services.inference.inbox import Inbox
 from services.inference.policy import Projects
 from services.inference.prompter import Code, Prompter, Turn
 
@@ -131,7 +132,7 @@ class Completions:
         load_wait: float,
     ) -> None:
         self._model, self._registry, self._follower, self._loader = model, registry, follower, loader
-        self._projects, self._prompter, self._load_wait = projects, prompter, load_wait
+        self._projects, self.prompter, self._load_wait = projects, prompter, load_wait
 
     @property
     def loaded(self) -> LoadedModel | None:
@@ -147,13 +148,8 @@ class Completions:
             AdapterRejected: before the first part.
             DeadlineExceeded: the deadline passed before the first step.
         """
-        if not await self._projects.exists(request.project):
-            raise ProjectNotFound(
-                f"no project {request.project}", field="parent", hint="Create the project first.", name=request.project
-            )
-        model = await self._loaded(request.deadline)
-        pin = await self._pin(model, request)
-        inbox = _Inbox(request.n, pin)
+        model, pin = await self.hold(request)
+        inbox = Inbox(request.n, pin)
         try:
             # The version that answers says how it wants its prompts.
             fmt = (pin.version.format if pin.version else None) or model.format
@@ -168,7 +164,7 @@ class Completions:
             while inbox.awaited:
                 index, output = await inbox.get()
                 sequence = sequences[index]
-                _raise_if_broken(output.reason, is_waiting=sequence.start_time is None and not started)
+                raise_if_broken(output.reason, is_waiting=sequence.start_time is None and not started)
                 if not started:  # also for one that was superseded in the queue
                     started = True
                     yield Started(
@@ -187,6 +183,19 @@ class Completions:
             for index in inbox.awaited:
                 model.engine.cancel(sequences[index])
 
+    async def hold(self, request: Request) -> tuple[LoadedModel, Pin]:
+        """The model, and the version that answers; the caller releases it.
+
+        Raises:
+            ProjectNotFound, CheckpointNotFound, ModelLoading, AdapterRejected.
+        """
+        if not await self._projects.exists(request.project):
+            raise ProjectNotFound(
+                f"no project {request.project}", field="parent", hint="Create the project first.", name=request.project
+            )
+        model = await self._loaded(request.deadline)
+        return model, await self._pin(model, request)
+
     async def _loaded(self, deadline: float | None) -> LoadedModel:
         wait = self._load_wait
         if deadline is not None:
@@ -200,8 +209,8 @@ class Completions:
 
     async def _prompt(self, model: LoadedModel, fmt: PromptFormat, request: Request) -> Prompt:
         if isinstance(request.prompt, Code):
-            return await self._prompter.completion(model, fmt, request.prompt, request.stop.max_tokens)
-        return await self._prompter.chat(model, request.prompt, request.stop.max_tokens)
+            return await self.prompter.completion(model, fmt, request.prompt, request.stop.max_tokens)
+        return await self.prompter.chat(model, request.prompt, request.stop.max_tokens)
 
     async def _pin(self, model: LoadedModel, request: Request) -> Pin:
         if request.base:
@@ -217,7 +226,7 @@ class Completions:
         return self._registry.pin(request.project)
 
     def _sequences(
-        self, model: LoadedModel, fmt: PromptFormat, request: Request, prompt: Prompt, inbox: _Inbox
+        self, model: LoadedModel, fmt: PromptFormat, request: Request, prompt: Prompt, inbox: Inbox
     ) -> list[engine.Sequence]:
         # An adapter that was taught sentinels in a short run does not end where the suffix begins: of expressions in
         # a line 35 % are exact with this stop, none without (bench/fim.py).
@@ -248,44 +257,12 @@ class Completions:
         return sequences
 
 
-class _Inbox:
-    """What the sequences of one answer deliver, on its way from the engine's thread to the event loop.
+def raise_if_broken(reason: engine.Reason | None, *, is_waiting: bool) -> None:
+    """Raises the error that an end stands for, if it is one.
 
-    The version is released with the last sequence's end, whether anybody still listens or not.
+    Args:
+        is_waiting: whether nothing has been computed yet.
     """
-
-    def __init__(self, count: int, pin: Pin) -> None:
-        self.pin = pin
-        self.awaited = set(range(count))
-        """Those whose end was not received yet."""
-        self._running = set(range(count))
-        self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[tuple[int, engine.Output]] = asyncio.Queue()
-
-    def door(self, index: int) -> Callable[[engine.Output], None]:
-        """Where that sequence delivers."""
-
-        def deliver(output: engine.Output) -> None:
-            if output.reason is not None:
-                self._running.discard(index)
-                if not self._running:
-                    self.pin.release()
-            try:
-                self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, output))
-            except RuntimeError:  # the loop is closed: nobody listens any more
-                _log.debug("an output came after the end of the loop")
-
-        return deliver
-
-    async def get(self) -> tuple[int, engine.Output]:
-        """The next output, and whose."""
-        index, output = await self._queue.get()
-        if output.reason is not None:
-            self.awaited.discard(index)
-        return index, output
-
-
-def _raise_if_broken(reason: engine.Reason | None, *, is_waiting: bool) -> None:
     if reason is engine.Reason.FAILED:
         raise InternalError("the engine failed on this completion")
     if reason is engine.Reason.CANCELLED:

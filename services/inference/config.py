@@ -25,7 +25,8 @@ class InferenceSettings(CoreSettings):
     inference_step_tokens: int = Field(default=256, ge=16)
     """Most tokens in one step: smaller keeps running streams smooth, larger gets prompts through sooner."""
     inference_kv_tokens: int = Field(default=32768, ge=8192)
-    """Most tokens whose keys and values are held at once (SmolLM2-135M in bf16: 23 KB each)."""
+    """Most tokens whose keys and values are kept, those of ended completions too, for others that begin alike
+    (SmolLM2-135M in bf16: 23 KB each)."""
     inference_prompt_tokens: int = Field(default=1024, ge=64)
     """Most tokens of a completion's prompt; what is farther from the cursor is cut."""
     inference_load_wait_seconds: float = Field(default=60, ge=0)

@@ -60,17 +60,28 @@ class Prompter:
         """
         # The overhang is generated anew, byte by byte at worst.
         budget = min(self._budget, model.context_length - max_tokens - 4 * prompts.OVERHANG_CHARS)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, _render, model, fmt, code, budget)
 
-        def render() -> Prompt:
-            return prompts.completion_prompt(
-                fmt,
-                model.tokenizer,
-                path=code.path,
-                prefix=code.prefix,
-                suffix=code.suffix,
-                budget=budget,
-                context=code.context,
-            )
+    async def scored(
+        self, model: LoadedModel, fmt: PromptFormat, code: Code, continuation: str
+    ) -> tuple[Prompt, list[int]]:
+        """The prompt of a completion, and the ids of what it leaves out and of a continuation.
+
+        Raises:
+            PromptTooLong: the continuation leaves the prompt no room.
+        """
+
+        def render() -> tuple[Prompt, list[int]]:
+            room = model.context_length - len(prompts.encode(fmt, model.tokenizer, continuation))
+            if room <= 4 * prompts.OVERHANG_CHARS:
+                raise PromptTooLong(
+                    f"the continuation is too long for this model's context of {model.context_length} tokens",
+                    field="continuation",
+                    hint="Score it in parts.",
+                )
+            budget = min(self._budget, room - 4 * prompts.OVERHANG_CHARS)
+            prompt = _render(model, fmt, code, budget)
+            return prompt, prompts.encode(fmt, model.tokenizer, prompt.overhang + continuation)
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, render)
 
@@ -92,6 +103,18 @@ class Prompter:
                 hint="Leave out older messages, or ask for fewer tokens.",
             )
         return Prompt(ids=ids, suffix_used=False, truncated=False)
+
+
+def _render(model: LoadedModel, fmt: PromptFormat, code: Code, budget: int) -> Prompt:
+    return prompts.completion_prompt(
+        fmt,
+        model.tokenizer,
+        path=code.path,
+        prefix=code.prefix,
+        suffix=code.suffix,
+        budget=budget,
+        context=code.context,
+    )
 
 
 def _render_chat(model: LoadedModel, turns: Sequence[Turn]) -> list[int]:

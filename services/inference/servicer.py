@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Literal
 
 import grpc
@@ -13,9 +14,9 @@ from codegraft.common.v1.model_pb2 import Model
 from codegraft.inference.v1 import completion_pb2 as pb
 from codegraft.inference.v1 import completion_pb2_grpc, serving_pb2, serving_pb2_grpc
 from services.core import names
-from services.core.errors import EmptyPrompt, InvalidArgument, InvalidPageSize, InvalidPageToken, NotSupported
+from services.core.errors import EmptyPrompt, InvalidArgument, InvalidPageSize, InvalidPageToken
 from services.core.models.catalogue import ModelSpec
-from services.inference import completions
+from services.inference import completions, scoring
 from services.inference.completions import Completions, Delta, Finished, Logprob, Request, Started, Stop
 from services.inference.engine.sequence import Sampling
 from services.inference.prompter import Code, Turn
@@ -34,13 +35,7 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
         self._domain, self._spec = domain, spec
 
     async def Complete(self, request: pb.CompleteRequest, context: Context) -> AsyncIterator[pb.CompleteResponse]:
-        if not request.prompt.prefix and not request.prompt.suffix:
-            raise EmptyPrompt(
-                "prompt has neither prefix nor suffix", field="prompt", hint="Send the code at the cursor."
-            )
-        prompt = request.prompt
-        code = Code(prompt.path, prompt.prefix, prompt.suffix, tuple((c.path, c.text) for c in prompt.context))
-        wanted = _request(request, code, context, session=request.session)
+        wanted = _request(request, _code(request.prompt), context, session=request.session)
         async with aclosing(self._domain.run(wanted)) as parts:
             async for part in parts:
                 yield pb.CompleteResponse(**_part(part))
@@ -58,7 +53,12 @@ class CompletionServicer(completion_pb2_grpc.CompletionServiceServicer):
                 yield pb.ChatResponse(**_part(part))
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
-        raise NotSupported("Score is not offered by this version", hint="Use Complete.")
+        code = _code(request.prompt)
+        if not request.continuation:
+            raise InvalidArgument("continuation is empty", field="continuation", hint="Send the text to score.")
+        scored = await scoring.score(self._domain, _request(request, code, context), code, request.continuation)
+        tokens = [pb.ScoredToken(text=item.text, logprob=item.logprob) for item in scored.tokens]
+        return pb.ScoreResponse(tokens=tokens, model=scored.model, adapter_sha256=scored.adapter_sha256)
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         if request.page_size < 0:
@@ -122,8 +122,17 @@ class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
         return serving_pb2.UnloadAdapterResponse()
 
 
+def _code(prompt: pb.CodePrompt) -> Code:
+    if not prompt.prefix and not prompt.suffix:
+        raise EmptyPrompt("prompt has neither prefix nor suffix", field="prompt", hint="Send the code at the cursor.")
+    return Code(prompt.path, prompt.prefix, prompt.suffix, tuple((c.path, c.text) for c in prompt.context))
+
+
 def _request(
-    request: pb.CompleteRequest | pb.ChatRequest, prompt: Code | list[Turn], context: Context, session: str = ""
+    request: pb.CompleteRequest | pb.ChatRequest | pb.ScoreRequest,
+    prompt: Code | list[Turn],
+    context: Context,
+    session: str = "",
 ) -> Request:
     names.parse(names.PROJECT, request.parent, field="parent")
     checkpoint = request.adapter.checkpoint
@@ -136,17 +145,18 @@ def _request(
                 hint=f"Name a checkpoint of {request.parent}.",
             )
     remaining = context.time_remaining()
-    return Request(
+    wanted = Request(
         project=request.parent,
         prompt=prompt,
-        sampling=_sampling(request.sampling),
-        stop=_stop(request.stop),
-        n=_whole(request.sampling, "n", 1, 8) or 1,
         base=request.adapter.base,
         checkpoint=checkpoint,
         session=session,
         deadline=None if remaining is None else time.monotonic() + remaining - min(_MARGIN, remaining / 10),
     )
+    if isinstance(request, pb.ScoreRequest):
+        return wanted
+    n = _whole(request.sampling, "n", 1, 8) or 1
+    return replace(wanted, sampling=_sampling(request.sampling), stop=_stop(request.stop), n=n)
 
 
 def _sampling(sampling: pb.Sampling) -> Sampling:

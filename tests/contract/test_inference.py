@@ -24,6 +24,7 @@ from codegraft.inference.v1 import completion_pb2 as pb
 from codegraft.inference.v1 import completion_pb2_grpc, serving_pb2, serving_pb2_grpc
 from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest
 from services.core import errors
+from services.core.models import prompts
 from services.core.models.catalogue import find
 from services.core.rpc.interceptors import CallInterceptor
 from services.core.rpc.status import from_rpc
@@ -295,6 +296,9 @@ async def test_stop_rules_and_sampling(world: World) -> None:
         ({"stop": pb.StopRule(strings=[""])}, errors.InvalidArgument, "stop.strings"),
         ({"sampling": pb.Sampling(temperature=-1)}, errors.InvalidArgument, "sampling.temperature"),
         ({"sampling": pb.Sampling(top_p=float("nan"))}, errors.InvalidArgument, "sampling.top_p"),
+        ({"sampling": pb.Sampling(n=9)}, errors.InvalidArgument, "sampling.n"),
+        ({"sampling": pb.Sampling(n=0)}, errors.InvalidArgument, "sampling.n"),
+        ({"sampling": pb.Sampling(logprobs=6)}, errors.InvalidArgument, "sampling.logprobs"),
         ({"adapter": pb.AdapterChoice(checkpoint="x")}, errors.InvalidName, "adapter.checkpoint"),
         (
             {"adapter": pb.AdapterChoice(checkpoint="projects/other/runs/r/checkpoints/1")},
@@ -363,9 +367,87 @@ async def test_chat_needs_a_template_and_renders_with_it(world: World) -> None:
     assert stream.reason == "LENGTH"
 
 
-async def test_score_is_not_offered_yet(world: World) -> None:
-    answer = await refused_call(world.completions.Score(pb.ScoreRequest(parent=PROJECT)))
-    assert type(answer) is errors.NotSupported
+async def test_several_completions_of_one_prompt(world: World) -> None:
+    def sampling(**fields: Any) -> pb.Sampling:
+        return pb.Sampling(temperature=1.0, logprobs=2, **fields)
+
+    request = pb.CompleteRequest(
+        parent=PROJECT,
+        prompt=pb.CodePrompt(path="a.py", prefix="def main():\n" * 4),
+        stop=pb.StopRule(max_tokens=20),
+        sampling=sampling(seed=5, n=3),
+        session="s",
+    )
+    texts, spelled, ends, started = ["", "", ""], [b"", b"", b""], dict[int, int](), 0
+    async for response in world.completions.Complete(request, timeout=20):
+        match response.WhichOneof("part"):
+            case "started":
+                started += 1
+            case "delta":
+                delta = response.delta
+                texts[delta.index] += delta.text
+                assert len(delta.logprobs) == delta.tokens and all(item.logprob <= 0 for item in delta.logprobs)
+                spelled[delta.index] += b"".join(item.text for item in delta.logprobs)
+                assert all(len(item.top) == 2 and item.top[0].logprob >= item.logprob for item in delta.logprobs)
+            case "finished":
+                assert response.finished.index not in ends
+                ends[response.finished.index] = response.finished.usage.completion_tokens
+    assert started == 1 and sorted(ends) == [0, 1, 2]
+    assert len(set(texts)) == 3
+    assert [data.decode(errors="replace") for data in spelled] == texts
+    for index, text in enumerate(texts):
+        alone = await world.complete("def main():\n" * 4, 20, sampling=sampling(seed=5 + index)).end()
+        assert alone.text == text and alone.finished.usage.completion_tokens == ends[index]
+
+
+async def test_one_of_several_that_cannot_begin_in_time_ends_with_the_others(worlds: Callable[..., Any]) -> None:
+    world = await worlds(limits=Limits(running=1, waiting=4, step_tokens=32, kv_tokens=8192))
+    ends = {}
+    async for response in world.complete(max_tokens=220, sampling=pb.Sampling(n=8), timeout=0.5).call:
+        if response.WhichOneof("part") == "finished":
+            ends[response.finished.index] = response.finished
+    assert sorted(ends) == list(range(8)) and ends[7].reason == pb.FINISH_REASON_DEADLINE
+    assert ends[0].usage.completion_tokens > 0 == ends[7].usage.completion_tokens
+
+
+async def test_score_is_of_the_document_as_it_is_trained_on(
+    world: World, reference: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    prefix, continuation = "x = 1\ny = ", "é + x\n"
+    fmt = world.replica.model.result().format
+    ids = prompts.training_document(fmt, tokenizer, path="a.py", text=prefix + continuation, is_end=False)
+    with torch.inference_mode():
+        logprobs = reference(torch.tensor([ids])).logits[0].log_softmax(-1)
+    count = len(continuation.encode())
+    expected = [float(logprobs[at - 1, ids[at]]) for at in range(len(ids) - count, len(ids))]
+    code = pb.CodePrompt(path="a.py", prefix=prefix)
+    request = pb.ScoreRequest(parent=PROJECT, prompt=code, continuation=continuation)
+    scored = await world.completions.Score(request)
+    assert (scored.model, scored.adapter_sha256) == ("tiny", "")
+    assert b"".join(token.text for token in scored.tokens).decode() == continuation
+    assert [token.logprob for token in scored.tokens] == pytest.approx(expected, abs=1e-3)
+    best = await world.store(1, seed=1)
+    request.adapter.checkpoint = best.checkpoint
+    other = await world.completions.Score(request)
+    assert other.adapter_sha256 == best.sha256 and other.tokens[0].logprob != scored.tokens[0].logprob
+
+
+async def test_score_refuses_what_it_cannot_score(world: World) -> None:
+    def request(**fields: Any) -> pb.ScoreRequest:
+        code = pb.CodePrompt(path="a.py", prefix="x")
+        return pb.ScoreRequest(**{"parent": PROJECT, "prompt": code, "continuation": "y", **fields})
+
+    for fields, error, at in (
+        ({"prompt": pb.CodePrompt(path="a.py")}, errors.EmptyPrompt, "prompt"),
+        ({"continuation": ""}, errors.InvalidArgument, "continuation"),
+        ({"continuation": "y" * 400}, errors.PromptTooLong, "continuation"),
+        ({"parent": "projects/none"}, errors.ProjectNotFound, "parent"),
+    ):
+        answer = await refused_call(world.completions.Score(request(**fields)))
+        assert type(answer) is error and answer.field == at
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await world.completions.Score(request(continuation="y" * 200), timeout=1e-4)
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 # --- swaps ---

@@ -95,7 +95,11 @@ class Completions:
         path: str = "",
         adapter: completion_pb2.AdapterChoice | None = None,
     ) -> completion_pb2.ScoreResponse:
-        """The log-probability of every token of a given continuation."""
+        """The log-probability of every token of a given continuation.
+
+        Raises:
+            EmptyPrompt, PromptTooLong, ProjectNotFound, QueueFull, ModelLoading.
+        """
         request = completion_pb2.ScoreRequest(
             parent=project_name(project),
             prompt=completion_pb2.CodePrompt(path=path, prefix=prefix, suffix=suffix),

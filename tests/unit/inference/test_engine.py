@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from services.core import errors
@@ -81,6 +82,75 @@ def test_those_that_give_up_their_blocks_stream_the_same_text(
     assert bench.engine.preemptions > 0
     bench.engine.stop()
     assert bench.engine.blocks_held == 0
+
+
+def logprobs_of(model: LlamaForCausalLM, tokens: list[int]) -> torch.Tensor:
+    """``[tokens - 1, vocabulary]``: of each next token."""
+    with torch.inference_mode():
+        return model(torch.tensor([tokens])).logits[0, :-1].log_softmax(-1)
+
+
+def test_log_probabilities_are_the_models(bench: Bench, reference: LlamaForCausalLM) -> None:
+    sampling = Sampling(temperature=1.0, top_k=3, seed=1, repetition_penalty=1.5, logprobs=2)
+    heard = bench.submit(PROMPTS[2], 20, sampling=sampling).wait()
+    told = [item for output in heard.outputs for item in output.logprobs]
+    assert [item.token for item in told] == heard.new
+    for item, row in zip(told, logprobs_of(reference, heard.sequence.tokens)[len(PROMPTS[2]) - 1 :], strict=True):
+        assert item.logprob == pytest.approx(float(row[item.token]), abs=1e-4)
+        values, ids = row.topk(2)
+        assert [token for token, _ in item.top] == ids.tolist()
+        assert [logprob for _, logprob in item.top] == pytest.approx(values.tolist(), abs=1e-4)
+    silent = bench.submit(PROMPTS[2], 3).wait()
+    assert not any(output.logprobs for output in silent.outputs)
+    assert all(
+        item.top == () for item in bench.submit([1], 1, sampling=Sampling(logprobs=0)).wait().outputs[-1].logprobs
+    )
+
+
+def test_those_of_one_prompt_share_its_blocks(bench: Bench, reference: LlamaForCausalLM) -> None:
+    first = bench.make(PROMPTS[3], 20, session="s")
+    others = [bench.make(PROMPTS[3], 20, session="s", after=first.sequence) for _ in range(5)]
+    bench.engine.submit(first.sequence, *(one.sequence for one in others))
+    assert all(one.wait().new == greedy(reference, PROMPTS[3], 20) for one in (first, *others))
+    assert [one.sequence.cached for one in (first, *others)] == [0] + [80] * 5
+    first = bench.make(PROMPTS[4], 400)
+    second = bench.make(PROMPTS[4], 2, after=first.sequence)
+    bench.engine.submit(first.sequence, second.sequence)
+    bench.engine.cancel(first.sequence)
+    assert second.wait().reason is Reason.LENGTH, "whom it waits for may be gone"
+
+
+def test_scores_are_the_models_whatever_else_runs(bench: Bench, reference: LlamaForCausalLM) -> None:
+    weights = marker(bench.model, 1)
+    running = [bench.submit(prompt, 30) for prompt in PROMPTS[:2]]
+    for adapter, model in ((None, reference), (None, reference), (weights, merged(reference, weights))):
+        tokens = [*PROMPTS[3], *PROMPTS[2]]
+        scored = bench.submit(tokens[:-1], 0, targets=tuple(PROMPTS[2]), adapter=adapter).wait()
+        rows = logprobs_of(model, tokens)[len(PROMPTS[3]) - 1 :]
+        told = scored.outputs[-1].logprobs
+        assert [item.token for item in told] == PROMPTS[2] and scored.text == ""
+        expected = [float(row[token]) for row, token in zip(rows, PROMPTS[2], strict=True)]
+        assert [item.logprob for item in told] == pytest.approx(expected, abs=1e-3)
+    one = bench.submit([3], 0, targets=(7,)).wait().outputs[-1].logprobs
+    assert [item.logprob for item in one] == pytest.approx([float(logprobs_of(reference, [3, 7])[0, 7])], abs=1e-4)
+    for heard, prompt in zip(running, PROMPTS[:2], strict=True):
+        assert heard.wait().new == greedy(reference, prompt, 30)
+
+
+def test_scores_that_had_to_give_up_their_blocks_come_whole(
+    reference: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    bench = Bench(reference, tokenizer, Limits(running=2, step_tokens=3, kv_tokens=9 * 16))
+    first = bench.submit(PROMPTS[1], 90)  # it grows into the blocks of what comes after it
+    scored = bench.submit(PROMPTS[3][:89], 0, targets=tuple(PROMPTS[3][30:]))
+    bench.engine.start()
+    first.wait()
+    told = scored.wait().outputs[-1].logprobs
+    rows = logprobs_of(reference, PROMPTS[3])[29:]
+    expected = [float(row[token]) for row, token in zip(rows, PROMPTS[3][30:], strict=True)]
+    assert [item.logprob for item in told] == pytest.approx(expected, abs=1e-3)
+    assert bench.engine.preemptions > 0
+    bench.engine.stop()
 
 
 def test_cancel_frees_the_sequence_within_a_step(bench: Bench) -> None:
