@@ -16,7 +16,7 @@ from services.inference.engine.scheduler import Limits, Work
 from services.inference.engine.sequence import Reason, Result, Sampling, Sequence
 from tests.unit.inference.tiny import Bench, greedy, marker, merged
 
-PROMPTS = [[random.Random(n).randrange(256) for _ in range(size)] for n, size in enumerate([1, 7, 40, 90, 16, 17])]
+PROMPTS = [random.Random(n).choices(range(256), k=size) for n, size in enumerate([1, 7, 40, 90, 16, 17])]
 
 
 def test_tokens_are_those_of_transformers(bench: Bench, reference: LlamaForCausalLM) -> None:
