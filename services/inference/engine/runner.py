@@ -10,8 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from services.inference.adapters.lora import Segment, install
-from services.inference.engine.attention import NAME, Row, Step
-from services.inference.engine.blocks import BLOCK, Table
+from services.inference.engine.attention import NAME, Step
+from services.inference.engine.blocks import BLOCK
+from services.inference.engine.rows import Row, batches
 from services.inference.engine.sampler import Sampler
 from services.inference.engine.scheduler import Work
 from services.inference.engine.sequence import Result, Sequence
@@ -45,23 +46,30 @@ class Runner:
         # One version's sequences stand side by side, so that its adapter is one product over all of them.
         order = sorted(range(len(work)), key=lambda index: id(work[index].sequence.adapter))
         rows, segments, ids, positions, last = list[Row](), list[Segment](), list[int](), list[int](), list[int]()
-        slots = list[int]()
+        slots, begun = list[int](), list[int]()
         for index in order:
             item = work[index]
             begin, end = len(ids), item.start + item.count
             ids += item.sequence.tokens[item.start : end]
             positions += range(item.start, end)
             assert item.sequence.table is not None
-            where, written = _slots(item.sequence.table, item.start, end)
-            rows.append(Row(begin, item.count, item.start, where if isinstance(where, slice) else where.to(device)))
-            slots += written
+            rows.append(Row(begin, item.count, item.start, item.sequence.table.blocks))
+            slots += rows[-1].written()
+            begun += rows[-1].begun()
             last += range(len(ids) - item.outputs, len(ids))
             if (weights := item.sequence.adapter) is not None:
                 if segments and segments[-1].weights is weights and segments[-1].end == begin:
                     segments[-1] = Segment(segments[-1].begin, len(ids), weights)
                 else:
                     segments.append(Segment(begin, len(ids), weights))
-        step = Step(rows, torch.tensor(slots, device=device), self._kv)
+        together, alone = batches(rows, device)
+        step = Step(
+            batches=together,
+            rows=alone,
+            slots=torch.tensor(slots, device=device),
+            begun=torch.tensor(begun, device=device) if begun else None,
+            kv=self._kv,
+        )
         with self._active.use(segments):
             logits = self._model(
                 input_ids=torch.tensor([ids], device=device),
@@ -95,13 +103,3 @@ class Runner:
     def release(self, sequence: Sequence) -> None:
         """Frees what is kept for a sequence beside its blocks; nothing is fine."""
         self._sampler.forget(sequence)
-
-
-def _slots(table: Table, start: int, end: int) -> tuple[slice | torch.Tensor, list[int]]:
-    """Where a sequence's first ``end`` tokens lie, and the slots of those from ``start`` on."""
-    runs = [(begin * BLOCK, stop * BLOCK) for begin, stop in table.runs()]
-    first = runs[0][0]
-    if first + end <= runs[0][1]:
-        return slice(first, first + end), list(range(first + start, first + end))
-    slots = torch.cat([torch.arange(begin, stop) for begin, stop in runs])[:end]
-    return slots, slots[start:].tolist()

@@ -31,6 +31,13 @@ def test_tokens_do_not_depend_on_the_company(bench: Bench, reference: LlamaForCa
         assert one.reason is Reason.LENGTH
 
 
+def test_what_others_left_in_memory_never_counts(bench: Bench, reference: LlamaForCausalLM) -> None:
+    for memory in bench.runner._kv:
+        memory.fill_(float("nan"))  # as an adapter of huge numbers leaves it
+    heard = [bench.submit(prompt, 40) for prompt in PROMPTS]
+    assert [one.wait().new for one in heard] == [greedy(reference, prompt, 40) for prompt in PROMPTS]
+
+
 def test_each_sequence_runs_on_its_own_adapter(bench: Bench, reference: LlamaForCausalLM) -> None:
     versions = [None, marker(bench.model, 1), marker(bench.model, 2, rank=8), None, marker(bench.model, 1)]
     heard = [bench.submit(PROMPTS[3], 20, adapter=weights) for weights in versions]
