@@ -66,15 +66,18 @@ def attend(
         kv.index_fill_(2, step.begun, 0.0)
     kv[0].index_copy_(1, step.slots, key[0])
     kv[1].index_copy_(1, step.slots, value[0])
+    if len(step.rows) == 1 and not step.batches:
+        keys, values = step.rows[0].seen(kv[0], sliding_window), step.rows[0].seen(kv[1], sliding_window)
+        return _one(step.rows[0], query, keys, values, scaling, sliding_window, softcap).transpose(1, 2), None
     by_token = query[0].transpose(0, 1)
     out = torch.empty_like(by_token, memory_format=torch.contiguous_format)
     for batch in step.batches:
-        keys, values = (batch.seen(memory, sliding_window) for memory in kv)
+        keys, values = batch.seen(kv[0], sliding_window), batch.seen(kv[1], sliding_window)
         queries = by_token.index_select(0, batch.tokens)[:, :, None]
         attended = _few(queries, keys, values, batch.mask(sliding_window), scaling, softcap)
         out.index_copy_(0, batch.tokens, attended[:, :, 0])
     for row in step.rows:
-        keys, values = (row.seen(memory, sliding_window) for memory in kv)
+        keys, values = row.seen(kv[0], sliding_window), row.seen(kv[1], sliding_window)
         span = slice(row.begin, row.begin + row.count)
         out[span] = _one(row, query[:, :, span], keys, values, scaling, sliding_window, softcap)[0].transpose(0, 1)
     return out[None], None

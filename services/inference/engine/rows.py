@@ -12,6 +12,8 @@ from services.inference.engine.blocks import BLOCK, blocks_for
 _ALIKE = 2
 """Decodes share one operation when the longest has at most so many times the blocks of the shortest: it computes all of
 them as long as the longest."""
+_MANY = 4
+"""Fewer are quicker one by one: their blocks need not be gathered."""
 
 
 @dataclass(slots=True)
@@ -131,8 +133,10 @@ def batches(rows: list[Row], device: torch.device) -> tuple[list[Batch], list[Ro
             groups[-1].append(row)
         else:
             groups.append([row])
-    alone += [group[0] for group in groups if len(group) == 1]
-    made = [
-        Batch(torch.tensor([row.begin for row in group], device=device), group) for group in groups if len(group) > 1
-    ]
+    made = []
+    for group in groups:
+        if len(group) < _MANY:
+            alone += group
+        else:
+            made.append(Batch(torch.tensor([row.begin for row in group], device=device), group))
     return made, alone

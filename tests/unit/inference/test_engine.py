@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from services.core import errors
 from services.inference.engine.engine import Engine
+from services.inference.engine.rows import Row, batches
 from services.inference.engine.scheduler import Limits, Work
 from services.inference.engine.sequence import Reason, Result, Sampling, Sequence
 from tests.unit.inference.tiny import Bench, greedy, marker, merged
@@ -24,6 +25,20 @@ def test_tokens_are_those_of_transformers(bench: Bench, reference: LlamaForCausa
         assert bench.submit(prompt, 20).wait().new == greedy(reference, prompt, 20)
 
 
+def test_those_alike_decode_together() -> None:
+    def rows(*blocks: int) -> list[Row]:
+        return [Row(n, 1, 16 * count - 1, list(range(count))) for n, count in enumerate(blocks)]
+
+    prompt = Row(4, 9, 0, [0])
+    together, alone = batches([*rows(2, 9, 4, 3), prompt], torch.device("cpu"))
+    assert not together and len(alone) == 5, "too few are alike"
+    together, alone = batches([*rows(2, 9, 4, 3, 2, 1), prompt], torch.device("cpu"))
+    assert [batch.tokens.tolist() for batch in together] == []
+    together, alone = batches([*rows(2, 9, 4, 3, 2), prompt], torch.device("cpu"))
+    assert [batch.tokens.tolist() for batch in together] == [[0, 4, 3, 2]]
+    assert {row.begin for row in alone} == {1, 4} and prompt in alone
+
+
 def test_tokens_do_not_depend_on_the_company(bench: Bench, reference: LlamaForCausalLM) -> None:
     heard = [bench.submit(prompt, 30) for prompt in PROMPTS]
     for prompt, one in zip(PROMPTS, heard, strict=True):
@@ -34,8 +49,9 @@ def test_tokens_do_not_depend_on_the_company(bench: Bench, reference: LlamaForCa
 def test_what_others_left_in_memory_never_counts(bench: Bench, reference: LlamaForCausalLM) -> None:
     for memory in bench.runner._kv:
         memory.fill_(float("nan"))  # as an adapter of huge numbers leaves it
-    heard = [bench.submit(prompt, 40) for prompt in PROMPTS]
-    assert [one.wait().new for one in heard] == [greedy(reference, prompt, 40) for prompt in PROMPTS]
+    prompts = [PROMPTS[3][n:50] for n in range(4)]  # alike enough for one operation
+    heard = [bench.submit(prompt, 40) for prompt in prompts]
+    assert [one.wait().new for one in heard] == [greedy(reference, prompt, 40) for prompt in prompts]
 
 
 def test_each_sequence_runs_on_its_own_adapter(bench: Bench, reference: LlamaForCausalLM) -> None:
