@@ -103,7 +103,6 @@ class Finished:
     """The last part of one of the completions."""
 
     index: int
-
     reason: engine.Reason
     prompt_tokens: int
     completion_tokens: int

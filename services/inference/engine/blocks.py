@@ -39,18 +39,6 @@ class Table:
     names: list[bytes] = field(default_factory=list)
     """Of those of its first blocks that are full and computed."""
 
-    def runs(self) -> list[tuple[int, int]]:
-        """The blocks as [begin, end) of neighbours."""
-        runs: list[tuple[int, int]] = []
-        begin = end = -1
-        for block in self.blocks:
-            if block != end:
-                if end >= 0:
-                    runs.append((begin, end))
-                begin = block
-            end = block + 1
-        return [*runs, (begin, end)] if end >= 0 else runs
-
 
 class Blocks:
     """All blocks, and who holds them."""

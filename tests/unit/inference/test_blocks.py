@@ -28,6 +28,11 @@ def opened(blocks: Blocks, tokens: list[int], root: bytes = A, capacity: int = 0
     return table
 
 
+def pieces(table: Table) -> int:
+    """Runs of neighbours that its blocks come in."""
+    return 1 + sum(after != before + 1 for before, after in itertools.pairwise(table.blocks))
+
+
 def test_full_blocks_are_shared_and_others_are_not() -> None:
     blocks, tokens = Blocks(20), list(range(40))
     one, two, shorter = opened(blocks, tokens), opened(blocks, tokens), opened(blocks, tokens[:32])
@@ -77,7 +82,7 @@ def test_sequences_grow_side_by_side_into_neighbouring_blocks() -> None:
     tables = [opened(blocks, [n] * 40, capacity=120) for n in range(4)]
     for size in range(40, 120):
         assert all(blocks.grow(table, size, 120) for table in tables)
-    assert all(len(table.runs()) == 1 for table in tables)
+    assert all(pieces(table) == 1 for table in tables)
 
 
 def test_what_is_dropped_makes_room_for_neighbours() -> None:
@@ -89,16 +94,9 @@ def test_what_is_dropped_makes_room_for_neighbours() -> None:
         for grown in range(size, size + 100):
             assert blocks.grow(table, grown, size + 100)
         blocks.commit(table, [n] * (size + 100), size + 99)
-        runs.append(len(table.runs()))
+        runs.append(pieces(table))
         blocks.close(table)
     assert sum(runs) / len(runs) < 2.5 and blocks.cached > 200, "nearly in one piece though all memory is in use"
-
-
-@given(st.lists(st.integers(0, 30), unique=True))
-def test_runs_are_the_blocks(numbers: list[int]) -> None:
-    runs = Table(A, numbers).runs()
-    assert [block for begin, end in runs for block in range(begin, end)] == numbers
-    assert all(one[1] != other[0] for one, other in itertools.pairwise(runs))
 
 
 @dataclass(frozen=True)
