@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from services.core import errors
 from services.inference.engine.blocks import BLOCK, Blocks, Table, blocks_for
 from services.inference.engine.scheduler import Limits, Scheduler
-from services.inference.engine.sequence import Reason, Sequence
+from services.inference.engine.sequence import Reason, Result, Sequence, TokenLogprob
 from services.inference.engine.text import TextStream
 
 A, B = b"a", b"b"
@@ -119,20 +119,27 @@ class Life:
     def submit(self) -> None:
         rng = self.rng
         prompt = [rng.choice((0, 1))] * rng.choice((1, 15, 16, 17, 40, 90)) + [rng.randrange(3)] * rng.randrange(3)
-        sequence = Sequence(
-            prompt=prompt,
-            max_tokens=rng.choice((1, 5, 40)),
-            text=TextStream([b"x"] * 3),
-            deliver=lambda _: None,
-            adapter=rng.choice((None, Weights("a"), Weights("b"))),
-            session=rng.choice(("", "", "s")),
-        )
+        targets = (0,) * rng.randrange(1, len(prompt) + 1) if rng.random() < 0.1 else ()
+        adapter, session = rng.choice((None, Weights("a"), Weights("b"))), rng.choice(("", "", "s"))
+        group: list[Sequence] = []
+        for _ in range(1 if targets else rng.choice((1, 1, 1, 3))):
+            sequence = Sequence(
+                prompt=prompt,
+                max_tokens=0 if targets else rng.choice((1, 5, 40)),
+                text=TextStream([b"x"] * 3),
+                deliver=lambda _: None,
+                adapter=adapter,
+                session=session,
+                targets=targets,
+                after=group[0] if group else None,
+            )
+            group.append(sequence)
         try:
-            self.scheduler.submit(sequence)
+            self.scheduler.submit(*group)
         except errors.QueueFull:
             return
-        self.submitted += 1
-        self.live[sequence.number] = sequence
+        self.submitted += len(group)
+        self.live.update({sequence.number: sequence for sequence in group})
 
     def cancel(self) -> None:
         if self.live:
@@ -156,8 +163,12 @@ class Life:
         self.scheduler.commit(plan.work)
         over = []
         for work in plan.work:
-            output = work.sequence.accept(self.rng.randrange(3)) if work.samples else None
+            result = Result(self.rng.randrange(3))
+            if work.sequence.targets:
+                result = Result(None, (TokenLogprob(0, 0.0),) * work.outputs)
+            output = work.sequence.take(result) if work.outputs else None
             if output and output.reason:
+                assert len(output.logprobs) == len(work.sequence.targets)
                 over.append(work.sequence)
                 self.end(work.sequence, output.reason)
         self.scheduler.remove(over)
