@@ -323,7 +323,7 @@ async def test_two_processes_train_and_stop_together(worlds: Callable[..., Any])
 
 async def test_another_worker_goes_on_where_the_first_one_stopped(worlds: Callable[..., Any]) -> None:
     first: World = await worlds()
-    steps = {**QUICK, "train_steps": 120, "eval_steps": 40, "checkpoint_steps": 10}
+    steps = {**QUICK, "train_steps": 120, "eval_steps": 40, "checkpoint_steps": 10, "max_eval_tokens": 256}
     run = await first.create(steps)
     await first.until(run, lambda now: now.step > 10)  # step 10's state is kept by then
     await first.stop()
