@@ -90,7 +90,7 @@ def test_the_time_limit_holds_on_a_real_clock(base: Path, tmp_path: Path) -> Non
     took = time.monotonic() - began
     story = folder.read()[0]
     assert folder.failure() is None and story[-1].ended.why == "out of time"
-    assert 1.5 < took < 3.5
+    assert 1.5 < took < 8  # all of its steps would take minutes; a busy machine may be late
     checkpoints = [message.checkpoint for message in story if message.HasField("checkpoint")]
     evaluations = [message.evaluation for message in story if message.HasField("evaluation")]
     assert checkpoints[-1].last and checkpoints[-1].step == evaluations[-1].step == story[-1].ended.step > 10
