@@ -93,7 +93,7 @@ def test_the_time_limit_holds_on_a_real_clock(base: Path, tmp_path: Path) -> Non
     assert 1.5 < took < 8  # all of its steps would take minutes; a busy machine may be late
     checkpoints = [message.checkpoint for message in story if message.HasField("checkpoint")]
     evaluations = [message.evaluation for message in story if message.HasField("evaluation")]
-    assert checkpoints[-1].last and checkpoints[-1].step == evaluations[-1].step == story[-1].ended.step > 10
+    assert checkpoints[-1].last and checkpoints[-1].step == evaluations[-1].step == story[-1].ended.step > 0
     assert any(checkpoint.best for checkpoint in checkpoints) and any(message.HasField("proof") for message in story)
 
 
