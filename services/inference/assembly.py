@@ -15,8 +15,11 @@ from services.core.models.catalogue import ModelSpec
 from services.core.rpc.server import Registration
 from services.core.runtime import Runtime
 from services.core.state import Table
+from services.inference.adapters.disk import DiskCache
 from services.inference.adapters.follower import Follower
+from services.inference.adapters.host import HostCache
 from services.inference.adapters.loader import Loader
+from services.inference.adapters.manifests import Manifests
 from services.inference.adapters.registry import Registry
 from services.inference.completions import Completions
 from services.inference.config import InferenceSettings
@@ -29,6 +32,7 @@ from services.inference.serving import ServingDesk
 if TYPE_CHECKING:
     from services.inference.model import LoadedModel
 
+_MB = 1_000_000
 _log = log.get("inference")
 
 
@@ -52,12 +56,15 @@ class Replica:
         self._load = load
         self._spec, self._cache_dir, self._artifacts = spec, settings.cache_dir, runtime.artifacts
         self.model: asyncio.Future[LoadedModel] = asyncio.get_running_loop().create_future()
-        self.registry = Registry(settings.inference_idle_adapters)
+        self.registry = Registry(settings.inference_device_adapters)
         table = Table(runtime.state("inference"), Serving, missing=ServingNotFound)
-        loader = Loader(runtime.artifacts, self.registry)
+        manifests, host = Manifests(runtime.artifacts), HostCache(settings.inference_host_adapter_mb * _MB)
+        disk = DiskCache(settings.cache_dir / "adapters", runtime.blobs, settings.inference_disk_adapter_mb * _MB)
+        loader = Loader(manifests, disk, host, self.registry)
         self.follower = Follower(
             table=table,
             events=runtime.events,
+            manifests=manifests,
             loader=loader,
             registry=self.registry,
             bests=bests,

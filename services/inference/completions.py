@@ -15,6 +15,7 @@ from services.core.errors import (
     InternalError,
     ModelLoading,
     ProjectNotFound,
+    ResourceExhausted,
     ShuttingDown,
     Unavailable,
 )
@@ -35,6 +36,8 @@ _log = log.get("inference.completions")
 _RETRY_LOADING = 2.0
 _POLICY_WAIT = 5.0
 """Seconds that a project's first completion waits for its policy; then the base model answers."""
+_PLACE_WAIT = 5.0
+"""Seconds that a completion waits for a place in device memory, for a version that has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,9 @@ class Request:
     checkpoint: str = ""
     """This checkpoint answers, whatever the policy says."""
     session: str = ""
+    """Of an editor: a newer request takes the older one's place, and a split sends all of them to one side."""
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Of the completion."""
     deadline: float | None = None
     """On the monotonic clock, seconds; the text so far is delivered when it passes."""
 
@@ -144,7 +150,7 @@ class Completions:
 
         Raises:
             ProjectNotFound, CheckpointNotFound, ModelLoading, QueueFull, PromptTooLong, ChatUnsupported, ShuttingDown,
-            AdapterRejected: before the first part.
+            AdapterRejected, StoreUnavailable, ResourceExhausted: before the first part.
             DeadlineExceeded: the deadline passed before the first step.
         """
         model, pin = await self.hold(request)
@@ -167,7 +173,7 @@ class Completions:
                 if not started:  # also for one that was superseded in the queue
                     started = True
                     yield Started(
-                        completion_id=uuid.uuid4().hex,
+                        completion_id=request.id,
                         model=model.base.model,
                         adapter_sha256=version.sha256 if version else "",
                         checkpoint=version.checkpoint if version else "",
@@ -212,17 +218,33 @@ class Completions:
         return await self.prompter.chat(model, request.prompt, request.stop.max_tokens)
 
     async def _pin(self, model: LoadedModel, request: Request) -> Pin:
+        """The version that answers; staged first when it gave its place to others."""
         if request.base:
             return self._registry.pin_base(request.project)
+        patience = _PLACE_WAIT
+        if request.deadline is not None:
+            patience = min(patience, request.deadline - time.monotonic())
         if request.checkpoint:
-            version = await self._loader.load(request.checkpoint, model)
-            return self._registry.pin_version(request.project, version)
+            while True:
+                loaded = await self._loader.load(request.checkpoint, model, patience=patience)
+                if pin := self._registry.pin_version(request.project, loaded.version):
+                    return pin
         try:
             async with asyncio.timeout(_POLICY_WAIT):
                 await self._follower.ensure(request.project)
         except (Unavailable, TimeoutError) as error:  # without NATS completions go on
             _log.warning("the policy cannot be read, serving what is there", project=request.project, error=str(error))
-        return self._registry.pin(request.project)
+        if self._follower.standing(request.project).homeless:
+            raise ResourceExhausted(
+                f"no place is free for the adapter of {request.project}",
+                hint="Try again, or set CODEGRAFT_INFERENCE_DEVICE_ADAPTERS higher.",
+                retry_after=1.0,
+            )
+        key = request.session or request.id
+        while (pin := self._registry.pin(request.project, key)) is None:
+            if version := self._registry.route(request.project).choose(request.project, key):
+                await self._loader.load(version.checkpoint, model, sha256=version.sha256, patience=patience)
+        return pin
 
     def _sequences(
         self, model: LoadedModel, fmt: PromptFormat, request: Request, prompt: Prompt, inbox: Inbox
@@ -231,7 +253,7 @@ class Completions:
         # a line 35 % are exact with this stop, none without (bench/fim.py).
         ends_at_suffix = not prompt.suffix_used or bool(fmt.sentinels)
         suffix = request.prompt.suffix if isinstance(request.prompt, Code) and ends_at_suffix else ""
-        version, seed = inbox.pin.version, request.sampling.seed
+        seed = request.sampling.seed
         sequences: list[engine.Sequence] = []
         for index in range(request.n):
             sequence = engine.Sequence(
@@ -246,7 +268,7 @@ class Completions:
                 ),
                 deliver=inbox.door(index),
                 sampling=replace(request.sampling, seed=None if seed is None else seed + index),
-                adapter=version.weights if version else None,
+                adapter=inbox.pin.weights,
                 stop_ids=frozenset(fmt.stop_ids),
                 deadline=request.deadline,
                 session=f"{request.project}/{request.session}" if request.session else "",

@@ -33,8 +33,12 @@ class InferenceSettings(CoreSettings):
     """How long a completion waits for the model to be loaded before it gets MODEL_LOADING; 0 refuses at once."""
     inference_max_rank: int = Field(default=64, ge=1)
     """Largest rank of an adapter that is served."""
-    inference_idle_adapters: int = Field(default=4, ge=0)
-    """Adapters that nobody uses but that stay in memory, the latest used ones."""
+    inference_device_adapters: int = Field(default=16, ge=2)
+    """Places for adapters in device memory; a swap needs a second one until the old version has drained."""
+    inference_host_adapter_mb: int = Field(default=1024, ge=0)
+    """Most memory of adapters that wait in host memory, in MB; the latest used ones stay."""
+    inference_disk_adapter_mb: int = Field(default=10240, ge=0)
+    """Most space of adapters on the disk, in MB, below cache_dir/adapters, which replicas may share."""
     inference_reconcile_seconds: float = Field(default=15, gt=0)
     """How often the trainer is asked for the best checkpoint, beside its events."""
     inference_replica: str = Field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}")

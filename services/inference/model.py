@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import torch as safetensors
 from transformers import PreTrainedModel
 
+from services.core.errors import ResourceExhausted
 from services.core.models import prompts, weights
 from services.core.models.catalogue import ModelSpec
 from services.core.models.spelling import Spelling, token_bytes
@@ -21,6 +22,10 @@ from services.inference.engine.engine import Engine
 from services.inference.engine.runner import Runner
 from services.inference.engine.sampler import Sampler
 from services.inference.engine.scheduler import Limits
+
+_PROBE = "def main():\n    return"
+_PROBE_TOKENS = 8
+"""Enough for every layer to attend to something; more would slow the steps beside it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +45,35 @@ class LoadedModel:
     engine: Engine
     """Started."""
 
-    def read(self, file: Path) -> Mapping[str, torch.Tensor]:
+    runner: Runner
+    """The engine's."""
+    probe_ids: list[int]
+    """The prompt of :meth:`probe`."""
+
+    def read(self, data: bytes) -> Mapping[str, torch.Tensor]:
         """The tensors of a safetensors file, on the CPU."""
-        return load_file(file)
+        return safetensors.load(data)
 
     def prepare(
         self, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], scale: float, sha256: str
     ) -> lora.Weights:
-        """Verified matrices, ready to run on this model."""
-        return lora.prepare(pairs, scale, self.model.dtype, self.model.device, sha256)
+        """Verified matrices, ready to run on this model.
+
+        Raises:
+            ResourceExhausted: the device has no memory for them now.
+        """
+        try:
+            return lora.prepare(pairs, scale, self.model.dtype, self.model.device, sha256)
+        except torch.OutOfMemoryError:
+            raise ResourceExhausted(
+                "the device has no memory for another adapter now",
+                hint="Give this replica fewer places (CODEGRAFT_INFERENCE_DEVICE_ADAPTERS).",
+                retry_after=1.0,
+            ) from None
+
+    def probe(self, weights: lora.Weights) -> bool:
+        """Whether a short prompt gets finite logits through the adapter; beside the engine, which goes on."""
+        return bool(self.runner.probe(weights, self.probe_ids).isfinite().all())
 
 
 def load(spec: ModelSpec, cache_dir: Path, limits: Limits, *, threads: int = 0, max_rank: int = 64) -> LoadedModel:
@@ -71,7 +96,9 @@ def start(
     """Starts an engine over a model in memory."""
     fmt, vocabulary = prompts.detect(tokenizer), token_bytes(tokenizer)
     base = Base(model_id, digest, fmt, lora.adaptable(model), max_rank)
-    engine = Engine(Runner(model, Sampler(Spelling(vocabulary)), limits.blocks), limits)
+    runner = Runner(model, Sampler(Spelling(vocabulary)), limits.blocks)
+    engine = Engine(runner, limits)
     engine.start()
     context_length = int(model.config.max_position_embeddings)
-    return LoadedModel(model, base, tokenizer, fmt, vocabulary, context_length, engine)
+    probe_ids = tokenizer.encode(_PROBE, add_special_tokens=False)[:_PROBE_TOKENS]
+    return LoadedModel(model, base, tokenizer, fmt, vocabulary, context_length, engine, runner, probe_ids)

@@ -14,8 +14,9 @@ from codegraft.inference.v1.serving_pb2 import (
     SERVING_MODE_PINNED,
     Serving,
     ServingMode,
+    Split,
 )
-from services.core.errors import EtagMismatch, ResourceExists
+from services.core.errors import EtagMismatch, FailedPrecondition, ResourceExists
 from services.core.state import Table
 
 
@@ -29,6 +30,8 @@ class Best:
     base_digest: str
     test_loss: float | None
     """Nats per token."""
+    test_set: str = ""
+    """Digest of the test set that it was measured on; empty when it is not known."""
 
 
 class BestSource(Protocol):
@@ -101,33 +104,100 @@ class Policies:
         return await self._table.mutate(name, stamped, etag=etag)
 
 
-def want(serving: Serving, checkpoint: str, sha256: str, test_loss: float | None = None) -> None:
-    """Sets what a policy resolves to; empty strings for the base model."""
-    serving.wanted_checkpoint, serving.wanted_sha256 = checkpoint, sha256
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A checkpoint that a policy may name, as its manifest says; the empty one is the base model."""
+
+    checkpoint: str = ""
+    sha256: str = ""
+    test_loss: float | None = None
+    test_set: str = ""
+
+
+BASE = Choice()
+
+
+def want(serving: Serving, choice: Choice | Best) -> None:
+    """Sets what a policy resolves to; nothing waits any more."""
+    serving.wanted_checkpoint, serving.wanted_sha256 = choice.checkpoint, choice.sha256
+    serving.wanted_test_set = choice.test_set
     serving.ClearField("wanted_test_loss")
-    if test_loss is not None:
-        serving.wanted_test_loss = test_loss
+    if choice.test_loss is not None:
+        serving.wanted_test_loss = choice.test_loss
+    for name in ("waiting_checkpoint", "waiting_sha256", "waiting_test_loss"):
+        serving.ClearField(name)
 
 
-def set_mode(serving: Serving, mode: ServingMode, pinned: str = "") -> None:
-    """Sets the policy itself."""
-    serving.mode, serving.pinned_checkpoint = mode, pinned if mode == SERVING_MODE_PINNED else ""
+def set_mode(serving: Serving, mode: ServingMode, pinned: Choice, best: Best | None, split: Split | None) -> None:
+    """Sets the policy as a whole.
+
+    Args:
+        pinned: what PINNED names.
+        best: what LATEST_BEST finds now; None when that is not known.
+        split: with its SHA-256; None ends one.
+    """
+    before = serving.mode
+    serving.mode = mode
+    serving.pinned_checkpoint = pinned.checkpoint if mode == SERVING_MODE_PINNED else ""
+    serving.ClearField("split")
+    if split is not None:
+        serving.split.CopyFrom(split)
     if mode == SERVING_MODE_OFF:
-        want(serving, "", "")
+        want(serving, BASE)
+    elif mode == SERVING_MODE_PINNED:
+        want(serving, pinned)
+    elif before == SERVING_MODE_LATEST_BEST:
+        if best:
+            follow_best(serving, best)
+    else:  # a person has asked for the best, so it need not wait for one
+        want(serving, best or BASE)
 
 
 def follow_best(serving: Serving, best: Best) -> None:
     """Lets a LATEST_BEST policy resolve to a new best; other policies stay.
 
-    Within one run the best only gets better, so an older answer that comes late changes nothing.
+    It is decided from nothing but the record, within the compare-and-set that writes it, so all replicas agree. Within
+    one run the best only gets better, so an older answer that comes late changes nothing. A best of another run that is
+    worse than the wanted one on the same test set waits for :func:`approve`.
     """
-    if serving.mode != SERVING_MODE_LATEST_BEST:
+    if serving.mode != SERVING_MODE_LATEST_BEST or best.sha256 in (serving.wanted_sha256, serving.waiting_sha256):
         return
-    same_run = _run(serving.wanted_checkpoint) == _run(best.checkpoint)
-    known = serving.wanted_test_loss if serving.HasField("wanted_test_loss") else None
-    if same_run and known is not None and best.test_loss is not None and best.test_loss >= known:
+    wanted = serving.wanted_test_loss if serving.HasField("wanted_test_loss") else None
+    if _run(serving.wanted_checkpoint) == _run(best.checkpoint) and not _beats(best, wanted):
         return
-    want(serving, best.checkpoint, best.sha256, best.test_loss)
+    compared = bool(best.test_set) and best.test_set == serving.wanted_test_set
+    if not compared or wanted is None or best.test_loss is None or best.test_loss <= wanted:
+        want(serving, best)
+        return
+    waiting = serving.waiting_test_loss if serving.HasField("waiting_test_loss") else None
+    if _run(serving.waiting_checkpoint) == _run(best.checkpoint) and not _beats(best, waiting):
+        return
+    serving.waiting_checkpoint, serving.waiting_sha256 = best.checkpoint, best.sha256
+    serving.waiting_test_loss = best.test_loss
+
+
+def approve(serving: Serving, checkpoint: str) -> None:
+    """Lets the waiting checkpoint serve; one that serves already stays.
+
+    Raises:
+        FailedPrecondition: it does not wait.
+    """
+    if serving.waiting_checkpoint != checkpoint:
+        if serving.wanted_checkpoint == checkpoint:
+            return
+        there = serving.waiting_checkpoint
+        raise FailedPrecondition(
+            f"{checkpoint} does not wait for approval" + (f", {there} does" if there else ", and nothing else does"),
+            field="checkpoint",
+            hint="Read the policy again, or pin the checkpoint.",
+        )
+    loss = serving.waiting_test_loss
+    want(serving, Choice(checkpoint, serving.waiting_sha256, loss, serving.wanted_test_set))
+
+
+def _beats(best: Best, loss: float | None) -> bool:
+    """Whether a new best is news within its own run."""
+    return loss is None or best.test_loss is None or best.test_loss < loss
 
 
 def _initial(project: str) -> Serving:

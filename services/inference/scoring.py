@@ -48,7 +48,7 @@ async def score(completions: Completions, request: Request, code: Code, continua
             max_tokens=0,
             text=TextStream(model.vocabulary),
             deliver=inbox.door(0),
-            adapter=pin.version.weights if pin.version else None,
+            adapter=pin.weights,
             deadline=request.deadline,
             targets=tuple(ids[before:]),
         )

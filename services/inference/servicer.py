@@ -88,8 +88,15 @@ class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
     async def SetServing(
         self, request: serving_pb2.SetServingRequest, context: Context
     ) -> serving_pb2.SetServingResponse:
-        serving = await self._desk.set(request.parent, request.mode, request.checkpoint, request.etag)
+        split = request.split if request.HasField("split") else None
+        serving = await self._desk.set(request.parent, request.mode, request.checkpoint, split, request.etag)
         return serving_pb2.SetServingResponse(serving=serving)
+
+    async def ApproveServing(
+        self, request: serving_pb2.ApproveServingRequest, context: Context
+    ) -> serving_pb2.ApproveServingResponse:
+        serving = await self._desk.approve(request.parent, request.checkpoint, request.etag)
+        return serving_pb2.ApproveServingResponse(serving=serving)
 
     async def GetServing(
         self, request: serving_pb2.GetServingRequest, context: Context

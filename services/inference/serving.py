@@ -8,13 +8,14 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from codegraft.inference.v1.serving_pb2 import (
-    SERVING_MODE_OFF,
+    SERVING_MODE_LATEST_BEST,
     SERVING_MODE_PINNED,
     SERVING_MODE_UNSPECIFIED,
     Adapter,
     Serving,
     ServingMode,
     ServingStatus,
+    Split,
 )
 from services.core import names
 from services.core.errors import (
@@ -29,10 +30,14 @@ from services.core.errors import (
 from services.inference.adapters.follower import Follower
 from services.inference.adapters.loader import Loader
 from services.inference.adapters.registry import Holding, Registry
+from services.inference.adapters.swapper import converged
 from services.inference.policy import Policies, Projects
 
 if TYPE_CHECKING:
     from services.inference.model import LoadedModel
+
+_PLACE_WAIT = 5.0
+"""Seconds that LoadAdapter waits for a place in device memory."""
 
 
 class ServingDesk:
@@ -54,24 +59,41 @@ class ServingDesk:
         self._loader, self._projects, self._model = loader, projects, model
         self._model_id, self._replica = model_id, replica
 
-    async def set(self, parent: str, mode: ServingMode, checkpoint: str, etag: str) -> Serving:
+    async def set(self, parent: str, mode: ServingMode, checkpoint: str, split: Split | None, etag: str) -> Serving:
         """Sets a project's policy; raises what ServingService.SetServing lists."""
         await self._check_project(parent)
         if mode == SERVING_MODE_UNSPECIFIED or mode not in ServingMode.values():
             raise InvalidArgument("mode is not set", field="mode", hint="Use OFF, LATEST_BEST or PINNED.")
         if mode == SERVING_MODE_PINNED:
-            names.parse(names.CHECKPOINT, checkpoint, field="checkpoint")
-            if names.project_of(checkpoint) != parent:
-                raise InvalidArgument(
-                    f"{checkpoint} is of another project", field="checkpoint", hint=f"Pin a checkpoint of {parent}."
-                )
+            _check_checkpoint(parent, checkpoint, "checkpoint")
         elif checkpoint:
             raise InvalidArgument(
                 "a checkpoint goes with mode PINNED only",
                 field="checkpoint",
                 hint="Set mode to PINNED, or leave it out.",
             )
-        return await self._follower.set_policy(parent, mode, checkpoint, etag)
+        if split is not None:
+            if not 1 <= split.percent <= 99:
+                raise InvalidArgument(
+                    f"a share of {split.percent} % is no split",
+                    field="split.percent",
+                    hint="Use 1 to 99, or leave the split out.",
+                )
+            if split.checkpoint:
+                _check_checkpoint(parent, split.checkpoint, "split.checkpoint")
+            if split.checkpoint == checkpoint and mode != SERVING_MODE_LATEST_BEST:
+                raise InvalidArgument(
+                    "both sides of the split are the same version",
+                    field="split.checkpoint",
+                    hint="Name another version, or leave the split out.",
+                )
+        return await self._follower.set_policy(parent, mode, checkpoint, split, etag)
+
+    async def approve(self, parent: str, checkpoint: str, etag: str) -> Serving:
+        """Lets the waiting checkpoint serve; raises what ServingService.ApproveServing lists."""
+        await self._check_project(parent)
+        _check_checkpoint(parent, checkpoint, "checkpoint")
+        return await self._follower.approve(parent, checkpoint, etag)
 
     async def get(self, parent: str) -> tuple[Serving, ServingStatus]:
         """A project's policy and this replica's status."""
@@ -89,18 +111,22 @@ class ServingDesk:
 
     def status(self, project: str, serving: Serving) -> ServingStatus:
         """What this replica serves for a project under that policy."""
-        standing, active = self._follower.standing(project), self._registry.active(project)
-        wanted = "" if serving.mode == SERVING_MODE_OFF else serving.wanted_sha256
+        standing, route = self._follower.standing(project), self._registry.route(project)
+        active, second = route.main, route.second
+        split = Split(percent=route.percent)
+        if second:
+            split.checkpoint, split.sha256 = second.checkpoint, second.sha256
         return ServingStatus(
             replica=self._replica,
             active_checkpoint=active.checkpoint if active else "",
             active_sha256=active.sha256 if active else "",
-            converged=wanted == (active.sha256 if active else ""),
+            converged=converged(serving, route),
             failure=standing.failure,
             last_swap_seconds=standing.swap_seconds,
             streams=self._registry.streams(project),
             model=self._model_id,
             ready=self._is_ready(),
+            active_split=split if route.percent else None,
         )
 
     def adapters(self, page_size: int, page_token: str) -> tuple[list[Adapter], str]:
@@ -123,8 +149,10 @@ class ServingDesk:
         names.parse(names.CHECKPOINT, checkpoint, field="checkpoint")
         if not self._is_ready():
             raise ModelLoading("the model is still being loaded", hint="Try again in a moment.", retry_after=2.0)
-        version = await self._loader.load(checkpoint, self._model.result())
-        return _adapter(self._registry.keep(version))
+        while True:
+            loaded = await self._loader.load(checkpoint, self._model.result(), patience=_PLACE_WAIT)
+            if holding := self._registry.keep(loaded.version.sha256):
+                return _adapter(holding)
 
     def unload(self, checkpoint: str) -> None:
         """Frees a staged adapter; raises what ServingService.UnloadAdapter lists."""
@@ -144,6 +172,14 @@ class ServingDesk:
         names.parse(names.PROJECT, parent, field="parent")
         if not await self._projects.exists(parent):
             raise ProjectNotFound(f"no project {parent}", field="parent", hint="Create the project first.", name=parent)
+
+
+def _check_checkpoint(parent: str, checkpoint: str, field: str) -> None:
+    names.parse(names.CHECKPOINT, checkpoint, field=field)
+    if names.project_of(checkpoint) != parent:
+        raise InvalidArgument(
+            f"{checkpoint} is of another project", field=field, hint=f"Name a checkpoint of {parent}."
+        )
 
 
 def _adapter(holding: Holding) -> Adapter:

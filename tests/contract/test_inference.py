@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import copy
-import hashlib
-import json
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -21,244 +17,13 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from codegraft.event.v1 import events_pb2
 from codegraft.inference.v1 import completion_pb2 as pb
-from codegraft.inference.v1 import completion_pb2_grpc, serving_pb2, serving_pb2_grpc
-from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest
+from codegraft.inference.v1 import serving_pb2
 from services.core import errors
 from services.core.models import prompts
-from services.core.models.catalogue import find
-from services.core.rpc.interceptors import CallInterceptor
-from services.core.rpc.status import from_rpc
-from services.core.runtime import Runtime
-from services.inference import model as inference_model
-from services.inference.adapters import lora
-from services.inference.adapters.verify import CONFIG, WEIGHTS
-from services.inference.assembly import Replica
-from services.inference.config import InferenceSettings
 from services.inference.engine.scheduler import Limits
-from services.inference.policy import Best
-from tests.unit.inference import tiny
+from tests.contract.inference_world import PROJECT, RUN, Peers, Stream, World, refused, refused_call, until
 
-BEST = "codegraft.trainer.checkpoint.best.v1"
-PROJECT, RUN = "projects/demo", "projects/demo/runs/one"
-DIGEST = "d" * 64
-
-
-@dataclass
-class Peers:
-    """Ingest and the trainer, as far as inference asks them."""
-
-    best_checkpoint: Best | None = None
-    down: bool = False
-    asked: int = 0
-    kept: list[str] = field(default_factory=list)
-
-    async def exists(self, project: str) -> bool:
-        return project != "projects/none"
-
-    async def best(self, project: str, base_model: str) -> Best | None:
-        self.asked += 1
-        if self.down:
-            raise errors.Unavailable("no trainer")
-        return self.best_checkpoint
-
-    async def keep(self, checkpoint: str) -> None:
-        if self.down:
-            raise errors.Unavailable("no trainer")
-        self.kept.append(checkpoint)
-
-
-@dataclass
-class Stream:
-    """One completion, as its caller sees it."""
-
-    call: Any
-    started: Any = None
-    text: str = ""
-    finished: Any = None
-
-    async def begin(self) -> Stream:
-        async for response in self.call:
-            self._take(response)
-            if self.started is not None:
-                break
-        return self
-
-    async def end(self) -> Stream:
-        async for response in self.call:
-            self._take(response)
-        return self
-
-    def _take(self, response: Any) -> None:
-        match response.WhichOneof("part"):
-            case "started":
-                assert self.started is None and not self.text
-                self.started = response.started
-            case "delta":
-                assert self.started is not None and self.finished is None
-                self.text += response.delta.text
-            case "finished":
-                self.finished = response.finished
-
-    @property
-    def reason(self) -> str:
-        return str(pb.FinishReason.Name(self.finished.reason)).removeprefix("FINISH_REASON_")
-
-
-@dataclass
-class World:
-    """A replica under test with everything around it."""
-
-    runtime: Runtime
-    peers: Peers
-    replica: Replica
-    completions: Any
-    serving: Any
-    reference: LlamaForCausalLM
-    adapters: dict[str, bytes] = field(default_factory=dict)
-
-    def complete(self, prefix: str = "def main():\n", max_tokens: int = 24, **fields: Any) -> Stream:
-        timeout = fields.pop("timeout", 20)
-        parent = fields.pop("parent", PROJECT)
-        stop = fields.pop("stop", None) or pb.StopRule(max_tokens=max_tokens)
-        prompt = fields.pop("prompt", None) or pb.CodePrompt(path="a.py", prefix=prefix)
-        request = pb.CompleteRequest(parent=parent, prompt=prompt, stop=stop, **fields)
-        return Stream(self.completions.Complete(request, timeout=timeout))
-
-    async def store(self, step: int, seed: int, change: Callable[[dict[str, Any]], None] | None = None) -> Best:
-        """Commits an adapter as the trainer does; ``change`` spoils it first."""
-        generator = torch.Generator().manual_seed(seed)
-        tensors = {}
-        for path, (out, width) in lora.adaptable(self.reference).items():
-            name = f"base_model.model.{path}.lora_"
-            tensors[name + "A.weight"] = torch.randn(4, width, generator=generator) * 0.2
-            tensors[name + "B.weight"] = torch.randn(out, 4, generator=generator) * 0.2
-        parts: dict[str, Any] = {
-            "tensors": tensors,
-            "config": {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none"},
-            "base_digest": DIGEST,
-            "lora_r": 4,
-            "sha256": None,
-            "extra": {},
-        }
-        if change:
-            change(parts)
-        data = parts.get("data") or save(parts["tensors"])
-        sha256 = parts["sha256"] or hashlib.sha256(data).hexdigest()
-        name = f"{RUN}/checkpoints/{step}"
-        manifest = AdapterManifest(
-            name=name, sha256=sha256, base_model="tiny", base_digest=parts["base_digest"], lora_r=parts["lora_r"]
-        )
-        files = {WEIGHTS: data, CONFIG: json.dumps(parts["config"]).encode(), **parts["extra"]}
-        await self.runtime.artifacts.commit(name, manifest, files)
-        return Best(name, sha256, "tiny", parts["base_digest"], 2.0 - step / 1000)
-
-    async def publish(self, best: Best) -> None:
-        """The trainer has a new best checkpoint."""
-        self.peers.best_checkpoint = best
-        event = events_pb2.BestCheckpointChanged(
-            checkpoint=best.checkpoint,
-            sha256=best.sha256,
-            base_model=best.base_model,
-            base_digest=best.base_digest,
-            test_loss=best.test_loss or 0.0,
-        )
-        await self.runtime.events.publish(BEST, best.checkpoint, event, id=f"{best.checkpoint}-{time.time_ns()}")
-
-    async def status(self) -> Any:
-        return await self.serving.GetServing(serving_pb2.GetServingRequest(parent=PROJECT))
-
-    async def until_active(self, sha256: str) -> None:
-        await until(lambda: (v := self.replica.registry.active(PROJECT)) is not None and v.sha256 == sha256)
-
-    def told(self, type: str) -> list[Any]:
-        return [event for event in self.runtime.events.published if event.type == type]  # type: ignore[attr-defined]
-
-
-async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen in time"
-        await asyncio.sleep(0.005)
-
-
-async def refused(stream: Stream) -> errors.CodegraftError:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await stream.end()
-    return from_rpc(caught.value)
-
-
-async def refused_call(call: Any) -> errors.CodegraftError:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
-    return from_rpc(caught.value)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    torch.set_num_threads(1)
-    return tiny.make_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def reference(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    return tiny.make_model(tokenizer)
-
-
-@pytest.fixture
-async def worlds(reference: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> AsyncIterator[Callable[..., Any]]:
-    """Starts replicas; several may share one runtime."""
-    running: list[Callable[[], Any]] = []
-
-    async def make(
-        runtime: Runtime | None = None, peers: Peers | None = None, hold: Any = None, **fields: Any
-    ) -> World:
-        runtime, peers = runtime or Runtime.memory(), peers or Peers()
-        limits = fields.pop("limits", Limits(running=4, waiting=4, step_tokens=32, kv_tokens=8192))
-        options = {"inference_reconcile_seconds": 60, "inference_replica": "r1", "inference_idle_adapters": 1, **fields}
-        settings = InferenceSettings(**options)
-
-        def load() -> inference_model.LoadedModel:
-            if hold is not None:
-                hold.wait(20)
-            return inference_model.start(copy.deepcopy(reference), tokenizer, "tiny", DIGEST, limits, max_rank=8)
-
-        replica = Replica(runtime, settings, find("smollm2-135m"), bests=peers, projects=peers, load=load)
-        server = grpc.aio.server(interceptors=[CallInterceptor()])
-        for add, servicer, _ in replica.services:
-            add(servicer, server)
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
-        task = asyncio.create_task(replica.run())
-        channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
-        if hold is None:
-            await asyncio.wait_for(asyncio.shield(replica.model), 20)
-            await asyncio.sleep(0.05)  # the follower subscribes
-
-        async def stop() -> None:
-            if hold is not None:
-                hold.set()
-            await channel.close()
-            await server.stop(0)
-            if not replica.model.done():
-                await asyncio.wait([replica.model], timeout=10)
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-            replica.stop()
-            assert replica.registry.streams(PROJECT) == {}, "a stream still holds its version"
-
-        running.append(stop)
-        completions = completion_pb2_grpc.CompletionServiceStub(channel)
-        return World(runtime, peers, replica, completions, serving_pb2_grpc.ServingServiceStub(channel), reference)
-
-    yield make
-    for stop in running:
-        await stop()
-
-
-@pytest.fixture
-async def world(worlds: Callable[..., Any]) -> World:
-    made: World = await worlds()
-    return made
+pytest_plugins = ["tests.contract.inference_fixtures"]
 
 
 # --- completions ---
@@ -466,8 +231,10 @@ async def test_a_new_best_is_swapped_in_under_a_running_stream(world: World) -> 
     assert after.text != base_text
     status = (await world.status()).status
     assert status.converged and status.active_checkpoint == best.checkpoint and status.last_swap_seconds > 0
-    swapped = world.told("codegraft.inference.adapter.swapped.v1")
-    assert swapped[-1].unpack(events_pb2.AdapterSwapped).to_sha256 == best.sha256
+    swapped = world.told("codegraft.inference.adapter.swapped.v1")[-1].unpack(events_pb2.AdapterSwapped)
+    assert (swapped.replica, swapped.from_sha256, swapped.to_sha256) == ("r1", "", best.sha256)
+    phases = [swapped.phases.fetch, swapped.phases.verify, swapped.phases.stage, swapped.phases.probe]
+    assert min(phases) > 0 and sum(phases) <= swapped.seconds
 
 
 async def test_streams_over_swaps_equal_their_replay(world: World) -> None:
@@ -498,7 +265,7 @@ async def test_streams_over_swaps_equal_their_replay(world: World) -> None:
     done.set()
     await asyncio.gather(*editors)
     assert all(stream.text == replay[stream.started.adapter_sha256] for stream in seen)
-    assert len(world.replica.registry.holdings()) <= 2, "one active, one idle"
+    assert len(world.replica.registry.holdings()) <= 2, "no more than there are places"
 
 
 async def test_policies_off_pinned_latest_best(world: World) -> None:
@@ -562,7 +329,7 @@ async def test_a_cold_replica_starts_on_the_durable_version(world: World, worlds
     assert (await other.complete(max_tokens=2).end()).started.adapter_sha256 == best.sha256
     request = serving_pb2.SetServingRequest(parent=PROJECT, mode=serving_pb2.SERVING_MODE_OFF)
     await other.serving.SetServing(request)
-    await until(lambda: world.replica.registry.active(PROJECT) is None)  # every replica converges
+    await until(lambda: world.replica.registry.route(PROJECT).main is None)  # every replica converges
 
 
 def _nan(parts: dict[str, Any]) -> None:
@@ -578,6 +345,11 @@ def _unknown_layer(parts: dict[str, Any]) -> None:
     parts["tensors"]["base_model.model.lm_head.lora_A.weight"] = torch.zeros(4, 64)
 
 
+def _overflow(parts: dict[str, Any]) -> None:
+    for tensor in parts["tensors"].values():
+        tensor.fill_(1e30)  # every value is finite, their products are not
+
+
 def _half_pair(parts: dict[str, Any]) -> None:
     parts["tensors"].popitem()
 
@@ -585,11 +357,16 @@ def _half_pair(parts: dict[str, Any]) -> None:
 SPOILED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "other base model": (lambda p: p.update(base_digest="e" * 64), "BASE_MODEL_MISMATCH"),
     "digest": (lambda p: p.update(sha256="f" * 64), "DIGEST_MISMATCH"),
+    "corrupt in the store": (lambda p: p.update(stored=save(p["tensors"])[:-1] + b"x"), "DIGEST_MISMATCH"),
+    "truncated in the store": (lambda p: p.update(stored=save(p["tensors"])[:1000]), "DIGEST_MISMATCH"),
+    "gone from the store": (lambda p: p.update(stored=b""), "ADAPTER_REJECTED"),
     "rank of the manifest": (lambda p: p.update(lora_r=2), "ADAPTER_REJECTED"),
     "rank above the limit": (lambda p: p.update(lora_r=64), "ADAPTER_REJECTED"),
     "not finite": (_nan, "ADAPTER_REJECTED"),
+    "overflow in the probe": (_overflow, "ADAPTER_REJECTED"),
     "shape": (_shape, "ADAPTER_REJECTED"),
     "unknown layer": (_unknown_layer, "ADAPTER_REJECTED"),
+    "too large": (lambda p: p.update(data=save(p["tensors"]) + bytes(2 << 20)), "ADAPTER_REJECTED"),
     "half a pair": (_half_pair, "ADAPTER_REJECTED"),
     "nothing": (lambda p: p.update(tensors={"x": torch.zeros(0)}), "ADAPTER_REJECTED"),
     "truncated": (lambda p: p.update(data=save(p["tensors"])[:-100]), "ADAPTER_REJECTED"),
@@ -615,12 +392,14 @@ async def test_a_bad_adapter_never_serves(world: World, case: str) -> None:
     assert time.monotonic() - began < 1.0
     event = world.told(rejected)[0].unpack(events_pb2.AdapterRejected)
     assert (event.reason, event.checkpoint) == (reason, bad.checkpoint) and event.message
+    assert (event.sha256, event.active_sha256) == (bad.sha256, good.sha256) and 0 < event.seconds < 1
     after = await world.complete().end()
     assert after.started.adapter_sha256 == good.sha256 and after.text == before
     state = await world.status()
     assert state.status.failure.reason == reason and state.serving.wanted_sha256 == good.sha256
     answer = await refused_call(world.serving.LoadAdapter(serving_pb2.LoadAdapterRequest(checkpoint=bad.checkpoint)))
     assert answer.reason == reason
+    assert world.peers.kept == [good.checkpoint], "it is no longer the trainer's best one"
     await world.publish(await world.store(3, seed=3))  # the next good one is taken as if nothing had been
     await until(lambda: not world.replica.follower.standing(PROJECT).failure)
 

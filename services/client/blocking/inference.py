@@ -124,22 +124,39 @@ class Serving:
         self._caller = caller
 
     def set(
-        self, project: str, mode: serving_pb2.ServingMode, *, checkpoint: str = "", etag: str = ""
+        self,
+        project: str,
+        mode: serving_pb2.ServingMode,
+        *,
+        checkpoint: str = "",
+        split: serving_pb2.Split | None = None,
+        etag: str = "",
     ) -> serving_pb2.Serving:
-        """Sets the policy; replicas converge to it within seconds, see :meth:`watch`.
+        """Sets the policy as a whole; replicas converge to it within seconds, see :meth:`watch`.
 
         With an etag it is tried once: after a lost answer, a second try would meet the first one's etag.
 
         Args:
             checkpoint: for PINNED, the full name of the checkpoint.
+            split: another version that answers a part of the requests; None ends a split.
 
         Raises:
             ProjectNotFound, CheckpointNotFound, BaseModelMismatch, EtagMismatch.
         """
         request = serving_pb2.SetServingRequest(
-            parent=project_name(project), mode=mode, checkpoint=checkpoint, etag=etag
+            parent=project_name(project), mode=mode, checkpoint=checkpoint, split=split, etag=etag
         )
         return (self._caller.unary(self._stub.SetServing, request, repeat=not etag)).serving
+
+    def approve(self, project: str, checkpoint: str, *, etag: str = "") -> serving_pb2.Serving:
+        """Lets the best checkpoint serve that waits for a person's word (``Serving.waiting_checkpoint``).
+
+        Raises:
+            FailedPrecondition: it does not wait.
+            AdapterRejected, CheckpointNotFound, EtagMismatch.
+        """
+        request = serving_pb2.ApproveServingRequest(parent=project_name(project), checkpoint=checkpoint, etag=etag)
+        return (self._caller.unary(self._stub.ApproveServing, request, repeat=not etag)).serving
 
     def get(self, project: str) -> serving_pb2.GetServingResponse:
         """The policy, and what the replica that answers serves."""

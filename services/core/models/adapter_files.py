@@ -51,7 +51,12 @@ class AdapterConfig:
 
 
 def read_config(file: Path, name: str) -> AdapterConfig:
-    """Reads adapter_config.json.
+    """Reads adapter_config.json; as :func:`parse_config`."""
+    return parse_config(file.read_bytes(), name)
+
+
+def parse_config(text: bytes, name: str) -> AdapterConfig:
+    """What adapter_config.json says.
 
     Args:
         name: the adapter's, for messages.
@@ -60,7 +65,7 @@ def read_config(file: Path, name: str) -> AdapterConfig:
         AdapterRejected: it is not readable, or an option is not plain LoRA.
     """
     try:
-        config: dict[str, Any] = dict(json.loads(file.read_text(encoding="utf-8")))
+        config: dict[str, Any] = dict(json.loads(text.decode()))
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise AdapterRejected(f"{name}: {CONFIG} is not readable ({error!r})") from None

@@ -1,25 +1,30 @@
-"""From a checkpoint's name to a staged version: fetched, verified, and put in memory off the engine's thread."""
+"""From a checkpoint's name to a place in device memory: fetched, verified, staged and probed off the engine's thread.
+
+An adapter is looked for in device memory, in host memory, on the disk and in the store, in that order; what comes from
+the disk or the store is verified from its first byte. It takes a place only when it is verified, and may be served
+only when it has answered the probe in that place.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from pathlib import Path
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
+from weakref import WeakValueDictionary
 
+from codegraft.event.v1.events_pb2 import SwapPhases
 from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest
-from services.core.errors import (
-    AdapterRejected,
-    ArtifactNotFound,
-    CheckpointNotFound,
-    CodegraftError,
-    DigestMismatch,
-    ObjectNotFound,
-)
+from services.core.errors import AdapterRejected, CodegraftError, DigestMismatch, ObjectNotFound, ResourceExhausted
 from services.core.models.adapter_files import CONFIG, WEIGHTS
-from services.core.store import Artifacts
 from services.inference.adapters import verify
-from services.inference.adapters.registry import Registry, Version
+from services.inference.adapters.disk import DiskCache
+from services.inference.adapters.host import HostCache, Verified
+from services.inference.adapters.manifests import Manifests
+from services.inference.adapters.registry import Registry
+from services.inference.adapters.route import Version
 
 if TYPE_CHECKING:
     import torch
@@ -28,72 +33,151 @@ if TYPE_CHECKING:
 
 
 class Device(Protocol):
-    """What the loader needs of the loaded model."""
+    """What the loader needs of the loaded model. May be called from any thread, beside the engine's."""
 
     @property
     def base(self) -> verify.Base: ...
 
-    def read(self, file: Path) -> Mapping[str, torch.Tensor]:
-        """The tensors of a safetensors file."""
+    def read(self, data: bytes) -> Mapping[str, torch.Tensor]:
+        """The tensors of a safetensors file, on the CPU."""
         ...
 
     def prepare(self, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], scale: float, sha256: str) -> Weights:
-        """Verified matrices, ready to run."""
+        """Verified matrices, ready to run.
+
+        Raises:
+            ResourceExhausted: the device has no memory for them now.
+        """
+        ...
+
+    def probe(self, weights: Weights) -> bool:
+        """Whether a short prompt gets finite logits through the adapter."""
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A version in its place, and what it took."""
+
+    version: Version
+    phases: SwapPhases = field(default_factory=SwapPhases)
+    """Seconds; all zero for one that was there already."""
+
+
 class Loader:
-    """Loads adapters of the store."""
+    """Loads adapters. All methods belong to one event loop."""
 
-    def __init__(self, artifacts: Artifacts, registry: Registry) -> None:
-        self._artifacts = artifacts
-        self._registry = registry
+    def __init__(self, manifests: Manifests, disk: DiskCache, host: HostCache, registry: Registry) -> None:
+        self._manifests, self._disk, self._host, self._registry = manifests, disk, host, registry
+        self._loading: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._free = asyncio.Event()
+        loop = asyncio.get_running_loop()
 
-    async def manifest(self, checkpoint: str) -> AdapterManifest:
-        """A checkpoint's manifest.
+        def wake() -> None:  # called by the engine's thread, also after the end of the loop
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._free.set)
 
-        Raises:
-            CheckpointNotFound: there is none of that name.
-            StoreUnavailable: the store does not answer.
-        """
-        try:
-            return await self._artifacts.manifest(checkpoint, AdapterManifest)
-        except ArtifactNotFound:
-            raise CheckpointNotFound(
-                f"no checkpoint {checkpoint}", field="checkpoint", hint="List the run's checkpoints."
-            ) from None
+        registry.listen(wake)
 
-    async def load(self, checkpoint: str, device: Device, *, sha256: str = "") -> Version:
-        """The checkpoint's version; nothing is done for one that is staged already.
+    async def load(self, checkpoint: str, device: Device, *, sha256: str = "", patience: float = 0.0) -> Loaded:
+        """The checkpoint's version in device memory; nothing is done for one that is there.
+
+        Nothing else runs between the return and the caller's next step, so the version can be pinned without a race.
 
         Args:
             sha256: the version it has to be; empty for whatever the manifest says.
+            patience: seconds to wait for a place while all are in use.
 
         Raises:
-            CheckpointNotFound, StoreUnavailable: as :meth:`manifest`.
+            CheckpointNotFound, StoreUnavailable: as :meth:`Manifests.get`.
             AdapterRejected, BaseModelMismatch, DigestMismatch: it does not verify.
+            ResourceExhausted: all places are in use.
         """
         if staged := self._registry.find(sha256, checkpoint=checkpoint):
-            return staged
-        manifest = await self.manifest(checkpoint)
-        if sha256 and manifest.sha256 != sha256:
-            raise DigestMismatch(f"{checkpoint} is version {manifest.sha256[:12]}, announced was {sha256[:12]}")
-        verify.check_manifest(manifest, device.base)
+            return Loaded(staged)
+        sha256 = sha256 or (await self._manifests.get(checkpoint)).sha256
+        async with self._loading.setdefault(sha256, asyncio.Lock()):
+            if staged := self._registry.find(sha256):  # by somebody who asked at the same time
+                return Loaded(staged)
+            phases = SwapPhases()
+            held = self._host.get(sha256)
+            verified = held or await self._verified(checkpoint, sha256, device, phases)
+            version = await self._staged(verified, device, phases, patience, probe=held is None)
+            self._host.put(verified)
+            return Loaded(version, phases)
+
+    async def _verified(self, checkpoint: str, sha256: str, device: Device, phases: SwapPhases) -> Verified:
+        with _timed(phases, "fetch"):
+            manifest = await self._manifests.get(checkpoint)
+            if manifest.sha256 != sha256:
+                raise DigestMismatch(f"{checkpoint} is version {manifest.sha256[:12]}, announced was {sha256[:12]}")
+            verify.check_manifest(manifest, device.base)
+            files = {file.path: file.sha256 for file in manifest.files}
+            try:
+                weights, config = await asyncio.gather(*(self._disk.read(files[path]) for path in (WEIGHTS, CONFIG)))
+            except ObjectNotFound as error:
+                raise AdapterRejected(f"{checkpoint} is incomplete in the store: {error.message}") from None
+        with _timed(phases, "verify"), _strange_files(checkpoint):
+            return await asyncio.to_thread(_verify, manifest, weights, config, device)
+
+    async def _staged(
+        self, verified: Verified, device: Device, phases: SwapPhases, patience: float, *, probe: bool
+    ) -> Version:
+        with _timed(phases, "wait"):
+            await self._reserve(patience)
         try:
-            folder = await self._artifacts.fetch(checkpoint, manifest.files, only=(WEIGHTS, CONFIG))
-        except ObjectNotFound as error:
-            raise AdapterRejected(f"{checkpoint} is incomplete in the store: {error.message}") from None
-        try:
-            return await asyncio.to_thread(_stage, folder, manifest, device)
-        except CodegraftError:
+            with _strange_files(verified.checkpoint):
+                with _timed(phases, "stage"):
+                    weights = await asyncio.to_thread(device.prepare, verified.pairs, verified.scale, verified.sha256)
+                with _timed(phases, "probe"):
+                    if probe and not await asyncio.to_thread(device.probe, weights):
+                        raise AdapterRejected(f"{verified.checkpoint} gives logits that are not finite numbers")
+        except BaseException:
+            self._registry.cancel()
             raise
-        except Exception as error:  # whatever a strange file makes the readers do, the service goes on
-            raise AdapterRejected(f"{checkpoint} cannot be staged: {error!r}") from error
+        version = Version(verified.sha256, verified.checkpoint, weights.rank, weights.size, verified.format)
+        self._registry.put(version, weights)
+        return version
+
+    async def _reserve(self, patience: float) -> None:
+        until = time.monotonic() + patience
+        while True:
+            self._free.clear()  # before the question, so that no answer between it and the wait is lost
+            if self._registry.reserve():
+                return
+            try:
+                async with asyncio.timeout(until - time.monotonic()):
+                    await self._free.wait()
+            except TimeoutError:
+                raise ResourceExhausted(
+                    "all places for adapters are held by running completions, or by LoadAdapter",
+                    hint="Try again, unload some, or set CODEGRAFT_INFERENCE_DEVICE_ADAPTERS higher.",
+                    retry_after=1.0,
+                ) from None
 
 
-def _stage(folder: Path, manifest: AdapterManifest, device: Device) -> Version:
-    scale = verify.check_config(folder, manifest)
-    pairs = verify.check_tensors(device.read(folder / WEIGHTS), manifest, device.base)
-    weights = device.prepare(pairs, scale, manifest.sha256)
-    fmt = verify.prompt_format(manifest, device.base)
-    return Version(manifest.sha256, manifest.name, weights, weights.rank, weights.size, fmt)
+def _verify(manifest: AdapterManifest, weights: bytes, config: bytes, device: Device) -> Verified:
+    scale = verify.check_config(config, manifest)
+    pairs = verify.check_tensors(device.read(weights), manifest, device.base)
+    size = sum(matrix.nbytes for pair in pairs.values() for matrix in pair)
+    return Verified(manifest.sha256, manifest.name, pairs, scale, verify.prompt_format(manifest, device.base), size)
+
+
+@contextmanager
+def _strange_files(checkpoint: str) -> Iterator[None]:
+    """Whatever a strange file makes the readers do, the service goes on."""
+    try:
+        yield
+    except CodegraftError:
+        raise
+    except Exception as error:
+        raise AdapterRejected(f"{checkpoint} cannot be staged: {error!r}") from error
+
+
+@contextmanager
+def _timed(phases: SwapPhases, phase: str) -> Iterator[None]:
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        setattr(phases, phase, getattr(phases, phase) + time.monotonic() - began)

@@ -7,9 +7,10 @@ running sequence keeps its own. No PEFT at serving time; its files are read as t
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -38,11 +39,14 @@ class Segment:
     weights: Weights
 
 
-@dataclass(slots=True)
-class Active:
-    """The segments of the step in progress, shared by all layers of a model."""
+class Active(threading.local):
+    """The segments of the step in progress, shared by all layers of a model.
 
-    segments: list[Segment] = field(default_factory=list)
+    Every thread has its own, so that an adapter is probed beside the engine's steps.
+    """
+
+    def __init__(self) -> None:
+        self.segments: list[Segment] = []
 
     @contextmanager
     def use(self, segments: list[Segment]) -> Iterator[None]:

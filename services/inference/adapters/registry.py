@@ -3,10 +3,13 @@
 The rules, and all there is to a safe swap:
 
 1. A version is immutable and named by the SHA-256 of its weights; nothing is ever reloaded under a name.
-2. A project's alias names its active version. A stream looks it up and raises its count in one locked operation, and
+2. A project's route says which version answers. A stream looks it up and raises its count in one locked operation, and
    keeps that version to its end.
-3. A flip points the alias elsewhere: new streams get the new version, running ones do not notice.
-4. A version that no alias names drains: when its last stream ends it becomes idle, and the longest idle ones are freed.
+3. A flip replaces the route: new streams get the new version, running ones do not notice. So rollback is a flip too.
+4. Device memory has a fixed number of places. A version gives its place up only when another one needs it and no stream
+   runs on it: those that no route names go first, the longest unused before the others. A routed one comes back when
+   the next stream asks for it.
+5. A place is reserved before anything is copied into it. While all are in use whoever stages waits, and streams do not.
 
 Imports no torch; the weights are only handed through. Thread-safe: pins are taken from the event loop and released from
 the engine's thread.
@@ -16,28 +19,13 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-if TYPE_CHECKING:
-    from services.core.models.prompts import PromptFormat
+from services.inference.adapters.route import Route, Version
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Version:
-    """One adapter, verified and staged."""
-
-    sha256: str
-    """SHA-256 of its adapter_model.safetensors."""
-    checkpoint: str
-    """projects/{project}/runs/{run}/checkpoints/{step}"""
-    weights: Any
-    """What the runner computes with."""
-    rank: int
-    size: int
-    """Bytes in memory."""
-    format: PromptFormat | None = None
-    """How its prompts are rendered; None is as the base model's."""
+_BASE = Route()
 
 
 @dataclass(slots=True, eq=False)
@@ -47,6 +35,8 @@ class Pin:
     project: str
     version: Version | None
     """None is the base model."""
+    weights: Any
+    """What the runner computes with; None is the base model."""
     _registry: Registry
     _released: bool = False
 
@@ -62,46 +52,59 @@ class Holding:
     version: Version
     streams: int
     projects: tuple[str, ...]
+    """Whose routes name it."""
 
 
 @dataclass(slots=True)
-class _Staged:
+class _Place:
+    """A place in device memory, taken."""
+
     version: Version
+    weights: Any
     streams: int = 0
-    projects: set[str] = field(default_factory=set)
     kept: bool = False
+    """Somebody asked to have it here, used or not."""
+    leaving: bool = False
+    """Freed as soon as no stream runs on it."""
 
 
 class Registry:
-    """The staged versions of one replica.
+    """The versions of one replica.
 
     Args:
-        idle: versions that nobody uses are kept staged up to this number, so that going back to one is only a flip.
+        places: versions that device memory holds at once.
     """
 
-    def __init__(self, idle: int = 4) -> None:
-        self._limit = idle
+    def __init__(self, places: int = 16) -> None:
+        self._limit = places
         self._lock = threading.Lock()
-        self._staged: dict[str, _Staged] = {}
-        self._alias: dict[str, str] = {}
-        self._idle: OrderedDict[str, None] = OrderedDict()
+        self._places: OrderedDict[str, _Place] = OrderedDict()  # the longest unused first
+        self._reserved = 0
+        self._routes: dict[str, Route] = {}
         self._streams: Counter[tuple[str, str]] = Counter()
+        self._refused = False  # whether somebody was told that all places are in use
+        self._listeners: list[Callable[[], None]] = []
 
-    def pin(self, project: str) -> Pin:
-        """The project's active version, held until the pin is released; the base model when it has none."""
+    # --- streams ---
+
+    def pin(self, project: str, key: str = "") -> Pin | None:
+        """The version that answers a request, held until the pin is released; None when it has to be staged first.
+
+        Args:
+            key: what decides between two versions, see :class:`Route`.
+        """
         with self._lock:
-            return self._pin(project, self._alias.get(project, ""))
+            return self._pin(project, self._routes.get(project, _BASE).choose(project, key))
+
+    def pin_version(self, project: str, version: Version) -> Pin | None:
+        """That version, whatever the project's route is; None when it has to be staged first."""
+        with self._lock:
+            return self._pin(project, version)
 
     def pin_base(self, project: str) -> Pin:
-        """The base model, whatever the project's active version is."""
+        """The base model, whatever the project's route is."""
         with self._lock:
-            return self._pin(project, "")
-
-    def pin_version(self, project: str, version: Version) -> Pin:
-        """That version, whatever the project's active one is; staged by this when it is not."""
-        with self._lock:
-            self._stage(version)
-            return self._pin(project, version.sha256)
+            return self._count(project, None, None)
 
     def release(self, pin: Pin) -> None:
         """See :meth:`Pin.release`."""
@@ -109,58 +112,100 @@ class Registry:
             if pin._released:
                 return
             pin._released = True
-            sha256 = pin.version.sha256 if pin.version else ""
-            self._streams[pin.project, sha256] -= 1
-            if not self._streams[pin.project, sha256]:
-                del self._streams[pin.project, sha256]
-            if pin.version:
-                self._staged[sha256].streams -= 1
-                self._settle(sha256)
+            key = (pin.project, pin.version.sha256 if pin.version else "")
+            self._streams[key] -= 1
+            if not self._streams[key]:
+                del self._streams[key]
+            if pin.version is None:
+                return
+            place = self._places[pin.version.sha256]
+            place.streams -= 1
+            self._places.move_to_end(pin.version.sha256)
+            if place.leaving and not place.streams:
+                del self._places[pin.version.sha256]
+        self._tell()
 
-    def flip(self, project: str, version: Version | None) -> str:
-        """Makes a version (None: the base model) the project's active one; the SHA-256 of the one before, or empty."""
-        with self._lock:
-            before = self._alias.pop(project, "")
-            if version is not None:
-                self._stage(version).projects.add(project)
-                self._alias[project] = version.sha256
-            if before and before != self._alias.get(project):
-                self._staged[before].projects.discard(project)
-                self._settle(before)
-            return before
+    # --- routes ---
 
-    def keep(self, version: Version) -> Holding:
-        """Stages a version and keeps it until :meth:`drop`, though nobody uses it."""
+    def route(self, project: str) -> Route:
+        """What the project's new streams get."""
         with self._lock:
-            staged = self._stage(version)
-            staged.kept = True
-            return _holding(staged)
+            return self._routes.get(project, _BASE)
+
+    def flip(self, project: str, route: Route) -> Route:
+        """Sends the project's new streams another way; the route before."""
+        with self._lock:
+            before = self._routes.pop(project, _BASE)
+            if route != _BASE:
+                self._routes[project] = route
+            for sha256 in route.versions() & self._places.keys():
+                self._places.move_to_end(sha256)
+        self._tell()
+        return before
+
+    # --- places ---
+
+    def reserve(self) -> bool:
+        """Takes a place for a version to come, an unused one's when none is free.
+
+        False when all are in use; then those who :meth:`listen` hear when it is worth another try.
+        """
+        with self._lock:
+            if len(self._places) + self._reserved >= self._limit:
+                if (unused := self._unused()) is None:
+                    self._refused = True
+                    return False
+                del self._places[unused]
+            self._reserved += 1
+            return True
+
+    def cancel(self) -> None:
+        """Gives a reserved place back."""
+        with self._lock:
+            self._reserved -= 1
+        self._tell()
+
+    def put(self, version: Version, weights: Any) -> None:
+        """Fills a reserved place."""
+        with self._lock:
+            self._reserved -= 1
+            self._places.setdefault(version.sha256, _Place(version, weights)).leaving = False
+            self._places.move_to_end(version.sha256)
+        self._tell()
+
+    def keep(self, sha256: str) -> Holding | None:
+        """Keeps a staged version in its place until :meth:`drop`, though nobody uses it; None when it is not staged."""
+        with self._lock:
+            if (place := self._places.get(sha256)) is None:
+                return None
+            place.kept, place.leaving = True, False
+            return self._holding(place)
 
     def drop(self, sha256: str) -> bool:
-        """Frees a version once its last stream has ended; False when a project's alias names it."""
+        """Frees a version's place once its last stream has ended; False when a route names it."""
         with self._lock:
-            staged = self._staged.get(sha256)
-            if staged is None:
-                return True
-            if staged.projects:
+            if any(sha256 in route.versions() for route in self._routes.values()):
                 return False
-            staged.kept = False
-            self._settle(sha256, idle=False)
-            return True
+            if place := self._places.get(sha256):
+                place.kept, place.leaving = False, True
+                if not place.streams:
+                    del self._places[sha256]
+        self._tell()
+        return True
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Has a function called when a place may be had again; from any thread, and it must not wait."""
+        self._listeners.append(listener)
+
+    # --- what there is ---
 
     def find(self, sha256: str = "", *, checkpoint: str = "") -> Version | None:
         """A staged version by its SHA-256 or by its checkpoint."""
         with self._lock:
             if sha256:
-                return self._staged[sha256].version if sha256 in self._staged else None
-            versions = (staged.version for staged in self._staged.values())
+                return self._places[sha256].version if sha256 in self._places else None
+            versions = (place.version for place in self._places.values())
             return next((version for version in versions if version.checkpoint == checkpoint), None)
-
-    def active(self, project: str) -> Version | None:
-        """The version that the project's new streams get; None is the base model."""
-        with self._lock:
-            sha256 = self._alias.get(project, "")
-            return self._staged[sha256].version if sha256 else None
 
     def streams(self, project: str) -> dict[str, int]:
         """Running streams of a project by version; the empty SHA-256 is the base model."""
@@ -170,36 +215,36 @@ class Registry:
     def holdings(self) -> list[Holding]:
         """All staged versions, by checkpoint."""
         with self._lock:
-            found = [_holding(staged) for staged in self._staged.values()]
+            found = [self._holding(place) for place in self._places.values()]
         return sorted(found, key=lambda holding: holding.version.checkpoint)
 
-    def _pin(self, project: str, sha256: str) -> Pin:
-        self._streams[project, sha256] += 1
-        if not sha256:
-            return Pin(project, None, self)
-        staged = self._staged[sha256]
-        staged.streams += 1
-        self._idle.pop(sha256, None)
-        return Pin(project, staged.version, self)
+    def _pin(self, project: str, version: Version | None) -> Pin | None:
+        if version is None:
+            return self._count(project, None, None)
+        if (place := self._places.get(version.sha256)) is None:
+            return None
+        place.streams += 1
+        self._places.move_to_end(version.sha256)
+        return self._count(project, place.version, place.weights)
 
-    def _stage(self, version: Version) -> _Staged:
-        self._idle.pop(version.sha256, None)
-        return self._staged.setdefault(version.sha256, _Staged(version))
+    def _count(self, project: str, version: Version | None, weights: Any) -> Pin:
+        self._streams[project, version.sha256 if version else ""] += 1
+        return Pin(project, version, weights, self)
 
-    def _settle(self, sha256: str, *, idle: bool = True) -> None:
-        """Makes a version idle, or frees it, when nobody uses it any more."""
-        staged = self._staged[sha256]
-        if staged.streams or staged.projects or staged.kept:
-            return
-        self._idle.pop(sha256, None)
-        if idle:
-            self._idle[sha256] = None
-        else:
-            del self._staged[sha256]
-        while len(self._idle) > self._limit:
-            oldest, _ = self._idle.popitem(last=False)
-            del self._staged[oldest]
+    def _unused(self) -> str | None:
+        """The version whose place is the first to be taken; None when all are in use."""
+        routed = set[str]().union(*(route.versions() for route in self._routes.values()))
+        unused = [sha256 for sha256, place in self._places.items() if not place.streams and not place.kept]
+        return next((sha256 for sha256 in unused if sha256 not in routed), unused[0] if unused else None)
 
+    def _holding(self, place: _Place) -> Holding:
+        sha256 = place.version.sha256
+        projects = sorted(project for project, route in self._routes.items() if sha256 in route.versions())
+        return Holding(place.version, place.streams, tuple(projects))
 
-def _holding(staged: _Staged) -> Holding:
-    return Holding(staged.version, staged.streams, tuple(sorted(staged.projects)))
+    def _tell(self) -> None:
+        """Tells those who wait, if somebody was refused. Without the lock: a listener may call back."""
+        if self._refused:
+            self._refused = False
+            for listener in self._listeners:
+                listener()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest
@@ -17,6 +15,8 @@ from services.core.models.prompts import SENTINELS, PromptFormat
 if TYPE_CHECKING:
     import torch
 
+_HEADER = 1 << 20
+"""Most bytes of names and settings."""
 _ALLOWED = {WEIGHTS, CONFIG, "README.md"}
 
 
@@ -33,6 +33,11 @@ class Base:
     layers: Mapping[str, tuple[int, int]]
     """(out, in) of the layers that an adapter may change, by module path."""
     max_rank: int
+
+    @property
+    def width(self) -> int:
+        """Numbers that all its layers take for each rank of an adapter."""
+        return sum(out + width for out, width in self.layers.values())
 
 
 def check_manifest(manifest: AdapterManifest, base: Base) -> None:
@@ -56,6 +61,8 @@ def check_manifest(manifest: AdapterManifest, base: Base) -> None:
         raise AdapterRejected(f"{manifest.name} holds {strange[0]}: only safetensors are read, pickles never")
     if missing := sorted({WEIGHTS, CONFIG} - paths.keys()):
         raise AdapterRejected(f"{manifest.name} lacks {missing[0]}")
+    if paths[WEIGHTS].size > manifest.lora_r * base.width * 4 + _HEADER or paths[CONFIG].size > _HEADER:
+        raise AdapterRejected(f"{manifest.name} is larger than any adapter of rank {manifest.lora_r} can be")
     if paths[WEIGHTS].sha256 != manifest.sha256:
         raise DigestMismatch(f"{manifest.name} names version {manifest.sha256[:12]}, its file is another one")
 
@@ -78,21 +85,16 @@ def prompt_format(manifest: AdapterManifest, base: Base) -> PromptFormat:
     return base.format
 
 
-def check_config(folder: Path, manifest: AdapterManifest) -> float:
+def check_config(config: bytes, manifest: AdapterManifest) -> float:
     """Checks adapter_config.json; the scale that B's products get.
 
     Raises:
-        DigestMismatch: the weights are not those of the version.
         AdapterRejected: an option that is not plain LoRA, or a rank other than the manifest's.
     """
-    with (folder / WEIGHTS).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != manifest.sha256:
-        raise DigestMismatch(f"{manifest.name}: the weights have digest {digest[:12]}, not {manifest.sha256[:12]}")
-    config = adapter_files.read_config(folder / CONFIG, manifest.name)
-    if config.rank != manifest.lora_r:
-        raise AdapterRejected(f"{manifest.name}: {CONFIG} says rank {config.rank}, not {manifest.lora_r}")
-    return config.scale
+    found = adapter_files.parse_config(config, manifest.name)
+    if found.rank != manifest.lora_r:
+        raise AdapterRejected(f"{manifest.name}: {CONFIG} says rank {found.rank}, not {manifest.lora_r}")
+    return found.scale
 
 
 def check_tensors(

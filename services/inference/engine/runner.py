@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from services.inference.adapters.lora import Segment, install
+from services.inference.adapters.lora import Segment, Weights, install
 from services.inference.engine.attention import NAME, Step
-from services.inference.engine.blocks import BLOCK
+from services.inference.engine.blocks import BLOCK, blocks_for
 from services.inference.engine.rows import Row, batches
 from services.inference.engine.sampler import Sampler
 from services.inference.engine.scheduler import Work
@@ -99,6 +99,24 @@ class Runner:
                 targets = sequence.targets[at - item.outputs : at]
                 results[index] = Result(None, self._sampler.logprobs(outputs[index], targets, 0))
         return results
+
+    @torch.inference_mode()
+    def probe(self, weights: Weights, ids: list[int]) -> torch.Tensor:
+        """The logits after a prompt on an adapter, ``[vocabulary]``: of no sequence, and from any thread."""
+        device, count = self._model.device, len(ids)
+        row = Row(0, count, 0, list(range(blocks_for(count))))
+        # Memory of its own, so that the engine's is not touched.
+        kv = [torch.zeros_like(layer[:, :, : len(row.blocks) * BLOCK]) for layer in self._kv]
+        step = Step(batches=[], rows=[row], slots=torch.tensor(row.written(), device=device), begun=None, kv=kv)
+        with self._active.use([Segment(0, count, weights)]):
+            logits: torch.Tensor = self._model(
+                input_ids=torch.tensor([ids], device=device),
+                position_ids=torch.arange(count, device=device)[None],
+                use_cache=False,
+                logits_to_keep=1,
+                step=step,
+            ).logits
+        return logits[0, -1]
 
     def release(self, sequence: Sequence) -> None:
         """Frees what is kept for a sequence beside its blocks; nothing is fine."""

@@ -69,6 +69,7 @@ CALLS: list[Callable[[Any], Any]] = [
     lambda c: c.completions.score("p", "x", prefix="y"),
     lambda c: c.serving.set("p", MODE),
     lambda c: c.serving.get("p"),
+    lambda c: c.serving.approve("p", f"{R}/checkpoints/1"),
     lambda c: c.serving.load(f"{R}/checkpoints/1"),
     lambda c: c.serving.unload(f"{R}/checkpoints/1"),
 ]

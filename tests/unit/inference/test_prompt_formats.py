@@ -22,8 +22,11 @@ from services.core.runtime import Runtime
 from services.core.state import Table
 from services.inference import model as inference_model
 from services.inference.adapters import verify
+from services.inference.adapters.disk import DiskCache
 from services.inference.adapters.follower import Follower
+from services.inference.adapters.host import HostCache
 from services.inference.adapters.loader import Loader
+from services.inference.adapters.manifests import Manifests
 from services.inference.adapters.registry import Registry
 from services.inference.completions import Completions, Delta, Request, Started, Stop
 from services.inference.engine.scheduler import Limits
@@ -73,14 +76,16 @@ def loaded(reference: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_
 class Server:
     """Completions over real parts, in memory."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, loaded: LoadedModel, folder: Path) -> None:
         self.runtime, self.registry, self.loaded = Runtime.memory(), Registry(), loaded
-        self.loader = Loader(self.runtime.artifacts, self.registry)
+        manifests, disk = Manifests(self.runtime.artifacts), DiskCache(folder, self.runtime.blobs, 10**8)
+        self.loader = Loader(manifests, disk, HostCache(10**8), self.registry)
         future: asyncio.Future[LoadedModel] = asyncio.get_running_loop().create_future()
         future.set_result(loaded)
         follower = Follower(
             table=Table(self.runtime.state("inference"), Serving, missing=errors.ServingNotFound),
             events=self.runtime.events,
+            manifests=manifests,
             loader=self.loader,
             registry=self.registry,
             bests=Peers(),
@@ -120,8 +125,8 @@ class Server:
 
 
 @pytest.fixture
-async def server(loaded: LoadedModel) -> AsyncIterator[Server]:
-    made = Server(loaded)
+async def server(loaded: LoadedModel, tmp_path: Path) -> AsyncIterator[Server]:
+    made = Server(loaded, tmp_path / "adapters")
     yield made
     assert made.registry.streams(PROJECT) == {}, "a stream still holds its version"
 

@@ -1,4 +1,4 @@
-"""Pin, flip, drain: counts are exact, running streams keep their version, nothing is freed that is in use."""
+"""Pin, flip, drain: counts are exact, running streams keep their version, nothing loses its place that is in use."""
 
 from __future__ import annotations
 
@@ -9,112 +9,171 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from services.inference.adapters.registry import Pin, Registry, Version
+from services.inference.adapters.registry import Pin, Registry
+from services.inference.adapters.route import Route, Version
 
-A, B, C = (Version(sha, f"projects/p/runs/r/checkpoints/{n}", object(), 4, 10) for n, sha in enumerate("abc"))
+VERSIONS = [Version(sha, f"projects/p/runs/r/checkpoints/{n}", 4, 10) for n, sha in enumerate("abcd")]
+A, B, C, D = VERSIONS
 
 
-def shas(registry: Registry) -> set[str]:
-    return {holding.version.sha256 for holding in registry.holdings()}
+def place(registry: Registry, *versions: Version) -> None:
+    for version in versions:
+        assert registry.reserve()
+        registry.put(version, f"weights of {version.sha256}")
+
+
+def pin(registry: Registry, project: str = "p") -> Pin:
+    found = registry.pin(project)
+    assert found is not None
+    return found
+
+
+def shas(registry: Registry) -> str:
+    return "".join(sorted(holding.version.sha256 for holding in registry.holdings()))
 
 
 def test_a_running_stream_keeps_its_version_over_a_flip() -> None:
-    registry = Registry(idle=0)
-    registry.flip("p", A)
-    pin = registry.pin("p")
-    assert registry.flip("p", B) == "a"
-    assert pin.version is A and registry.pin("p").version is B
-    assert shas(registry) == {"a", "b"} and registry.streams("p") == {"a": 1, "b": 1}
-    pin.release()
-    pin.release()
-    assert shas(registry) == {"b"} and registry.streams("p") == {"b": 1}
+    registry = Registry()
+    place(registry, A, B)
+    assert registry.flip("p", Route(A)) == Route()
+    running = pin(registry)
+    assert registry.flip("p", Route(B)) == Route(A)
+    assert (running.version, running.weights) == (A, "weights of a") and pin(registry).version is B
+    assert registry.streams("p") == {"a": 1, "b": 1}
+    running.release()
+    running.release()
+    assert registry.streams("p") == {"b": 1}
 
 
 def test_base_model_is_counted_too() -> None:
     registry = Registry()
-    pin, forced = registry.pin("p"), registry.pin_base("p")
-    assert pin.version is None and registry.streams("p") == {"": 2}
-    pin.release()
-    forced.release()
+    streams = pin(registry), registry.pin_base("p")
+    assert streams[0].version is None and registry.streams("p") == {"": 2}
+    for stream in streams:
+        stream.release()
     assert registry.streams("p") == {}
 
 
-def test_the_longest_idle_is_freed_and_rollback_is_a_flip() -> None:
-    registry = Registry(idle=1)
-    for version in (A, B, C):
-        registry.flip("p", version)
-    assert shas(registry) == {"b", "c"}
-    found = registry.find("b")
-    assert found is B
-    registry.flip("p", found)
-    assert registry.active("p") is B and shas(registry) == {"b", "c"}
+def test_what_no_route_names_goes_first_and_the_longest_unused_of_it() -> None:
+    registry = Registry(places=3)
+    place(registry, A, B, C)
+    registry.flip("p", Route(A))
+    used = registry.pin_version("p", B)
+    assert used is not None
+    used.release()
+    place(registry, D)
+    assert shas(registry) == "abd", "C was unused for longer than B"
+    assert registry.flip("p", Route(B)) == Route(A) and pin(registry).version is B, "rollback is a flip"
+    place(registry, C)
+    assert shas(registry) == "bcd"
 
 
-def test_a_version_that_another_project_serves_stays() -> None:
-    registry = Registry(idle=0)
-    registry.flip("p", A)
-    registry.flip("q", A)
-    registry.flip("p", None)
-    assert registry.active("q") is A and registry.drop("a") is False
-    registry.flip("q", None)
-    assert shas(registry) == set()
+def test_a_routed_version_loses_its_place_last_and_is_asked_for_again() -> None:
+    registry = Registry(places=2)
+    place(registry, A, B)
+    registry.flip("p", Route(A))
+    registry.flip("q", Route(B))
+    place(registry, C)
+    assert shas(registry) == "bc" and registry.route("p") == Route(A)
+    assert registry.pin("p") is None and registry.streams("p") == {}
+    place(registry, A)
+    assert pin(registry).version is A
+
+
+def test_places_in_use_are_not_taken_and_who_waits_hears_of_the_first_free_one() -> None:
+    registry, heard = Registry(places=2), list[bool]()
+    registry.listen(lambda: heard.append(registry.reserve()))
+    place(registry, A, B)
+    registry.keep("b")
+    stream = registry.pin_version("p", A)
+    assert stream is not None and not registry.reserve()
+    assert pin(registry).version is None, "streams do not wait"
+    stream.release()
+    assert heard == [True] and shas(registry) == "b"
+    assert not registry.reserve(), "a reserved place is taken, too"
+    registry.cancel()
+    assert heard == [True, True]
+    registry.put(C, None)
+    assert shas(registry) == "bc"
 
 
 def test_kept_until_dropped_and_drained() -> None:
-    registry = Registry(idle=0)
-    assert registry.keep(A).streams == 0
-    pin = registry.pin_version("p", A)
-    assert registry.drop("a") and shas(registry) == {"a"}, "a stream runs on it still"
-    pin.release()
-    assert shas(registry) == set() and registry.drop("a")
+    registry = Registry(places=2)
+    place(registry, A)
+    assert registry.keep("x") is None
+    holding = registry.keep("a")
+    assert holding is not None and holding.streams == 0
+    stream = registry.pin_version("p", A)
+    assert stream is not None
+    registry.flip("p", Route(A))
+    assert not registry.drop("a"), "a route names it"
+    registry.flip("p", Route())
+    assert registry.drop("a") and shas(registry) == "a", "a stream runs on it still"
+    stream.release()
+    assert shas(registry) == "" and registry.drop("a")
 
 
 class Swaps(RuleBasedStateMachine):
-    """Any order of pins, releases, flips, keeps and drops."""
+    """Any order of pins, releases, flips, loads, keeps and drops, over fewer places than versions."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.registry, self.pins = Registry(idle=1), list[Pin]()
-        self.alias: dict[str, Version | None] = {}
+        self.registry, self.pins = Registry(places=2), list[Pin]()
+        self.routes = {"p": Route(), "q": Route()}
+        self.kept = set[str]()
 
-    projects, versions = st.sampled_from(["p", "q"]), st.sampled_from([A, B, C])
+    projects, versions = st.sampled_from("pq"), st.sampled_from(VERSIONS)
 
-    @rule(project=projects)
-    def pin(self, project: str) -> None:
-        self.pins.append(self.registry.pin(project))
-        assert self.pins[-1].version is self.alias.get(project)
+    def used(self) -> set[str]:
+        return {pin.version.sha256 for pin in self.pins if pin.version} | self.kept
 
-    @rule(project=projects, version=versions)
-    def pin_version(self, project: str, version: Version) -> None:
-        self.pins.append(self.registry.pin_version(project, version))
+    @rule(project=projects, key=st.text(max_size=2))
+    def pin(self, project: str, key: str) -> None:
+        wanted = self.routes[project].choose(project, key)
+        found = self.registry.pin(project, key)
+        assert (found is None) == (wanted is not None and wanted.sha256 not in shas(self.registry))
+        if found is not None:
+            assert found.version == wanted
+            self.pins.append(found)
 
     @precondition(lambda self: self.pins)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         self.pins.pop(data.draw(st.integers(0, len(self.pins) - 1))).release()
 
-    @rule(project=projects, version=st.none() | versions)
-    def flip(self, project: str, version: Version | None) -> None:
-        self.registry.flip(project, version)
-        self.alias[project] = version
+    @rule(project=projects, main=st.none() | versions, second=st.none() | versions, percent=st.sampled_from([0, 40]))
+    def flip(self, project: str, main: Version | None, second: Version | None, percent: int) -> None:
+        before, self.routes[project] = self.routes[project], Route(main, second, percent)
+        assert self.registry.flip(project, self.routes[project]) == before
 
     @rule(version=versions)
-    def keep_and_drop(self, version: Version) -> None:
-        if version in self.alias.values():
-            assert not self.registry.drop(version.sha256)
-        else:
-            self.registry.keep(version)
-            assert self.registry.drop(version.sha256)
+    def load(self, version: Version) -> None:
+        if self.registry.find(version.sha256) is None:
+            full = len(self.used()) == 2
+            assert self.registry.reserve() is not full
+            if not full:
+                self.registry.put(version, None)
+
+    @rule(version=versions)
+    def keep(self, version: Version) -> None:
+        if self.registry.keep(version.sha256):
+            self.kept.add(version.sha256)
+
+    @rule(version=versions)
+    def drop(self, version: Version) -> None:
+        routed = any(version.sha256 in route.versions() for route in self.routes.values())
+        assert self.registry.drop(version.sha256) is not routed
+        if not routed:
+            self.kept.discard(version.sha256)
 
     @invariant()
     def counts_are_exact(self) -> None:
-        held = {holding.version: holding for holding in self.registry.holdings()}
-        used = {pin.version for pin in self.pins if pin.version} | {v for v in self.alias.values() if v}
-        assert used <= held.keys()
-        assert len(held.keys() - used) <= 1, "at most one idle"
-        for version, holding in held.items():
-            assert holding.streams == sum(pin.version is version for pin in self.pins)
-        for project in ("p", "q"):
+        held = {holding.version.sha256: holding for holding in self.registry.holdings()}
+        assert len(held) <= 2 and self.used() <= held.keys()
+        for sha256, holding in held.items():
+            assert holding.streams == sum(pin.version is not None and pin.version.sha256 == sha256 for pin in self.pins)
+            assert holding.projects == tuple(p for p in "pq" if sha256 in self.routes[p].versions())
+        for project in "pq":
             assert sum(self.registry.streams(project).values()) == sum(p.project == project for p in self.pins)
 
 
@@ -123,30 +182,43 @@ TestSwaps.settings = settings(max_examples=60, stateful_step_count=40, deadline=
 
 
 def test_all_counts_are_zero_after_100_000_operations_of_many_threads() -> None:
-    registry, stop = Registry(idle=1), threading.Event()
-    wrong: list[str] = []
+    registry, wrong = Registry(places=3), list[str]()
 
-    def stream(seed: int) -> None:
-        rng = random.Random(seed)
+    def work(seed: int) -> None:
+        rng, pins = random.Random(seed), list[Pin]()
         for _ in range(25_000):
-            pin = registry.pin(rng.choice("pq"))
-            if pin.version is not None and registry.find(pin.version.sha256) is None:
-                wrong.append(pin.version.sha256)
+            project, version = rng.choice("pq"), rng.choice(VERSIONS)
+            match rng.randrange(10):
+                case 0:
+                    registry.flip(project, Route(version, rng.choice([None, A, B]), rng.choice([0, 50])))
+                case 1:
+                    registry.flip(project, Route())
+                case 2 | 3:
+                    if registry.find(version.sha256) is None and registry.reserve():
+                        registry.put(version, version.sha256)
+                case 4:
+                    registry.keep(version.sha256)
+                    registry.drop(version.sha256)
+                case 5 | 6 | 7 if len(pins) < 2:
+                    found = registry.pin(project, str(seed))
+                    pins += [found] if found else []
+                case _ if pins:
+                    pin = pins.pop()
+                    if pin.version and (registry.find(pin.version.sha256) is None or pin.weights != pin.version.sha256):
+                        wrong.append(pin.version.sha256)
+                    pin.release()
+        for pin in pins:
             pin.release()
 
-    def swap() -> None:
-        rng = random.Random(0)
-        while not stop.is_set():
-            registry.flip(rng.choice("pq"), rng.choice([None, A, B, C]))
-
-    threads = [threading.Thread(target=stream, args=(n,)) for n in range(4)]
-    swapper = threading.Thread(target=swap)
-    for thread in (*threads, swapper):
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    stop.set()
-    swapper.join()
-    assert not wrong, "a pinned version was freed"
+    assert not wrong, "a pinned version lost its place"
     assert registry.streams("p") == registry.streams("q") == {}
     assert all(holding.streams == 0 for holding in registry.holdings())
+    for version in VERSIONS:
+        registry.drop(version.sha256)
+    place(registry, *VERSIONS[:3])
+    assert shas(registry) == "abc", "a reservation was lost"
