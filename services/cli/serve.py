@@ -6,10 +6,11 @@ from typing import Annotated
 
 import typer
 
-from codegraft.inference.v1.serving_pb2 import Serving, ServingMode, ServingStatus
+from codegraft.inference.v1.serving_pb2 import Serving, ServingMode, ServingStatus, Split
 from services.cli.connect import Project, checkpoint_name, connect
 from services.cli.output import Json, err, print_json
 from services.client import Codegraft
+from services.core.errors import FailedPrecondition, InvalidArgument
 
 app = typer.Typer(help="Serving: which adapter answers for a project.", no_args_is_help=True)
 
@@ -18,15 +19,28 @@ app = typer.Typer(help="Serving: which adapter answers for a project.", no_args_
 def set_(
     project: Project,
     policy: Annotated[str, typer.Argument(metavar="off|latest-best|RUN[/STEP]", help="The new policy.")],
+    split: Annotated[
+        str, typer.Option(metavar="base|RUN[/STEP]", help="Another version, which answers a part of the requests.")
+    ] = "",
+    percent: Annotated[int, typer.Option(help="That part in percent, 1 to 99.")] = 0,
     json: Json = False,
 ) -> None:
     """Choose: the base model, every new best adapter as it comes, or one checkpoint (of a run: its best one).
 
-    Running completions finish on the version they began with.
+    Running completions finish on the version they began with. With --split and --percent another version answers a part
+    of the requests; an editor session stays on one side. A policy that is set without them ends a split.
     """
+    if bool(split) != bool(percent):
+        raise InvalidArgument(
+            "a split needs a version and its part",
+            field="--percent" if split else "--split",
+            hint="Give both, as in --split RUN/STEP --percent 10.",
+        )
     with connect() as client:
         mode, checkpoint = resolve(client, project, policy)
-        serving = client.serving.set(project, mode, checkpoint=checkpoint)
+        other = resolve(client, project, "off" if split == "base" else split)[1] if split else ""
+        second = Split(checkpoint=other, percent=percent) if split else None
+        serving = client.serving.set(project, mode, checkpoint=checkpoint, split=second)
     if json:
         print_json(serving)
     else:
@@ -48,6 +62,30 @@ def resolve(client: Codegraft, project: str, policy: str) -> tuple[ServingMode, 
 
 
 @app.command()
+def approve(
+    project: Project,
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="[RUN/STEP]", help="The waiting checkpoint; left out: whichever waits.")
+    ] = "",
+    json: Json = False,
+) -> None:
+    """Let a new best adapter serve though its test loss is worse than the serving one's on the same test set.
+
+    With latest-best such an adapter waits; `codegraft serve show` names it.
+    """
+    with connect() as client:
+        waiting = checkpoint_name(project, checkpoint) if checkpoint else ""
+        waiting = waiting or client.serving.get(project).serving.waiting_checkpoint
+        if not waiting:
+            raise FailedPrecondition("no checkpoint waits for approval", hint="See `codegraft serve show`.")
+        serving = client.serving.approve(project, waiting)
+    if json:
+        print_json(serving)
+    else:
+        _tell(serving, None)
+
+
+@app.command()
 def show(project: Project, json: Json = False) -> None:
     """Show the policy, what it has come to, and what a replica serves."""
     with connect() as client:
@@ -63,12 +101,23 @@ def _tell(serving: Serving, status: ServingStatus | None) -> None:
     err.print(f"policy   {mode}")
     loss = f", test loss {serving.wanted_test_loss:.4f}" if serving.HasField("wanted_test_loss") else ""
     err.print(f"wanted   {serving.wanted_checkpoint or 'the base model'}{loss}")
+    if serving.HasField("split"):
+        err.print(f"split    {_split(serving.split)}")
+    if serving.waiting_checkpoint:
+        err.print(
+            f"waiting  {serving.waiting_checkpoint}: test loss {serving.waiting_test_loss:.4f}, worse on the same test "
+            "set; `codegraft serve approve` lets it serve"
+        )
     if status is None:
         return
-    err.print(
-        f"active   {status.active_checkpoint or 'the base model'}{'' if status.converged else ' (not yet the wanted)'}"
-    )
+    split = f", {_split(status.active_split)}" if status.HasField("active_split") else ""
+    behind = "" if status.converged else " (not yet the wanted)"
+    err.print(f"active   {status.active_checkpoint or 'the base model'}{split}{behind}")
     if status.HasField("failure"):
         err.print(f"refused  {status.failure.message}")
     streams = sum(status.streams.values())
     err.print(f"replica  {status.replica}, {status.model}, {'ready' if status.ready else 'loading'}, {streams} streams")
+
+
+def _split(split: Split) -> str:
+    return f"{split.percent} % {split.checkpoint or 'the base model'}"

@@ -453,6 +453,32 @@ def test_serve_set_refuses_nonsense(inference: Any, codegraft: Codegraft) -> Non
     assert "SetServing" not in inference.requests
 
 
+def test_serve_set_with_a_split(inference: Any, codegraft: Codegraft) -> None:
+    assert codegraft("serve", "set", "-p", "acme", "off", "--split", "r-1/20", "--percent", "10").code == 0
+    split = inference.last("SetServing").split
+    assert (split.checkpoint, split.percent) == (f"{RUN}/checkpoints/20", 10)
+    assert codegraft("serve", "set", "-p", "acme", "r-1/20", "--split", "base", "--percent", "5").code == 0
+    assert (inference.last("SetServing").split.checkpoint, inference.last("SetServing").split.percent) == ("", 5)
+    for half in (("--split", "base"), ("--percent", "5")):
+        assert codegraft("serve", "set", "-p", "acme", "off", *half).code == 2
+    assert codegraft("serve", "set", "-p", "acme", "off").code == 0
+    assert not inference.last("SetServing").HasField("split")
+
+
+def test_serve_approve(fake: Any, codegraft: Codegraft) -> None:
+    fake.answers["GetServing"] = serving_pb2.GetServingResponse()
+    assert codegraft("serve", "approve", "-p", "acme").code == 4 and "ApproveServing" not in fake.requests
+    waiting = serving_pb2.Serving(waiting_checkpoint=f"{RUN}/checkpoints/20", waiting_test_loss=1.5)
+    fake.answers["GetServing"] = serving_pb2.GetServingResponse(serving=waiting)
+    shown = codegraft("serve", "show", "-p", "acme").err
+    assert f"{RUN}/checkpoints/20" in shown and "1.5000" in shown and "serve approve" in shown
+    fake.answers["ApproveServing"] = serving_pb2.ApproveServingResponse()
+    assert codegraft("serve", "approve", "-p", "acme").code == 0
+    assert fake.last("ApproveServing").checkpoint == f"{RUN}/checkpoints/20"
+    assert codegraft("serve", "approve", "-p", "acme", "r-1/40").code == 0
+    assert fake.last("ApproveServing").checkpoint == f"{RUN}/checkpoints/40"
+
+
 def test_serve_show(fake: Any, codegraft: Codegraft) -> None:
     fake.answers["GetServing"] = serving_pb2.GetServingResponse(
         serving=serving_pb2.Serving(mode=serving_pb2.SERVING_MODE_LATEST_BEST, wanted_checkpoint="c"),
