@@ -14,7 +14,7 @@ pin = $(shell grep '^$(1)==' constraints.txt)
 # Named by what it was made from: a change of either file makes the set-up run again, nothing else does.
 STAMP := $(VENV)/.set-up-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 
-.PHONY: help setup proto proto-image demo test bench fuzz sshd lint format types clean
+.PHONY: help setup proto proto-image demo test chaos bench fuzz sshd lint format types clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,8 +57,12 @@ FUZZ_INPUTS ?= 100000
 fuzz: proto ## Hostile inputs against every reader of ingest (FUZZ_INPUTS=100000)
 	@$(BIN)/python -m tests.hostile.fuzz --inputs $(FUZZ_INPUTS) $(ARGS)
 
-test: proto sshd ## Every test: unit, contract, end to end (ARGS="-k name")
-	@$(BIN)/python -m pytest --quiet tests/unit tests/contract tests/e2e $(ARGS)
+test: proto sshd ## Every test: unit, contract, chaos (short), end to end (ARGS="-k name")
+	@$(BIN)/python -m pytest --quiet tests/unit tests/contract tests/chaos tests/e2e $(ARGS)
+
+CHAOS_SECONDS ?= 120
+chaos: proto ## Streams under swaps, cancels and deadlines for two minutes (CHAOS_SECONDS=120); `test` has a short one
+	@CHAOS_SECONDS=$(CHAOS_SECONDS) $(BIN)/python -m pytest --quiet tests/chaos $(ARGS)
 
 lint: setup ## ruff and buf
 	$(BIN)/ruff check .
