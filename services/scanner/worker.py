@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -145,6 +146,7 @@ class ScanWorker:
     ) -> list[Entry]:
         """Every file by the rules, and against all others."""
         shards = [folder / f"{index:05}.parquet" for index in range(-(-count // EXAMINE_FILES))]
+        found: list[list[Entry]] = [[] for _ in shards]
         files = 0
         # With stage 2 to come nobody knows the end: no total, so no estimate.
         total = 0 if settled.loss_filter else count
@@ -153,12 +155,13 @@ class ScanWorker:
             async for index in ready:
                 if index is not None:
                     await parts.fetch(EXAMINE, index, shards[index])
+                    found[index] = await asyncio.to_thread(examined.from_parquet, shards[index])
                     files = min(count, files + EXAMINE_FILES)
                 await context.progress(files, total, "files", f"stage 1: {files} of {count} files")
         await context.progress(files, total, "files", "stage 1: duplicates")
 
         def join() -> list[Entry]:
-            entries = [entry for shard in shards for entry in examined.from_parquet(shard)]
+            entries = list(itertools.chain.from_iterable(found))
             pipeline.mark_duplicates(entries, shards, settled)
             return entries
 
