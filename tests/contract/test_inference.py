@@ -81,8 +81,12 @@ async def test_bad_requests_name_the_field(world: World, fields: Any, error: typ
 
 async def test_deadline_gives_the_text_so_far(world: World) -> None:
     whole = await world.complete(max_tokens=220).end()
-    stream = await world.complete(max_tokens=220, timeout=whole.finished.timings.total_seconds / 3).end()
-    assert stream.reason == "DEADLINE" and 0 < stream.finished.usage.completion_tokens < 220
+    for share in (3, 2.5, 2, 1.5):  # on a busy machine the first token may come late
+        stream = await world.complete(max_tokens=220, timeout=whole.finished.timings.total_seconds / share).end()
+        assert stream.reason == "DEADLINE"
+        if stream.finished.usage.completion_tokens:
+            break
+    assert 0 < stream.finished.usage.completion_tokens < 220
     assert stream.text and whole.text.startswith(stream.text)
 
 
