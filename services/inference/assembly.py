@@ -139,4 +139,5 @@ def limits(settings: InferenceSettings) -> Limits:
         waiting=settings.inference_max_waiting,
         step_tokens=max(settings.inference_step_tokens, settings.inference_max_running),
         kv_tokens=settings.inference_kv_tokens,
+        draft_tokens=settings.inference_speculation_tokens,
     )

@@ -66,6 +66,12 @@ class Engine:
             return self._scheduler.cached_tokens, self._scheduler.prompt_tokens
 
     @property
+    def drafted_tokens(self) -> tuple[int, int]:
+        """(right, all) tokens that were guessed since the start."""
+        with self._changed:
+            return self._scheduler.right_tokens, self._scheduler.drafted_tokens
+
+    @property
     def preemptions(self) -> int:
         """Times that a sequence had to give up its blocks, since the start."""
         with self._changed:
@@ -117,9 +123,9 @@ class Engine:
             _log.exception("a step failed; its sequences end", sequences=len(work))
             ended = [(item.sequence, item.sequence.close(Reason.FAILED)) for item in work]
         else:
-            with self._changed:
-                self._scheduler.commit(work)
             ended = self._take(work, results)
+            with self._changed:
+                self._scheduler.commit(work, results)
         if ended:
             with self._changed:
                 self._scheduler.remove(sequence for sequence, _ in ended)

@@ -49,11 +49,12 @@ class Runner:
         slots, begun = list[int](), list[int]()
         for index in order:
             item = work[index]
-            begin, end = len(ids), item.start + item.count
-            ids += item.sequence.tokens[item.start : end]
-            positions += range(item.start, end)
+            begin = len(ids)
+            ids += item.tokens
+            count = len(ids) - begin
+            positions += range(item.start, item.start + count)
             assert item.sequence.table is not None
-            rows.append(Row(begin, item.count, item.start, item.sequence.table.blocks))
+            rows.append(Row(begin, count, item.start, item.sequence.table.blocks))
             slots += rows[-1].written()
             begun += rows[-1].begun()
             last += range(len(ids) - item.outputs, len(ids))
@@ -87,17 +88,17 @@ class Runner:
         sampling = [index for index, item in enumerate(work) if item.samples]
         if sampling:
             logits = torch.cat([outputs[index] for index in sampling])
-            tokens = self._sampler.sample(logits, [work[index].sequence for index in sampling])
-            for index, token in zip(sampling, tokens, strict=True):
+            chosen = self._sampler.sample(logits, [(work[index].sequence, work[index].drafts) for index in sampling])
+            for index, tokens in zip(sampling, chosen, strict=True):
                 top = work[index].sequence.sampling.logprobs
-                logprobs = () if top is None else self._sampler.logprobs(outputs[index], (token,), top)
-                results[index] = Result(token, logprobs)
+                used = outputs[index][: len(tokens)]
+                results[index] = Result(tokens, () if top is None else self._sampler.logprobs(used, tokens, top))
         for index, item in enumerate(work):
             sequence, end = item.sequence, item.start + item.count
             if sequence.targets and item.outputs:
                 at = end - sequence.reusable
                 targets = sequence.targets[at - item.outputs : at]
-                results[index] = Result(None, self._sampler.logprobs(outputs[index], targets, 0))
+                results[index] = Result((), self._sampler.logprobs(outputs[index], targets, 0))
         return results
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""The next token of a sequence from its logits."""
+"""The next tokens of a sequence from its logits."""
 
 from __future__ import annotations
 
@@ -19,18 +19,30 @@ class Sampler:
         self._spelling = spelling
         self._generators: dict[int, torch.Generator] = {}
 
-    def sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
-        """One token id a sequence.
+    def sample(self, logits: torch.Tensor, sequences: list[tuple[Sequence, tuple[int, ...]]]) -> list[tuple[int, ...]]:
+        """The next token ids of each sequence, at least one: as long as what is chosen was guessed, one more is chosen.
+
+        Each is chosen as it would be without guesses, a random one with the next number of its request's generator, so
+        that a seed gives the same text either way. Since a guess is one token and not a distribution, that is also the
+        rejection scheme of speculative sampling (arXiv:2211.17192): it is right as often as the model draws it.
 
         Args:
-            logits: ``[sequences, embeddings]``, any float type.
+            logits: ``[rows, embeddings]``, any float type: a sequence's own, then those after each of its guesses.
+            sequences: each with its guesses.
         """
         logits = logits[:, : self._spelling.size]  # what pads the embeddings is no token, and has no text
         likeliest: list[int] = logits.argmax(-1).tolist()  # one call for all: most requests are greedy
-        return [
-            self._one(logits[row].float(), sequence) if _is_special(sequence) else likeliest[row]
-            for row, sequence in enumerate(sequences)
-        ]
+        chosen, row = list[tuple[int, ...]](), 0
+        for sequence, drafts in sequences:
+            special, tokens = _is_special(sequence), list[int]()
+            for at in range(len(drafts) + 1):
+                token = self._one(logits[row + at].float(), sequence, tokens) if special else likeliest[row + at]
+                tokens.append(token)
+                if at < len(drafts) and token != drafts[at]:
+                    break
+            chosen.append(tuple(tokens))
+            row += len(drafts) + 1
+        return chosen
 
     def logprobs(self, logits: torch.Tensor, tokens: tuple[int, ...], top: int) -> tuple[TokenLogprob, ...]:
         """What the model thinks of these tokens, before temperature, filters and penalty.
@@ -51,11 +63,11 @@ class Sampler:
         """Drops what is kept for a sequence that has ended."""
         self._generators.pop(sequence.number, None)
 
-    def _one(self, logits: torch.Tensor, sequence: Sequence) -> int:
+    def _one(self, logits: torch.Tensor, sequence: Sequence, chosen: list[int]) -> int:
         sampling = sequence.sampling
         allowed = self._spelling.beginning(sequence.text.overhang) if sequence.text.overhang else []
         if sampling.repetition_penalty != 1.0:
-            logits = _penalized(logits, sequence)
+            logits = _penalized(logits, sequence, chosen)
         if allowed:
             kept = torch.tensor(allowed, device=logits.device)
             return allowed[self._choose(logits[kept], sequence)]
@@ -95,8 +107,8 @@ def distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     return logits.softmax(-1)
 
 
-def _penalized(logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:
-    seen = torch.tensor(sorted(set(sequence.tokens)), device=logits.device)
+def _penalized(logits: torch.Tensor, sequence: Sequence, chosen: list[int]) -> torch.Tensor:
+    seen = torch.tensor(sorted({*sequence.tokens, *chosen}), device=logits.device)
     values, penalty = logits[seen], sequence.sampling.repetition_penalty
     return logits.index_copy(-1, seen, torch.where(values > 0, values / penalty, values * penalty))
 

@@ -4,6 +4,9 @@ Continuous batching with chunked prefill (Sarathi-Serve, arXiv:2403.02310): ever
 step, and what is left of the step's token budget goes to prompts in the order of their arrival. So a long prompt never
 stops the others, and a finished one makes room within a step.
 
+What is left then goes to guesses of what the decoding ones will say next (engine/speculate.py): the first thing to go
+when the budget or the memory is short, so that they delay nobody.
+
 Memory is given out block by block as sequences grow, not for the longest they might get: most end early. When it runs
 out, the sequence admitted last gives up its blocks and goes back to the head of the queue, to be computed again (what
 of it is still cached is not). Waiting instead could deadlock, each for a block of the other. This cannot: the one
@@ -15,11 +18,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from services.core.errors import InvalidArgument, QueueFull
 from services.inference.engine.blocks import BLOCK, Blocks, blocks_for
-from services.inference.engine.sequence import Reason, Sequence
+from services.inference.engine.sequence import Reason, Result, Sequence
+from services.inference.engine.speculate import price
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,8 @@ class Limits:
     """Most tokens in one step: bounds how long a prompt delays everybody's next token."""
     kv_tokens: int = 32768
     """Most tokens whose keys and values are kept at once, those of ended sequences too."""
+    draft_tokens: int = 6
+    """Most guessed tokens of a sequence in one step; 0 for none."""
     retry_seconds: float = 1.0
     """What a refused caller is told to wait."""
 
@@ -50,6 +56,13 @@ class Work:
     sequence: Sequence
     start: int
     count: int
+    drafts: tuple[int, ...] = ()
+    """Guesses of what comes behind them, computed with them."""
+
+    @property
+    def tokens(self) -> list[int]:
+        """All that is computed."""
+        return [*self.sequence.tokens[self.start : self.start + self.count], *self.drafts]
 
     @property
     def samples(self) -> bool:
@@ -58,8 +71,8 @@ class Work:
 
     @property
     def outputs(self) -> int:
-        """How many of its last tokens need the model's output: one to sample from, or those before targets."""
-        return max(0, self.start + self.count - max(self.start, self.sequence.reusable))
+        """How many of its last tokens need the model's output: those to sample after, or those before targets."""
+        return max(0, self.start + self.count - max(self.start, self.sequence.reusable)) + len(self.drafts)
 
 
 @dataclass(slots=True)
@@ -87,6 +100,10 @@ class Scheduler:
         """Of all sequences admitted so far."""
         self.cached_tokens = 0
         """Of these, those that were not computed again."""
+        self.drafted_tokens = 0
+        """Tokens that were guessed."""
+        self.right_tokens = 0
+        """Of these, those that the model would have chosen itself."""
         self.preemptions = 0
         """Times that a sequence had to give up its blocks."""
 
@@ -138,13 +155,19 @@ class Scheduler:
                 break
             plan.work.append(Work(sequence, sequence.computed, count))
             budget -= count
+        self._draft(plan.work, budget)
         return plan
 
-    def commit(self, work: Iterable[Work]) -> None:
-        """Takes note that a step's work is done: its keys and values are there."""
-        for item in work:
+    def commit(self, work: list[Work], results: list[Result | None]) -> None:
+        """Takes note that a step's work is done and its tokens taken: their keys and values are there, but for the
+        last; those of wrong guesses lie behind them, where the next step writes."""
+        for item, result in zip(work, results, strict=True):
             sequence = item.sequence
-            sequence.computed = item.start + item.count
+            right = max(0, len(result.tokens) - 1) if result else 0
+            sequence.drafter.learn(len(item.drafts), right)
+            self.drafted_tokens += len(item.drafts)
+            self.right_tokens += right
+            sequence.computed = min(item.start + item.count + right, len(sequence.tokens))
             if sequence.table is not None:
                 self.blocks.commit(sequence.table, sequence.tokens, sequence.computed)
 
@@ -157,6 +180,22 @@ class Scheduler:
                     self._free(sequence)
             self.waiting = deque(s for s in self.waiting if s.number not in gone)
             self.running = [s for s in self.running if s.number not in gone]
+
+    def _draft(self, work: list[Work], budget: int) -> None:
+        """Adds guesses to the decodes of a step, as far as the budget goes and they are worth their arithmetic."""
+        cost = price(sum(item.count for item in work))
+        for at, item in enumerate(work):
+            sequence = item.sequence
+            if item.count > 1 or not item.samples:
+                continue  # its prompt is not through, or has just come to its end
+            most = min(self.limits.draft_tokens, budget, sequence.draftable)
+            assert sequence.table is not None
+            if self.blocks.available <= len(self.running):  # others may have to grow into these
+                most = min(most, len(sequence.table.blocks) * BLOCK - len(sequence.tokens))
+            drafts = sequence.drafter.draft(sequence.tokens, most, cost)
+            if drafts and self.blocks.grow(sequence.table, len(sequence.tokens) + len(drafts), sequence.capacity):
+                work[at] = replace(item, drafts=drafts)
+                budget -= len(drafts)
 
     def _grow(self) -> None:
         """Sees that every running sequence has blocks for its tokens, at the cost of those admitted last."""

@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from services.inference.engine.blocks import Table
+from services.inference.engine.speculate import Drafter
 from services.inference.engine.text import TextStream
 
 _numbers = itertools.count(1)
@@ -62,10 +63,10 @@ class TokenLogprob:
 class Result:
     """What the runner gives for a sequence after a step."""
 
-    token: int | None
-    """Its next token; None for one that is only scored."""
+    tokens: tuple[int, ...]
+    """Its next tokens, one more than its guesses that were right; none for one that is only scored."""
     logprobs: tuple[TokenLogprob, ...] = ()
-    """Of that token, if wanted; of the targets that the step reached."""
+    """Of these tokens, if wanted; of the targets that the step reached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +129,8 @@ class Sequence:
     """Generated tokens whose text is held back."""
     logprobs: list[TokenLogprob] = field(default_factory=list, init=False)
     """Of the unsent tokens, or of the targets so far."""
+    drafter: Drafter = field(default_factory=Drafter, init=False)
+    """Guesses what comes next."""
     cancelled: Reason | None = field(default=None, init=False)
     """Set when it is to end before its next step."""
     submit_time: float = field(default=0.0, init=False)
@@ -162,20 +165,34 @@ class Sequence:
         """Tokens that wait for their keys and values; 1 while decoding."""
         return len(self.tokens) - self.computed
 
+    @property
+    def draftable(self) -> int:
+        """How many tokens may be guessed: after all of them one more has to fit in. None while it repeats an overhang,
+        when only that is allowed."""
+        if self.targets or self.text.overhang:
+            return 0
+        return max(0, min(self.max_tokens - self.generated, self.capacity - len(self.tokens)) - 1)
+
     def take(self, result: Result) -> Output | None:
-        """Takes what a step gave; None while there is nothing new to tell."""
-        if result.token is not None:
-            return self.accept(result.token, result.logprobs)
-        self.logprobs += result.logprobs
-        return self.close(Reason.LENGTH) if len(self.logprobs) == len(self.targets) else None
+        """Takes what a step gave; None while there is nothing new to tell.
 
-    def accept(self, token: int, logprobs: tuple[TokenLogprob, ...] = ()) -> Output | None:
-        """Takes one new token; None while there is no new text to tell.
-
-        The stop token itself is neither text nor counted.
+        What comes behind a token that ends the text does not count.
         """
+        if self.targets:
+            self.logprobs += result.logprobs
+            return self.close(Reason.LENGTH) if len(self.logprobs) == len(self.targets) else None
+        text = ""
+        for at, token in enumerate(result.tokens):
+            new, reason = self._accept(token, result.logprobs[at : at + 1])
+            text += new
+            if reason is not None:
+                return self.close(reason, before=text)
+        return self._output(text) if text else None
+
+    def _accept(self, token: int, logprobs: tuple[TokenLogprob, ...]) -> tuple[str, Reason | None]:
+        """Takes one new token: its text, and whether it is the last. A stop token is neither text nor counted."""
         if token in self.stop_ids:
-            return self.close(Reason.END_OF_TEXT)
+            return "", Reason.END_OF_TEXT
         self.tokens.append(token)
         text = self.text.push(token)
         if not self.text.repeating:
@@ -183,10 +200,10 @@ class Sequence:
             self.unsent += 1
             self.logprobs += logprobs
         if self.text.stopped:
-            return self._output(text, Reason.STOP)
+            return text, Reason.STOP
         if self.generated >= self.max_tokens or len(self.tokens) >= self.capacity:
-            return self.close(Reason.LENGTH, before=text)
-        return self._output(text) if text else None
+            return text, Reason.LENGTH
+        return text, None
 
     def close(self, reason: Reason, before: str = "") -> Output:
         """The last output: what was held back comes with it."""

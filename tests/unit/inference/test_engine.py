@@ -239,7 +239,7 @@ class Failing:
         self.steps += 1
         if self.steps == 2:
             raise MemoryError("no room")
-        return [Result(65) if item.samples else None for item in work]
+        return [Result((65,)) if item.samples else None for item in work]
 
     def release(self, sequence: Sequence) -> None:
         self.released += 1

@@ -19,6 +19,11 @@ def make(sampling: Sampling, prompt: list[int] | None = None, overhang: str = ""
     return Sequence(prompt=prompt or [3], max_tokens=5, text=text, deliver=lambda _: None, sampling=sampling)
 
 
+def sample(sampler: Sampler, logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
+    """Without guesses."""
+    return [token for (token,) in sampler.sample(logits, [(sequence, ()) for sequence in sequences])]
+
+
 def kept(sampling: Sampling) -> set[int]:
     return set(distribution(LOGITS, sampling).nonzero().flatten().tolist())
 
@@ -46,14 +51,14 @@ def test_filters_keep_what_they_say(sampling: Sampling, tokens: set[int]) -> Non
 def test_greedy_and_random_side_by_side() -> None:
     sampler = Sampler(Spelling(VOCABULARY))
     sequences = [make(Sampling()), make(Sampling(temperature=1, seed=1)), make(Sampling(temperature=1, seed=1))]
-    tokens = [sampler.sample(LOGITS.expand(3, -1), sequences) for _ in range(20)]
+    tokens = [sample(sampler, LOGITS.expand(3, -1), sequences) for _ in range(20)]
     assert all(greedy == 4 and one == two for greedy, one, two in tokens)
     assert len({one for _, one, _ in tokens}) > 1, "each step draws anew"
 
 
 def test_drawn_tokens_follow_the_distribution() -> None:
     sampler, sequence = Sampler(Spelling(VOCABULARY)), make(Sampling(temperature=1, seed=0))
-    drawn = [sampler.sample(LOGITS[None], [sequence])[0] for _ in range(4000)]
+    drawn = [sample(sampler, LOGITS[None], [sequence])[0] for _ in range(4000)]
     shares = torch.bincount(torch.tensor(drawn), minlength=5) / len(drawn)
     assert torch.allclose(shares, LOGITS.softmax(-1), atol=0.03)
 
@@ -61,21 +66,21 @@ def test_drawn_tokens_follow_the_distribution() -> None:
 def test_repetition_penalty_lowers_what_was_there() -> None:
     sampler = Sampler(Spelling(VOCABULARY))
     sequence = make(Sampling(repetition_penalty=2.0), prompt=[4])
-    assert sampler.sample(LOGITS[None], [sequence]) == [0]
+    assert sample(sampler, LOGITS[None], [sequence]) == [0]
     negative = torch.tensor([-1.0, -1.5, -9.0, -9.0, -0.9])
-    assert sampler.sample(negative[None], [sequence]) == [0], "a negative logit goes down, too"
+    assert sample(sampler, negative[None], [sequence]) == [0], "a negative logit goes down, too"
 
 
 def test_the_overhang_allows_only_what_spells_it() -> None:
     sampler = Sampler(Spelling(VOCABULARY))
-    assert sampler.sample(LOGITS[None], [make(Sampling(), overhang="abc")]) == [0]
-    assert sampler.sample(LOGITS[None], [make(Sampling(), overhang="c")]) == [3]
-    assert sampler.sample(LOGITS[None], [make(Sampling(), overhang="é")]) == [4], "what cannot be spelled binds nobody"
+    assert sample(sampler, LOGITS[None], [make(Sampling(), overhang="abc")]) == [0]
+    assert sample(sampler, LOGITS[None], [make(Sampling(), overhang="c")]) == [3]
+    assert sample(sampler, LOGITS[None], [make(Sampling(), overhang="é")]) == [4], "what cannot be spelled binds nobody"
 
 
 def test_what_pads_the_embeddings_is_never_chosen() -> None:
     sampler = Sampler(Spelling(VOCABULARY))
     padded = torch.cat([LOGITS, torch.tensor([9.0, 99.0])])[None].expand(2, -1)
     for _ in range(20):
-        greedy, drawn = sampler.sample(padded, [make(Sampling()), make(Sampling(temperature=1, seed=1))])
+        greedy, drawn = sample(sampler, padded, [make(Sampling()), make(Sampling(temperature=1, seed=1))])
         assert greedy == 4 and drawn < len(VOCABULARY)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from services.core import errors
 from services.inference.engine.blocks import BLOCK
 from services.inference.engine.scheduler import Limits, Plan, Scheduler
-from services.inference.engine.sequence import Reason, Sequence
+from services.inference.engine.sequence import Reason, Result, Sequence
 from services.inference.engine.text import TextStream
 
 VOCABULARY = [b"x"]
@@ -22,21 +22,21 @@ def make(prompt: int = 5, max_tokens: int = 4, **fields: Any) -> Sequence:
     return Sequence(prompt=[0] * prompt, max_tokens=max_tokens, text=text, deliver=lambda _: None, **fields)
 
 
-def compute(scheduler: Scheduler, plan: Plan) -> list[Sequence]:
-    """Pretends to run the step; the sequences that ended with it."""
+def compute(scheduler: Scheduler, plan: Plan, right: int = 0) -> list[Sequence]:
+    """Pretends to run the step, with so many guesses right; the sequences that ended with it."""
     ended = []
-    scheduler.commit(plan.work)
-    for work in plan.work:
-        if work.samples:
-            output = work.sequence.accept(0)
-            if output and output.reason:
-                ended.append(work.sequence)
+    results = [Result((0,) * (1 + min(right, len(work.drafts)))) if work.samples else None for work in plan.work]
+    for work, result in zip(plan.work, results, strict=True):
+        output = work.sequence.take(result) if result else None
+        if output and output.reason:
+            ended.append(work.sequence)
+    scheduler.commit(plan.work, results)
     scheduler.remove(ended)
     return ended
 
 
 def test_a_long_prompt_goes_in_chunks_beside_decodes() -> None:
-    scheduler = Scheduler(Limits(step_tokens=8))
+    scheduler = Scheduler(Limits(step_tokens=8, draft_tokens=0))
     short, long = make(3, 9), make(20)
     scheduler.submit(short)
     compute(scheduler, scheduler.plan(0))
@@ -165,7 +165,7 @@ def test_everybody_ends_within_the_limits(shapes: list[tuple[int, int, bool]], r
             break
         plan = scheduler.plan(0)
         ended += [sequence for sequence, _ in plan.ended]
-        assert len(plan.work) <= running and sum(work.count for work in plan.work) <= step_tokens
+        assert len(plan.work) <= running and sum(len(work.tokens) for work in plan.work) <= step_tokens
         assert all(len(s.tokens) <= BLOCK * len(s.table.blocks) for s in scheduler.running if s.table)
         assert all(work.start == work.sequence.computed for work in plan.work)
         decoding = {s.number for s in scheduler.running if s.remaining == 1}

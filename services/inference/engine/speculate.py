@@ -1,0 +1,83 @@
+"""What a sequence may go on with: guesses that the model only has to check. Knows no torch.
+
+Prompt lookup (github.com/apoorvumang/prompt-lookup-decoding; vLLM's ngram speculation, transformers'
+``prompt_lookup_num_tokens``): where the last tokens stood before in the sequence, prompt included, what followed then
+is guessed to follow now. Code repeats itself, and a step over a few tokens takes little longer than a step over one,
+since both read all weights. Which adapter the sequence runs on makes no difference: the guess comes from its tokens
+alone, and only what the model would have chosen itself is taken (:meth:`Sampler.sample`).
+"""
+
+from __future__ import annotations
+
+FREE = 16
+"""Tokens whose arithmetic takes as long as the rest of a step, above all reading the weights."""
+_LONG, _SHORT = 3, 2
+"""Last tokens that have to have stood there before; two where three did not. One is mostly a space or a bracket."""
+_MEMORY = 0.85
+"""What a guess counts after the next step with guesses: the last six or seven decide."""
+_RETRY = 24
+"""Steps without a guess, for want of trust, after which one token is tried again."""
+
+
+class Drafter:
+    """Guesses for one sequence; learns how often they are right."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[int, ...], int] = {}
+        self._indexed = 1
+        self._right, self._tried = 1.2, 2.0  # before anything is known
+        self._passed = 0
+
+    @property
+    def trust(self) -> float:
+        """How likely the next token of a guess is right when those before it were: 0 to 1."""
+        return self._right / self._tried
+
+    def draft(self, tokens: list[int], most: int, price: float) -> tuple[int, ...]:
+        """What may come next.
+
+        Args:
+            tokens: of the sequence so far; each call's begin with those of the call before.
+            most: tokens of the guess.
+            price: how likely a token has to be right to be worth its arithmetic, see :func:`price`.
+        """
+        size, likely = 0, self.trust
+        while size < most and likely > price:
+            size, likely = size + 1, likely * self.trust
+        if size == 0 and most > 0:
+            self._passed += 1
+            size = int(self._passed >= _RETRY)
+        begin = self._find(tokens) if size else None
+        if begin is None:
+            return ()
+        self._passed = 0
+        guess = tokens[begin : begin + size]
+        while len(guess) < size:  # what repeats itself up to here goes on doing so
+            guess.append(guess[len(guess) - (len(tokens) - begin)])
+        return tuple(guess)
+
+    def learn(self, guessed: int, right: int) -> None:
+        """Takes note of how many tokens of a guess were right; those behind a wrong one say nothing."""
+        if guessed:
+            self._right = self._right * _MEMORY + right
+            self._tried = self._tried * _MEMORY + min(right + 1, guessed)
+
+    def _find(self, tokens: list[int]) -> int | None:
+        """Behind which of its tokens the last ones stood before, most recently; only new tokens are looked at."""
+        for end in range(self._indexed, len(tokens)):
+            for length in (_LONG, _SHORT):
+                if end >= length:
+                    self._seen[tuple(tokens[end - length : end])] = end
+        self._indexed = len(tokens)
+        found = self._seen.get(tuple(tokens[-_LONG:])) if len(tokens) >= _LONG else None
+        return self._seen.get(tuple(tokens[-_SHORT:])) if found is None else found
+
+
+def price(tokens: int) -> float:
+    """How likely one more token of a step of so many has to be right, or the step would bring more without it.
+
+    A step of ``n`` tokens takes a time like ``FREE + n`` and brings ``n``; one more, right with likelihood ``p``, makes
+    that faster when ``p > n / (FREE + n)``. So of a few sequences much is guessed and of many only what is almost sure;
+    prompt tokens count as those of sequences do, so that guesses do not make others wait for theirs.
+    """
+    return tokens / (FREE + tokens)
