@@ -26,7 +26,7 @@ from services.inference.engine.scheduler import Limits
 from services.inference.engine.sequence import Output, Sequence
 from services.inference.engine.text import TextStream
 
-PROMPT, NEW, FILES, ROUNDS = 500, 64, 8, 2
+PROMPT, NEW, FILES, ROUNDS = 500, 48, 8, 1
 
 
 def prompts(tokenizer: Any) -> list[list[int]]:

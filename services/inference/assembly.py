@@ -137,6 +137,8 @@ def limits(settings: InferenceSettings) -> Limits:
     return Limits(
         running=settings.inference_max_running,
         waiting=settings.inference_max_waiting,
+        project_running=settings.inference_project_running or settings.inference_max_running,
+        project_waiting=settings.inference_project_waiting,
         step_tokens=max(settings.inference_step_tokens, settings.inference_max_running),
         kv_tokens=settings.inference_kv_tokens,
         draft_tokens=settings.inference_speculation_tokens,

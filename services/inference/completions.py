@@ -271,6 +271,7 @@ class Completions:
                 adapter=inbox.pin.weights,
                 stop_ids=frozenset(fmt.stop_ids),
                 deadline=request.deadline,
+                project=request.project,
                 session=f"{request.project}/{request.session}" if request.session else "",
                 after=sequences[0] if sequences else None,
             )

@@ -22,6 +22,10 @@ class InferenceSettings(CoreSettings):
     """Most completions in one step."""
     inference_max_waiting: int = Field(default=64, ge=1)
     """Most completions in the queue; more get QUEUE_FULL."""
+    inference_project_running: int = Field(default=0, ge=0)
+    """Most completions of one project in one step; 0 for all places. While others wait, it has its share at most."""
+    inference_project_waiting: int = Field(default=48, ge=1)
+    """Most completions of one project in the queue; more get QUEUE_FULL, so that others find room in it."""
     inference_step_tokens: int = Field(default=256, ge=16)
     """Most tokens in one step: smaller keeps running streams smooth, larger gets prompts through sooner."""
     inference_speculation_tokens: int = Field(default=6, ge=0, le=15)

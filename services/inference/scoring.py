@@ -50,6 +50,7 @@ async def score(completions: Completions, request: Request, code: Code, continua
             deliver=inbox.door(0),
             adapter=pin.weights,
             deadline=request.deadline,
+            project=request.project,
             targets=tuple(ids[before:]),
         )
         model.engine.submit(sequence)

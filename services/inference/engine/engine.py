@@ -111,7 +111,6 @@ class Engine:
             if self._stopping and not plan.work:
                 return
             for sequence in plan.admitted:
-                sequence.start_time = time.monotonic()
                 sequence.deliver(Output(started=True))
             if plan.work:
                 self._step(plan.work)
@@ -128,7 +127,7 @@ class Engine:
                 self._scheduler.commit(work, results)
         if ended:
             with self._changed:
-                self._scheduler.remove(sequence for sequence, _ in ended)
+                self._scheduler.remove((sequence for sequence, _ in ended), time.monotonic())
         for sequence, output in ended:
             self._end(sequence, output)
 

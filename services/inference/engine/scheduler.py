@@ -1,8 +1,8 @@
 """Which tokens the next step computes. Knows no torch.
 
 Continuous batching with chunked prefill (Sarathi-Serve, arXiv:2403.02310): every running sequence decodes one token a
-step, and what is left of the step's token budget goes to prompts in the order of their arrival. So a long prompt never
-stops the others, and a finished one makes room within a step.
+step, and what is left of the step's token budget goes to prompts in the order of their admission. So a long prompt
+never stops the others, and a finished one makes room within a step.
 
 What is left then goes to guesses of what the decoding ones will say next (engine/speculate.py): the first thing to go
 when the budget or the memory is short, so that they delay nobody.
@@ -10,13 +10,13 @@ when the budget or the memory is short, so that they delay nobody.
 Memory is given out block by block as sequences grow, not for the longest they might get: most end early. When it runs
 out, the sequence admitted last gives up its blocks and goes back to the head of the queue, to be computed again (what
 of it is still cached is not). Waiting instead could deadlock, each for a block of the other. This cannot: the one
-admitted first is never the victim of others, no sequence may be larger than the whole memory, and nobody overtakes in
-the queue, so it ends, and then the next is first.
+admitted first is never the victim of others, no sequence may be larger than the whole memory, and nobody overtakes
+those that gave up their blocks, so it ends, and then the next is first.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
@@ -24,6 +24,13 @@ from services.core.errors import InvalidArgument, QueueFull
 from services.inference.engine.blocks import BLOCK, Blocks, blocks_for
 from services.inference.engine.sequence import Reason, Result, Sequence
 from services.inference.engine.speculate import price
+from services.inference.engine.waiting import Waiting
+
+_LEARN = 0.1
+"""Weight of the last sequence in the mean time that they hold a place."""
+_CAUTION = 1.25
+"""Times the expected wait that a deadline has to leave time for: others come meanwhile, some of whom go first."""
+_SHORTEST_RETRY, _LONGEST_RETRY = 0.05, 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +41,10 @@ class Limits:
     """Most sequences in one step."""
     waiting: int = 64
     """Most sequences in the queue; more are refused."""
+    project_running: int = 256
+    """Most sequences of one project in one step."""
+    project_waiting: int = 64
+    """Most sequences of one project in the queue."""
     step_tokens: int = 256
     """Most tokens in one step: bounds how long a prompt delays everybody's next token."""
     kv_tokens: int = 32768
@@ -41,7 +52,7 @@ class Limits:
     draft_tokens: int = 6
     """Most guessed tokens of a sequence in one step; 0 for none."""
     retry_seconds: float = 1.0
-    """What a refused caller is told to wait."""
+    """What a refused caller is told to wait while nothing has been measured yet."""
 
     @property
     def blocks(self) -> int:
@@ -92,10 +103,12 @@ class Scheduler:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = Waiting()
         self.running: list[Sequence] = []
         """In the order of their admission."""
         self.blocks = Blocks(limits.blocks)
+        self._stay = 0.0
+        """Seconds that sequences hold a place, a moving mean."""
         self.prompt_tokens = 0
         """Of all sequences admitted so far."""
         self.cached_tokens = 0
@@ -114,7 +127,7 @@ class Scheduler:
         """Queues a sequence, in place of an older one of its session; others of the same request with it.
 
         Raises:
-            QueueFull: too many wait already.
+            QueueFull: too many wait already, of all or of its project, or for too long to meet its deadline.
             InvalidArgument: it could never run within the limits.
         """
         if blocks_for(sequence.capacity) > self.blocks.count:
@@ -127,13 +140,9 @@ class Scheduler:
             for older in (*self.waiting, *self.running):
                 if older.session == sequence.session:
                     older.cancelled = older.cancelled or Reason.SUPERSEDED
-        if sum(not waiting.cancelled for waiting in self.waiting) >= self.limits.waiting:
-            raise QueueFull(
-                f"{self.limits.waiting} completions wait already",
-                hint="Retry later, or run more replicas.",
-                retry_after=self.limits.retry_seconds,
-            )
-        self.waiting += (sequence, *others)
+        self._check_queue(sequence)
+        for one in (sequence, *others):
+            self.waiting.add(one)
 
     def plan(self, now: float) -> Plan:
         """The next step; sequences whose time is over leave first."""
@@ -143,9 +152,9 @@ class Scheduler:
                 sequence.cancelled = Reason.DEADLINE
             if sequence.cancelled is not None:
                 plan.ended.append((sequence, sequence.cancelled))
-        self.remove(sequence for sequence, _ in plan.ended)
+        self.remove((sequence for sequence, _ in plan.ended), now)
         self._grow()
-        self._admit(plan)
+        self._admit(plan, now)
         budget = self.limits.step_tokens
         decoding = [sequence for sequence in self.running if sequence.remaining == 1]
         prefilling = [sequence for sequence in self.running if sequence.remaining > 1]
@@ -171,15 +180,56 @@ class Scheduler:
             if sequence.table is not None:
                 self.blocks.commit(sequence.table, sequence.tokens, sequence.computed)
 
-    def remove(self, sequences: Iterable[Sequence]) -> None:
+    def remove(self, sequences: Iterable[Sequence], now: float) -> None:
         """Takes sequences out; their place and their blocks are free for the next step."""
         gone = {sequence.number for sequence in sequences}
         if gone:
             for sequence in self.running:
                 if sequence.number in gone:
                     self._free(sequence)
-            self.waiting = deque(s for s in self.waiting if s.number not in gone)
+                    assert sequence.start_time is not None
+                    stayed = now - sequence.start_time
+                    if sequence.cancelled is Reason.DEADLINE:  # it would have stayed longer
+                        stayed = max(stayed, self._stay)
+                    self._stay += (_LEARN if self._stay else 1.0) * (stayed - self._stay)
+            self.waiting.remove(gone)
             self.running = [s for s in self.running if s.number not in gone]
+
+    def _check_queue(self, sequence: Sequence) -> None:
+        queued = [waiting.project for waiting in self.waiting if not waiting.cancelled]
+        own, wait = queued.count(sequence.project), self._wait(queued, sequence.project)
+        hint = "Retry later, or run more replicas."
+        if len(queued) >= self.limits.waiting:
+            problem = f"{len(queued)} completions wait already"
+        elif own >= self.limits.project_waiting:
+            problem = f"{own} completions of {sequence.project or 'one project'} wait already"
+        elif sequence.deadline is not None and wait:
+            # Who would be out of time before its end takes the place of one who is not: under overload nobody would
+            # get a whole completion any more. Half of its time is enough, for one that is longer than others.
+            left = sequence.deadline - sequence.submit_time
+            if _CAUTION * wait + min(self._stay, left / 2) <= left:
+                return
+            problem, hint = (
+                f"it would wait {wait:.1f} s of {left:.1f} s until its deadline",
+                f"{hint} Or give more time.",
+            )
+        else:
+            return
+        retry = min(max(wait, _SHORTEST_RETRY), _LONGEST_RETRY) if self._stay else self.limits.retry_seconds
+        raise QueueFull(problem, hint=hint, retry_after=retry)
+
+    def _wait(self, queued: list[str], project: str) -> float:
+        """Seconds until a new sequence of a project gets a place, when others hold theirs as long as the last ones did.
+
+        Args:
+            queued: projects of those that wait.
+        """
+        counts, held = Counter(queued), sum(running.project == project for running in self.running)
+        own = counts.pop(project, 0)
+        ahead = own + sum(min(count, own + 1) for count in counts.values())  # the others take turns with it
+        turns = (ahead + 1 + len(self.running) - self.limits.running) / self.limits.running
+        own_turns = (own + 1 + held - self.limits.project_running) / self.limits.project_running
+        return self._stay * max(turns, own_turns, 0.0)
 
     def _draft(self, work: list[Work], budget: int) -> None:
         """Adds guesses to the decodes of a step, as far as the budget goes and they are worth their arithmetic."""
@@ -210,15 +260,15 @@ class Scheduler:
             self._free(victim)
             if victim.targets:
                 victim.logprobs.clear()  # they come again
-            self.waiting.appendleft(victim)
+            self.waiting.give_back(victim)
             self.preemptions += 1
 
-    def _admit(self, plan: Plan) -> None:
-        while self.waiting and len(self.running) < self.limits.running:
-            sequence = self.waiting[0]
-            first = sequence.after
-            if first is not None and first in self.running and first.computed < len(first.prompt):
-                break  # a step or two, and its blocks can be shared
+    def _admit(self, plan: Plan, now: float) -> None:
+        held = Counter(sequence.project for sequence in self.running)
+        while len(self.running) < self.limits.running:
+            sequence = self.waiting.next(held, self.limits.project_running)
+            if sequence is None:
+                break
             sequence.table = self.blocks.open(
                 sequence.root,
                 sequence.tokens,
@@ -227,10 +277,13 @@ class Scheduler:
                 spare=len(self.running),  # a block each to grow into, or somebody had to give up theirs soon
             )
             if sequence.table is None:
-                break  # in order of arrival: a small one behind a large one would starve it
-            self.running.append(self.waiting.popleft())
+                break  # whose turn it is: small ones that went before a large one would starve it
+            self.waiting.take(sequence)
+            self.running.append(sequence)
+            held[sequence.project] += 1
             sequence.computed = len(sequence.table.names) * BLOCK
             if sequence.cached is None:
+                sequence.start_time = now
                 sequence.cached = min(sequence.computed, len(sequence.prompt))
                 self.prompt_tokens += len(sequence.prompt)
                 self.cached_tokens += sequence.cached

@@ -105,6 +105,8 @@ class Sequence:
     """Tokens that end the text."""
     deadline: float | None = None
     """On the monotonic clock, seconds."""
+    project: str = ""
+    """Whose it is; places are shared out between projects."""
     session: str = ""
     """A newer sequence of the same session takes this one's place."""
     targets: tuple[int, ...] = ()

@@ -180,7 +180,7 @@ class Life:
                 over.append(sequence)
                 self.end(sequence, output.reason)
         self.scheduler.commit(plan.work, results)
-        self.scheduler.remove(over)
+        self.scheduler.remove(over, 0)
 
     def result(self, work: Work) -> Result:
         """As the runner's, with some of the guesses right."""

@@ -22,8 +22,8 @@ def make(prompt: int = 5, max_tokens: int = 4, **fields: Any) -> Sequence:
     return Sequence(prompt=[0] * prompt, max_tokens=max_tokens, text=text, deliver=lambda _: None, **fields)
 
 
-def compute(scheduler: Scheduler, plan: Plan, right: int = 0) -> list[Sequence]:
-    """Pretends to run the step, with so many guesses right; the sequences that ended with it."""
+def compute(scheduler: Scheduler, plan: Plan, right: int = 0, now: float = 0.0) -> list[Sequence]:
+    """Pretends to run the step until now, with so many guesses right; the sequences that ended with it."""
     ended = []
     results = [Result((0,) * (1 + min(right, len(work.drafts)))) if work.samples else None for work in plan.work]
     for work, result in zip(plan.work, results, strict=True):
@@ -31,7 +31,7 @@ def compute(scheduler: Scheduler, plan: Plan, right: int = 0) -> list[Sequence]:
         if output and output.reason:
             ended.append(work.sequence)
     scheduler.commit(plan.work, results)
-    scheduler.remove(ended)
+    scheduler.remove(ended, now)
     return ended
 
 
@@ -56,9 +56,9 @@ def test_blocks_are_given_out_in_order_of_arrival() -> None:
     for sequence in (first, large, small):
         scheduler.submit(sequence)
     assert scheduler.plan(0).admitted == [first]
-    scheduler.remove([first])
+    scheduler.remove([first], 0)
     assert scheduler.plan(0).admitted == [large]
-    scheduler.remove([large])
+    scheduler.remove([large], 0)
     assert scheduler.plan(0).admitted == [small]
 
 
