@@ -136,11 +136,12 @@ class Scheduler:
                 field="stop.max_tokens",
                 hint="Ask for fewer tokens or give a shorter prompt.",
             )
-        if sequence.session:
-            for older in (*self.waiting, *self.running):
-                if older.session == sequence.session:
-                    older.cancelled = older.cancelled or Reason.SUPERSEDED
-        self._check_queue(sequence)
+        everybody = (*self.waiting, *self.running)
+        older = [one for one in everybody if sequence.session and one.session == sequence.session]
+        staying = {one.number for one in everybody if not one.cancelled} - {one.number for one in older}
+        self._check_queue(sequence, [one.project for one in self.waiting if one.number in staying])
+        for one in older:
+            one.cancelled = one.cancelled or Reason.SUPERSEDED
         for one in (sequence, *others):
             self.waiting.add(one)
 
@@ -195,8 +196,8 @@ class Scheduler:
             self.waiting.remove(gone)
             self.running = [s for s in self.running if s.number not in gone]
 
-    def _check_queue(self, sequence: Sequence) -> None:
-        queued = [waiting.project for waiting in self.waiting if not waiting.cancelled]
+    def _check_queue(self, sequence: Sequence, queued: list[str]) -> None:
+        """Refuses a sequence, given the projects of those that wait before it."""
         own, wait = queued.count(sequence.project), self._wait(queued, sequence.project)
         hint = "Retry later, or run more replicas."
         if len(queued) >= self.limits.waiting:
@@ -209,10 +210,8 @@ class Scheduler:
             left = sequence.deadline - sequence.submit_time
             if _CAUTION * wait + min(self._stay, left / 2) <= left:
                 return
-            problem, hint = (
-                f"it would wait {wait:.1f} s of {left:.1f} s until its deadline",
-                f"{hint} Or give more time.",
-            )
+            problem = f"it would wait {wait:.1f} s of {left:.1f} s until its deadline"
+            hint += " Or give more time."
         else:
             return
         retry = min(max(wait, _SHORTEST_RETRY), _LONGEST_RETRY) if self._stay else self.limits.retry_seconds

@@ -105,6 +105,34 @@ def test_a_group_that_waits_for_its_first_stands_in_nobodys_way() -> None:
     assert scheduler.plan(0).admitted == [first, other]
 
 
+def test_a_newer_one_takes_the_place_of_its_sessions_older_group() -> None:
+    scheduler = Scheduler(Limits(running=2, waiting=5))
+    first = of("a", session="a/editor")
+    group = [first, *[of("a", session="a/editor", after=first) for _ in range(3)]]
+    scheduler.submit(*group)
+    compute(scheduler, scheduler.plan(0))
+    queued(scheduler, of("b"), of("c"))
+    with pytest.raises(errors.QueueFull):
+        scheduler.submit(of("b", session="b/editor"))
+    newer = of("a", session="a/editor")
+    scheduler.submit(newer)  # though the queue was full, for it leaves room
+    assert {s.number: reason for s, reason in scheduler.plan(0).ended} == dict.fromkeys(
+        [s.number for s in group], Reason.SUPERSEDED
+    )
+    assert len(scheduler.running) == 2
+
+
+def test_who_is_refused_leaves_its_older_one_alone() -> None:
+    scheduler = Scheduler(Limits(running=1, waiting=1))
+    older = of("a", 9, session="a/editor")
+    scheduler.submit(older)
+    compute(scheduler, scheduler.plan(0))
+    queued(scheduler, of("b"))
+    with pytest.raises(errors.QueueFull):
+        scheduler.submit(of("a", session="a/editor"))
+    assert older.cancelled is None
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     arrivals=st.lists(

@@ -107,6 +107,21 @@ def test_guesses_take_no_block_that_others_may_need() -> None:
         compute(scheduler, plan)
 
 
+def test_who_leaves_while_guesses_are_checked_is_gone_with_the_step() -> None:
+    scheduler = Scheduler(Limits(running=1))
+    running, next_one = make(31, 40, session="s"), make(6, 40, session="t")
+    scheduler.submit(running)
+    compute(scheduler, scheduler.plan(0))
+    scheduler.submit(next_one)
+    plan = scheduler.plan(0)
+    assert len(plan.work[0].drafts) > 1 and scheduler.blocks.held == 3
+    running.cancelled = Reason.CANCELLED
+    compute(scheduler, plan, right=9)
+    plan = scheduler.plan(0)
+    assert plan.ended == [(running, Reason.CANCELLED)] and plan.admitted == [next_one]
+    assert scheduler.blocks.held == 1
+
+
 @pytest.mark.parametrize("right", [0, 2, 9])
 def test_no_more_is_guessed_than_may_come(right: int) -> None:
     for max_tokens in range(1, 9):
