@@ -108,6 +108,20 @@ async def test_a_full_queue_refuses_with_a_time_to_come_back(worlds: Callable[..
     assert (await running.end()).finished and (await waiting).reason == "LENGTH"
 
 
+async def test_a_project_that_fills_its_part_of_the_queue_leaves_room_for_others(worlds: Callable[..., Any]) -> None:
+    limits = Limits(running=1, waiting=4, project_waiting=1, step_tokens=32, kv_tokens=8192)
+    world = await worlds(limits=limits)
+    running = await world.complete(max_tokens=220).begin()
+    waiting = asyncio.create_task(world.complete(max_tokens=2).end())
+    engine = world.replica.model.result().engine
+    await until(lambda: engine.load == (1, 1))
+    answer = await refused(world.complete(max_tokens=2))
+    assert type(answer) is errors.QueueFull and PROJECT in answer.message
+    other = asyncio.create_task(world.complete(max_tokens=2, parent="projects/other").end())
+    await until(lambda: engine.load == (1, 2))
+    assert (await other).reason == (await waiting).reason == (await running.end()).reason == "LENGTH"
+
+
 async def test_completions_wait_for_the_model_or_say_that_it_loads(worlds: Callable[..., Any]) -> None:
     hold = threading.Event()
     world = await worlds(hold=hold, inference_load_wait_seconds=0.2)
