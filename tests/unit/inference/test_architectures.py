@@ -24,7 +24,7 @@ from transformers import (
 
 from services.core.models import catalogue
 from services.inference.engine.scheduler import Limits
-from tests.unit.inference.tiny import Bench, greedy, marker
+from tests.unit.inference.tiny import Bench, Knowing, greedy, marker
 
 _LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 100000.0}
 CONFIGS: dict[str, PreTrainedConfig] = {
@@ -74,6 +74,14 @@ def test_tokens_are_those_of_transformers(name: str, tokenizer: PreTrainedTokeni
     assert [one.sequence.cached for one in cold] == [0, 0, 32, 64, 0, 0]
     assert [one.sequence.cached for one in mixed] == [0, 32, 80, 64, 32, 64]
     assert again.wait().new == other.new != expected[2]
+    guessed = [bench.make(prompt, 12) for prompt in PROMPTS]
+    for seed, (one, tokens) in enumerate(zip(guessed, expected, strict=True)):
+        one.sequence.drafter = Knowing([*one.sequence.prompt, *tokens], seed)
+    before = bench.engine.drafted_tokens
+    bench.engine.submit(*(one.sequence for one in guessed))
+    assert [one.wait().new for one in guessed] == expected
+    right, drafted = (now - then for now, then in zip(bench.engine.drafted_tokens, before, strict=True))
+    assert 10 < right < drafted
     bench.engine.stop()
 
 

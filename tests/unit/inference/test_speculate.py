@@ -15,7 +15,7 @@ from services.inference.engine.scheduler import Limits, Scheduler
 from services.inference.engine.sequence import Reason, Result, Sampling
 from services.inference.engine.speculate import Drafter, price
 from tests.unit.inference.test_scheduler import compute, make
-from tests.unit.inference.tiny import Bench, Heard, greedy, marker
+from tests.unit.inference.tiny import Bench, Heard, Knowing, greedy, marker
 
 CHEAP = price(1)
 
@@ -147,21 +147,6 @@ def test_what_comes_behind_the_end_does_not_count(bench: Bench) -> None:
     heard = bench.make([1], 9, stop_ids=frozenset({ids[3]}))
     output = heard.sequence.take(Result(tuple(ids)))
     assert output and (output.text, output.reason, heard.new) == ("ab\n", Reason.END_OF_TEXT, ids[:3])
-
-
-class Knowing(Drafter):
-    """Guesses what was chosen without guesses, with a mistake now and then."""
-
-    def __init__(self, known: list[int], seed: int) -> None:
-        super().__init__()
-        self._known, self._rng = known, random.Random(seed)
-
-    def draft(self, tokens: list[int], most: int, price: float) -> tuple[int, ...]:
-        assert tokens == self._known[: len(tokens)]
-        guess = self._known[len(tokens) : len(tokens) + self._rng.randrange(most + 1)]
-        if guess and self._rng.random() < 0.4:
-            guess[self._rng.randrange(len(guess))] = self._rng.randrange(256)
-        return tuple(guess)
 
 
 PROMPTS = [random.Random(n).choices(range(256), k=size) for n, size in enumerate((9, 40))]
