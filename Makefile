@@ -51,6 +51,7 @@ bench: proto sshd ## Benchmarks against named peers; the figures are in bench/RE
 	@$(BIN)/python -m bench.near
 	@$(BIN)/python -m bench.scanner
 	@$(BIN)/python -m bench.trainer
+	@$(BIN)/python -m bench.speculation
 	@$(BIN)/python -m bench.proof minio typer rich --seconds 300
 
 FUZZ_INPUTS ?= 100000

@@ -114,4 +114,4 @@ def main(settings: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main([int(argument) for argument in sys.argv[1:]] or [0, 4, 6, 8, 12])
+    main([int(argument) for argument in sys.argv[1:]] or [0, 7])

@@ -49,7 +49,7 @@ class Limits:
     """Most tokens in one step: bounds how long a prompt delays everybody's next token."""
     kv_tokens: int = 32768
     """Most tokens whose keys and values are kept at once, those of ended sequences too."""
-    draft_tokens: int = 6
+    draft_tokens: int = 7
     """Most guessed tokens of a sequence in one step; 0 for none."""
     retry_seconds: float = 1.0
     """What a refused caller is told to wait while nothing has been measured yet."""

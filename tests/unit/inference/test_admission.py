@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.core import errors
+from services.inference.assembly import limits
+from services.inference.config import InferenceSettings
 from services.inference.engine.scheduler import Limits, Scheduler
 from services.inference.engine.sequence import Reason, Sequence
 from tests.unit.inference.test_scheduler import compute, make
@@ -181,3 +183,11 @@ def test_one_that_floods_delays_only_itself() -> None:
             steps += 1
         assert steps <= 4, "it waits for a place that becomes free, and for nobody who waits"
         single.cancelled = Reason.CANCELLED
+
+
+def test_the_settings_are_the_engines_limits() -> None:
+    few = limits(
+        InferenceSettings(inference_max_running=8, inference_project_waiting=5, inference_speculation_tokens=0)
+    )
+    assert (few.running, few.project_running, few.project_waiting, few.draft_tokens) == (8, 8, 5, 0)
+    assert limits(InferenceSettings(inference_project_running=2)).project_running == 2
