@@ -20,17 +20,12 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from services.core.errors import InvalidArgument, QueueFull
+from services.core.errors import InvalidArgument
+from services.inference.engine.admission import Admission
 from services.inference.engine.blocks import BLOCK, Blocks, blocks_for
 from services.inference.engine.sequence import Reason, Result, Sequence
 from services.inference.engine.speculate import price
 from services.inference.engine.waiting import Waiting
-
-_LEARN = 0.1
-"""Weight of the last sequence in the mean time that they hold a place."""
-_CAUTION = 1.25
-"""Times the expected wait that a deadline has to leave time for: others come meanwhile, some of whom go first."""
-_SHORTEST_RETRY, _LONGEST_RETRY = 0.05, 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +102,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         """In the order of their admission."""
         self.blocks = Blocks(limits.blocks)
-        self._stay = 0.0
-        """Seconds that sequences hold a place, a moving mean."""
+        self._admission = Admission(limits)
         self.prompt_tokens = 0
         """Of all sequences admitted so far."""
         self.cached_tokens = 0
@@ -139,7 +133,10 @@ class Scheduler:
         everybody = (*self.waiting, *self.running)
         older = [one for one in everybody if sequence.session and one.session == sequence.session]
         staying = {one.number for one in everybody if not one.cancelled} - {one.number for one in older}
-        self._check_queue(sequence, [one.project for one in self.waiting if one.number in staying])
+        queued, running = (
+            [one.project for one in part if one.number in staying] for part in (self.waiting, self.running)
+        )
+        self._admission.check(sequence, queued, running)
         for one in older:
             one.cancelled = one.cancelled or Reason.SUPERSEDED
         for one in (sequence, *others):
@@ -188,47 +185,9 @@ class Scheduler:
             for sequence in self.running:
                 if sequence.number in gone:
                     self._free(sequence)
-                    assert sequence.start_time is not None
-                    stayed = now - sequence.start_time
-                    if sequence.cancelled is Reason.DEADLINE:  # it would have stayed longer
-                        stayed = max(stayed, self._stay)
-                    self._stay += (_LEARN if self._stay else 1.0) * (stayed - self._stay)
+                    self._admission.left(sequence, now)
             self.waiting.remove(gone)
             self.running = [s for s in self.running if s.number not in gone]
-
-    def _check_queue(self, sequence: Sequence, queued: list[str]) -> None:
-        """Refuses a sequence, given the projects of those that wait before it."""
-        own, wait = queued.count(sequence.project), self._wait(queued, sequence.project)
-        hint = "Retry later, or run more replicas."
-        if len(queued) >= self.limits.waiting:
-            problem = f"{len(queued)} completions wait already"
-        elif own >= self.limits.project_waiting:
-            problem = f"{own} completions of {sequence.project or 'one project'} wait already"
-        elif sequence.deadline is not None and wait:
-            # Who would be out of time before its end takes the place of one who is not: under overload nobody would
-            # get a whole completion any more. Half of its time is enough, for one that is longer than others.
-            left = sequence.deadline - sequence.submit_time
-            if _CAUTION * wait + min(self._stay, left / 2) <= left:
-                return
-            problem = f"it would wait {wait:.1f} s of {left:.1f} s until its deadline"
-            hint += " Or give more time."
-        else:
-            return
-        retry = min(max(wait, _SHORTEST_RETRY), _LONGEST_RETRY) if self._stay else self.limits.retry_seconds
-        raise QueueFull(problem, hint=hint, retry_after=retry)
-
-    def _wait(self, queued: list[str], project: str) -> float:
-        """Seconds until a new sequence of a project gets a place, when others hold theirs as long as the last ones did.
-
-        Args:
-            queued: projects of those that wait.
-        """
-        counts, held = Counter(queued), sum(running.project == project for running in self.running)
-        own = counts.pop(project, 0)
-        ahead = own + sum(min(count, own + 1) for count in counts.values())  # the others take turns with it
-        turns = (ahead + 1 + len(self.running) - self.limits.running) / self.limits.running
-        own_turns = (own + 1 + held - self.limits.project_running) / self.limits.project_running
-        return self._stay * max(turns, own_turns, 0.0)
 
     def _draft(self, work: list[Work], budget: int) -> None:
         """Adds guesses to the decodes of a step, as far as the budget goes and they are worth their arithmetic."""
