@@ -29,6 +29,7 @@ async def main(settings: InferenceSettings) -> None:
             limits(settings),
             threads=settings.inference_threads,
             max_rank=settings.inference_max_rank,
+            kind=settings.inference_weights,
         )
 
     async with Runtime.open("inference", settings) as runtime:

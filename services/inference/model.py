@@ -19,6 +19,7 @@ from services.core.models.spelling import Spelling, token_bytes
 from services.inference.adapters import lora
 from services.inference.adapters.verify import Base
 from services.inference.engine.engine import Engine
+from services.inference.engine.layers import Kind, speed_up
 from services.inference.engine.runner import Runner
 from services.inference.engine.sampler import Sampler
 from services.inference.engine.scheduler import Limits
@@ -76,7 +77,15 @@ class LoadedModel:
         return bool(self.runner.probe(weights, self.probe_ids).isfinite().all())
 
 
-def load(spec: ModelSpec, cache_dir: Path, limits: Limits, *, threads: int = 0, max_rank: int = 64) -> LoadedModel:
+def load(
+    spec: ModelSpec,
+    cache_dir: Path,
+    limits: Limits,
+    *,
+    threads: int = 0,
+    max_rank: int = 64,
+    kind: Kind = "auto",
+) -> LoadedModel:
     """Brings the weights here when need be, loads them and starts the engine.
 
     Raises:
@@ -87,16 +96,29 @@ def load(spec: ModelSpec, cache_dir: Path, limits: Limits, *, threads: int = 0, 
     model = weights.load_model(folder)
     if torch.cuda.is_available():
         model.to("cuda")  # type: ignore[arg-type]
-    return start(model, weights.load_tokenizer(folder), spec.id, weights.base_digest(folder), limits, max_rank=max_rank)
+    tokenizer, digest = weights.load_tokenizer(folder), weights.base_digest(folder)
+    return start(model, tokenizer, spec.id, digest, limits, max_rank=max_rank, kind=kind)
 
 
 def start(
-    model: PreTrainedModel, tokenizer: Any, model_id: str, digest: str, limits: Limits, *, max_rank: int = 64
+    model: PreTrainedModel,
+    tokenizer: Any,
+    model_id: str,
+    digest: str,
+    limits: Limits,
+    *,
+    max_rank: int = 64,
+    kind: Kind = "auto",
 ) -> LoadedModel:
-    """Starts an engine over a model in memory."""
+    """Starts an engine over a model in memory.
+
+    Args:
+        kind: of its weights, see ``InferenceSettings.inference_weights``.
+    """
     fmt, vocabulary = prompts.detect(tokenizer), token_bytes(tokenizer)
     base = Base(model_id, digest, fmt, lora.adaptable(model), max_rank)
     runner = Runner(model, Sampler(Spelling(vocabulary)), limits.blocks)
+    speed_up(model, kind)
     engine = Engine(runner, limits)
     engine.start()
     context_length = int(model.config.max_position_embeddings)

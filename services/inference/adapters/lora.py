@@ -1,6 +1,6 @@
 """LoRA layers that take a different adapter for every part of a step.
 
-A wrapped linear layer computes ``W x + B A x`` where A and B belong to the sequence that the token is of
+A linear layer computes ``W x + B A x`` where A and B belong to the sequence that the token is of
 (arXiv:2106.09685). Weights are immutable objects handed in with each step, so switching a version costs nothing and a
 running sequence keeps its own. No PEFT at serving time; its files are read as they are.
 """
@@ -8,13 +8,19 @@ running sequence keeps its own. No PEFT at serving time; its files are read as t
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+from services.inference.adapters.mix import Mix, Mixer, Paths, Shape
+from services.inference.engine.weights import Plain, Product
+
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers with the same input, where an architecture has them apart: they are one product."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,51 +46,110 @@ class Segment:
 
 
 class Active(threading.local):
-    """The segments of the step in progress, shared by all layers of a model.
+    """The adapters of the step in progress, shared by all layers of a model.
 
-    Every thread has its own, so that an adapter is probed beside the engine's steps.
+    Every thread has its own, so that an adapter may be tried beside the engine's steps.
     """
 
-    def __init__(self) -> None:
-        self.segments: list[Segment] = []
+    def __init__(self, groups: Mapping[Paths, Shape]) -> None:
+        self.mix: Mix | None = None
+        self._mixer = Mixer(groups)
 
     @contextmanager
     def use(self, segments: list[Segment]) -> Iterator[None]:
         """Sets the segments for one forward pass; tokens in none of them run on the base model."""
-        self.segments = segments
+        self.mix = self._mixer.mix(segments) if segments else None
         try:
             yield
         finally:
-            self.segments = []
+            self.mix = None
 
 
-class LoraLinear(nn.Module):
-    """A linear layer with the step's adapters on top; without segments it costs one test."""
+class Joint:
+    """Linear layers with the same input: one product, and the step's adapters on top.
 
-    def __init__(self, base: nn.Linear, path: str, active: Active) -> None:
+    Without adapters these cost one test.
+    """
+
+    def __init__(self, paths: Paths, layers: list[nn.Linear], active: Active) -> None:
+        self.paths, self._active = paths, active
+        self.outs = tuple(layer.out_features for layer in layers)
+        weights = [layer.weight.detach() for layer in layers]
+        self.weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        self.bias: torch.Tensor | None = None
+        if any(layer.bias is not None for layer in layers):
+            self.bias = torch.cat(
+                [
+                    layer.weight.new_zeros(out) if layer.bias is None else layer.bias.detach()
+                    for layer, out in zip(layers, self.outs, strict=True)
+                ]
+            )
+        self.product: Product = Plain(self.weight, self.bias)
+        self.last: tuple[torch.Tensor, Sequence[torch.Tensor]] | None = None
+
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        """``[1, tokens, in]`` to ``[1, tokens, sum of outs]``."""
+        y = self.product(x[0])
+        if (mix := self._active.mix) is not None:
+            mix.add(self.paths, x[0], y, self.outs)
+        return y[None]
+
+
+class Layer(nn.Module):
+    """Takes the place of a linear layer.
+
+    The first of a joint to be called computes for all, the last one forgets it. Who comes with another input than the
+    one before (another thread may have been in between) computes again.
+    """
+
+    def __init__(self, joint: Joint, index: int, width: int) -> None:
         super().__init__()
-        self.base, self.path, self.active = base, path, active
+        self.joint, self._index = joint, index
+        self.in_features, self.out_features = width, joint.outs[index]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[1, tokens, in]`` to ``[1, tokens, out]``."""
-        y: torch.Tensor = self.base(x)
-        for segment in self.active.segments:
-            if (pair := segment.weights.layers.get(self.path)) is not None:
-                a, b = pair
-                span = slice(segment.begin, segment.end)
-                y[0, span] += (x[0, span].to(a.dtype) @ a.T) @ b.T
-        return y
+        joint = self.joint
+        if len(joint.outs) == 1:
+            return joint.compute(x)
+        last = joint.last
+        if last is None or last[0] is not x:
+            last = (x, torch.split_with_sizes(joint.compute(x), joint.outs, -1))
+        joint.last = last if self._index + 1 < len(joint.outs) else None
+        return last[1][self._index]
 
 
 def install(model: PreTrainedModel) -> Active:
-    """Wraps every linear layer but the output head; gives what sets the adapters of a step."""
-    active = Active()
-    for path in adaptable(model):
-        parent, _, name = path.rpartition(".")
-        base = model.get_submodule(path)
-        assert isinstance(base, nn.Linear)
-        setattr(model.get_submodule(parent), name, LoraLinear(base, path, active))
+    """Makes every linear layer but the output head take adapters, those with the same input as one product.
+
+    Gives what sets the adapters of a step.
+    """
+    groups: dict[Paths, Shape] = {}
+    active = Active(groups)
+    for paths in siblings(adaptable(model)):
+        linear = [layer for path in paths if isinstance(layer := model.get_submodule(path), nn.Linear)]
+        joint, width = Joint(paths, linear, active), linear[0].in_features
+        groups[paths] = Shape(width, joint.outs)
+        for index, path in enumerate(paths):
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, Layer(joint, index, width))
     return active
+
+
+def joints(model: PreTrainedModel) -> list[Joint]:
+    """The products of a model that :func:`install` has been through."""
+    return list(dict.fromkeys(module.joint for module in model.modules() if isinstance(module, Layer)))
+
+
+def siblings(paths: Iterable[str]) -> list[Paths]:
+    """Groups module paths by input: what stands side by side in one of the usual ways, and the rest one by one."""
+    ordered, groups = dict.fromkeys(paths), dict[Paths, None]()
+    for path in ordered:
+        parent, dot, name = path.rpartition(".")
+        names = next((names for names in _SIBLINGS if name in names), (name,))
+        members = tuple(f"{parent}{dot}{member}" for member in names)
+        groups[members if all(member in ordered for member in members) else (path,)] = None
+    return list(groups)
 
 
 def adaptable(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
@@ -93,13 +158,11 @@ def adaptable(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     The output head is not among them: it is tied to the embeddings in most of the catalogue.
     """
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    found = {}
-    for path, module in model.named_modules():
-        if isinstance(module, LoraLinear):
-            found[path] = (module.base.out_features, module.base.in_features)
-        elif isinstance(module, nn.Linear) and module is not head and not path.endswith(".base"):
-            found[path] = (module.out_features, module.in_features)
-    return found
+    return {
+        path: (module.out_features, module.in_features)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | Layer) and module is not head
+    }
 
 
 def prepare(

@@ -64,11 +64,12 @@ def attend(
     kv = step.kv[module.layer_idx]  # type: ignore[index]
     if step.begun is not None:
         kv.index_fill_(2, step.begun, 0.0)
-    kv[0].index_copy_(1, step.slots, key[0])
-    kv[1].index_copy_(1, step.slots, value[0])
+    dtype, query = query.dtype, query.to(kv.dtype)
+    kv[0].index_copy_(1, step.slots, key[0].to(kv.dtype))
+    kv[1].index_copy_(1, step.slots, value[0].to(kv.dtype))
     if len(step.rows) == 1 and not step.batches:
         keys, values = step.rows[0].seen(kv[0], sliding_window), step.rows[0].seen(kv[1], sliding_window)
-        return _one(step.rows[0], query, keys, values, scaling, sliding_window, softcap).transpose(1, 2), None
+        return _one(step.rows[0], query, keys, values, scaling, sliding_window, softcap).transpose(1, 2).to(dtype), None
     by_token = query[0].transpose(0, 1)
     out = torch.empty_like(by_token, memory_format=torch.contiguous_format)
     for batch in step.batches:
@@ -80,7 +81,7 @@ def attend(
         keys, values = row.seen(kv[0], sliding_window), row.seen(kv[1], sliding_window)
         span = slice(row.begin, row.begin + row.count)
         out[span] = _one(row, query[:, :, span], keys, values, scaling, sliding_window, softcap)[0].transpose(0, 1)
-    return out[None], None
+    return out[None].to(dtype), None
 
 
 def _one(

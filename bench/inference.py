@@ -1,0 +1,241 @@
+"""Benchmarks of the engine: ``python -m bench.inference [stream] [streams] [prefill] [adapters] [loss]``; all when none is
+named. SmolLM2-135M, transformers' ``generate`` in bfloat16 as the peer.
+
+Sides take turns, and each one's best round counts: what else the machine does meets them all, and only ever slows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import math
+import os
+import queue
+import sysconfig
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from transformers import PreTrainedModel
+
+from services.core.models import catalogue, weights
+from services.core.models.spelling import Spelling, token_bytes
+from services.inference.adapters import lora
+from services.inference.engine.engine import Engine
+from services.inference.engine.layers import Kind, speed_up
+from services.inference.engine.runner import Runner
+from services.inference.engine.sampler import Sampler
+from services.inference.engine.scheduler import Limits
+from services.inference.engine.sequence import Output, Sequence
+from services.inference.engine.text import TextStream
+from services.inference.engine.weights import Half, Narrow
+
+PARTS = ("stream", "streams", "prefill", "adapters", "loss")
+KINDS: tuple[Kind, ...] = tuple(kind for kind in get_args(Kind) if kind != "auto")
+TOKENS = 48
+"""Decoded by each stream in a round."""
+ROUNDS = 4
+PROMPT = 64
+LONG = 1024
+RANK = 16
+BATCH = 8
+FILES, FILE_TOKENS = 20, 257
+_numbers = itertools.count()
+
+
+class Side:
+    """An engine over weights of one kind."""
+
+    def __init__(self, base: PreTrainedModel, vocabulary: list[bytes], kind: Kind) -> None:
+        self.model = copy.deepcopy(base)
+        limits = Limits(running=16, waiting=64, step_tokens=256, kv_tokens=16384)
+        runner = Runner(self.model, Sampler(Spelling(vocabulary)), limits.blocks)
+        speed_up(self.model, kind)
+        self._vocabulary = vocabulary
+        self.engine = Engine(runner, limits)
+        self.engine.start()
+
+    def decode(self, count: int, adapters: list[lora.Weights] | None = None) -> float:
+        """Seconds of a step of so many streams once all of them decode; the best half of the steps."""
+        inboxes = []
+        for number in range(count):
+            adapter = adapters[number % len(adapters)] if adapters else None
+            inboxes.append(self._submit(prompt(PROMPT), TOKENS, adapter=adapter))
+        times = [_drain(inbox)[0] for inbox in inboxes]
+        # All of the last ones are in the same steps: the first stream's second half.
+        last = times[-1][len(times[-1]) // 4 :]
+        gaps = sorted(after - before for before, after in itertools.pairwise(last))
+        return sum(gaps[: len(gaps) // 2]) / (len(gaps) // 2)
+
+    def prefill(self) -> float:
+        """Seconds to the first token of a long prompt."""
+        began = time.perf_counter()
+        times, _ = _drain(self._submit(prompt(LONG), 1))
+        return times[0] - began
+
+    def loss(self, documents: list[list[int]]) -> float:
+        """Nats per token, as Score computes them."""
+        total = count = 0.0
+        for ids in documents:
+            _, outputs = _drain(self._submit(ids[:-1], 1, targets=tuple(ids[1:])))
+            logprobs = [one.logprob for output in outputs for one in output.logprobs]
+            total, count = total - sum(logprobs), count + len(logprobs)
+        return total / count
+
+    def _submit(self, ids: list[int], tokens: int, **fields: Any) -> queue.Queue[tuple[float, Output]]:
+        inbox: queue.Queue[tuple[float, Output]] = queue.Queue()
+        text = TextStream(self._vocabulary)
+        self.engine.submit(
+            Sequence(ids, tokens, text, lambda output: inbox.put((time.perf_counter(), output)), **fields)
+        )
+        return inbox
+
+
+def _drain(inbox: queue.Queue[tuple[float, Output]]) -> tuple[list[float], list[Output]]:
+    """When each output with something in it came, and the outputs."""
+    times, outputs = [], list[Output]()
+    while not outputs or outputs[-1].reason is None:
+        at, output = inbox.get(timeout=200)
+        outputs.append(output)
+        if not output.started:
+            times.append(at)
+    return times, outputs
+
+
+def prompt(count: int) -> list[int]:
+    """Tokens that no earlier prompt began with, so that nothing is found in the cache."""
+    generator = torch.Generator().manual_seed(next(_numbers))
+    return [int(id) for id in torch.randint(1000, 40000, (count,), generator=generator)]
+
+
+def peer(model: PreTrainedModel, count: int, length: int, tokens: int) -> float:
+    """Seconds that ``generate`` takes."""
+    ids = torch.tensor([prompt(length) for _ in range(count)])
+    began = time.perf_counter()
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    return time.perf_counter() - began
+
+
+def adapter(model: PreTrainedModel, seed: int) -> lora.Weights:
+    """One of rank 16 on all linear layers."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs = {
+        path: (torch.randn(RANK, width, generator=generator) * 0.02, torch.randn(out, RANK, generator=generator) * 0.02)
+        for path, (out, width) in lora.adaptable(model).items()
+    }
+    return lora.prepare(pairs, 1.0, torch.float32, torch.device("cpu"), sha256=str(seed))
+
+
+def best(sides: Mapping[str, Callable[[], float]], rounds: int = ROUNDS) -> dict[str, float]:
+    """Each side's least number, in turns."""
+    found = {name: math.inf for name in sides}
+    for number in range(rounds + 1):
+        for name, side in sides.items():
+            measured = side()
+            if number:  # the first warms up
+                found[name] = min(found[name], measured)
+    return found
+
+
+def streams(sides: dict[str, Side], base: PreTrainedModel, count: int) -> None:
+    """Tokens a second of all streams together, decoding."""
+
+    def generate() -> float:
+        return (peer(base, count, PROMPT, TOKENS) - peer(base, count, PROMPT, 1)) / (TOKENS - 1)
+
+    found = best(
+        {"transformers": generate, **{kind: lambda s=side: s.decode(count) for kind, side in sides.items()}}, 2
+    )
+    for name, seconds in found.items():
+        print(
+            f"{count} streams, {name}: {count / seconds:.0f} tokens/s, {found['transformers'] / seconds:.2f} x the peer"
+        )
+
+
+def prefill(sides: dict[str, Side], base: PreTrainedModel) -> None:
+    """Tokens a second of one prompt."""
+    found = best({"transformers": lambda: peer(base, 1, LONG, 1), **{k: side.prefill for k, side in sides.items()}}, 3)
+    for name, seconds in found.items():
+        print(f"prefill, {name}: {LONG / seconds:.0f} tokens/s, {found['transformers'] / seconds:.2f} x the peer")
+
+
+def adapters(sides: dict[str, Side]) -> None:
+    """What a step of eight streams takes longer with adapters."""
+    for kind, side in sides.items():
+        mine = [adapter(side.model, seed) for seed in range(BATCH)]
+        found = best(
+            {
+                "base": lambda s=side: s.decode(BATCH),
+                "one adapter": lambda s=side, m=mine: s.decode(BATCH, m[:1]),
+                "eight adapters": lambda s=side, m=mine: s.decode(BATCH, m),
+                "base again": lambda s=side: s.decode(BATCH),
+            }
+        )
+        for name, seconds in found.items():
+            more = seconds / found["base"] - 1
+            print(f"{BATCH} streams, {kind}, {name}: {seconds * 1e3:.1f} ms a step, {more:+.0%} over base")
+        print(f"{BATCH} streams, {kind}: eight over one {found['eight adapters'] / found['one adapter'] - 1:+.0%}")
+
+
+def loss(sides: dict[str, Side], base: PreTrainedModel, tokenizer: Any, vocabulary: list[bytes]) -> None:
+    """Held-out loss of each kind on code, all tokens by the kernels of decode steps."""
+    top = Path(sysconfig.get_paths()["stdlib"])
+    paths = [path for path in sorted(top.glob("*.py")) if path.stat().st_size > 8000]
+    texts = [
+        path.read_text(encoding="utf-8", errors="replace")[2000:] for path in paths[:: len(paths) // FILES][:FILES]
+    ]
+    documents = [tokenizer(text)["input_ids"][:FILE_TOKENS] for text in texts]
+    plain = copy.deepcopy(base)
+    reference, count = 0.0, 0
+    with torch.inference_mode():
+        for ids in documents:
+            logits = plain(torch.tensor([ids])).logits[0, :-1].float()
+            reference += float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum"))
+            count += len(ids) - 1
+    reference /= count
+    print(f"loss, transformers in bfloat16: {reference:.4f} nats per token, {count} tokens of {len(documents)} files")
+    Half.few = Narrow.few = 2**31
+    for kind, side in sides.items():
+        found = side.loss(documents)
+        print(f"loss, {kind}: {found:.4f} nats per token, {found / reference - 1:+.2%}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="what to measure; all when none is named")
+    parser.add_argument("--kind", choices=KINDS, action="append", help="of weights; all when none is named")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    folder = weights.ensure_weights(catalogue.find(""), Path.home() / ".cache" / "codegraft")
+    base, tokenizer = weights.load_model(folder), weights.load_tokenizer(folder)
+    vocabulary = token_bytes(tokenizer)
+    sides = {kind: Side(base, vocabulary, kind) for kind in asked.kind or KINDS}
+    for part in asked.parts or PARTS:
+        match part:
+            case "stream":
+                streams(sides, base, 1)
+            case "streams":
+                streams(sides, base, 16)
+            case "prefill":
+                prefill(sides, base)
+            case "adapters":
+                adapters(sides)
+            case "loss":
+                loss(sides, base, tokenizer, vocabulary)
+    for side in sides.values():
+        side.engine.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""The adapters of one step, as few operations as can be: one by one where a part of the step is large, else stacked.
+
+An adapter's two products of a few tokens are cheap, calling torch for each adapter, layer and part is not. So adapters
+that are mixed in a step have slots in stacks, and each layer has one batched product for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from services.inference.adapters.lora import Segment, Weights
+
+Paths = tuple[str, ...]
+"""Layers with the same input, by module path."""
+_FEW = 8
+"""Tokens of a segment up to which it is stacked: all of a stack's are padded to the longest."""
+_RANKS = (8, 16, 32, 64)
+"""Each has a stack of its own, so that one adapter of rank 64 does not make all others four times as large."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of layers with the same input."""
+
+    width: int
+    """Of the input."""
+    outs: tuple[int, ...]
+    """Of their outputs."""
+
+
+@dataclass(slots=True)
+class Stack:
+    """Slots of adapters up to a rank, copied in when they are first mixed with others; the longest unmixed give way."""
+
+    rank: int
+    groups: Mapping[Paths, Shape]
+    a: dict[Paths, torch.Tensor] = field(default_factory=dict)
+    """``[slots, in, layers * rank]``"""
+    b: dict[Paths, list[torch.Tensor]] = field(default_factory=dict)
+    """``[slots, rank, out]`` for each layer."""
+    _slots: dict[str, int] = field(default_factory=dict)
+    """By digest, the longest unmixed first."""
+    _size: int = 0
+
+    def place(self, adapters: list[Weights]) -> list[int]:
+        """Each one's slot; None of them loses it to another."""
+        wanted = {weights.digest for weights in adapters}
+        for weights in adapters:
+            slot = self._slots.pop(weights.digest, None)
+            if slot is None:
+                slot = self._free(wanted, weights)
+                self._fill(slot, weights)
+            self._slots[weights.digest] = slot
+        return [self._slots[weights.digest] for weights in adapters]
+
+    def _free(self, wanted: set[str], like: Weights) -> int:
+        if len(self._slots) == self._size:
+            oldest = next((digest for digest in self._slots if digest not in wanted), None)
+            if oldest is not None:
+                return self._slots.pop(oldest)
+            self._grow(like)
+        return min(set(range(self._size)) - set(self._slots.values()))
+
+    def _grow(self, like: Weights) -> None:
+        """Twice the slots; memory is only taken when one is filled."""
+        first = next(iter(like.layers.values()))[0]
+        before, self._size = self._size, max(8, 2 * self._size)
+        for paths, shape in self.groups.items():
+            a = first.new_empty(self._size, shape.width, len(paths) * self.rank)
+            b = [first.new_empty(self._size, self.rank, out) for out in shape.outs]
+            if before:
+                a[:before] = self.a[paths]
+                for new, old in zip(b, self.b[paths], strict=True):
+                    new[:before] = old
+            self.a[paths], self.b[paths] = a, b
+
+    def _fill(self, slot: int, weights: Weights) -> None:
+        for paths in self.groups:
+            for part, path in enumerate(paths):
+                a = self.a[paths][slot, :, part * self.rank : (part + 1) * self.rank]
+                b = self.b[paths][part][slot]
+                rank = 0
+                if (pair := weights.layers.get(path)) is not None:
+                    rank = pair[0].shape[0]
+                    a[:, :rank], b[:rank] = pair[0].T, pair[1].T
+                a[:, rank:], b[rank:] = 0.0, 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """Segments of a step whose adapters lie in one stack."""
+
+    stack: Stack
+    slots: slice
+    """From the first to the last in use."""
+    sources: torch.Tensor
+    """The token of every place ``[slots * longest]``, int64; any where there is none."""
+    places: torch.Tensor | None
+    """The places that have a token; None for all of them."""
+    tokens: torch.Tensor
+    """Their tokens."""
+
+    def add(self, paths: Paths, x: torch.Tensor, y: torch.Tensor) -> None:
+        """See :meth:`Mix.add`."""
+        a = self.stack.a[paths][self.slots]
+        inputs = x.index_select(0, self.sources).view(a.shape[0], -1, a.shape[1])
+        ranks = torch.bmm(inputs.to(a.dtype), a).chunk(len(paths), -1)
+        outs = [torch.bmm(h, b[self.slots]) for h, b in zip(ranks, self.stack.b[paths], strict=True)]
+        out = (outs[0] if len(outs) == 1 else torch.cat(outs, -1)).flatten(0, 1)
+        y.index_add_(0, self.tokens, (out if self.places is None else out[self.places]).to(y.dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """The adapters of one step."""
+
+    alone: list[Segment]
+    stacked: list[Stacked]
+
+    def add(self, paths: Paths, x: torch.Tensor, y: torch.Tensor, outs: tuple[int, ...]) -> None:
+        """Adds what the adapters give.
+
+        Args:
+            x: ``[tokens, in]``.
+            y: the outputs of the layers at these paths side by side, ``[tokens, sum of outs]``.
+        """
+        for segment in self.alone:
+            part, begin = x[segment.begin : segment.end], 0
+            for path, out in zip(paths, outs, strict=True):
+                if (pair := segment.weights.layers.get(path)) is not None:
+                    a, b = pair
+                    y[segment.begin : segment.end, begin : begin + out] += (part.to(a.dtype) @ a.T) @ b.T
+                begin += out
+        for stacked in self.stacked:
+            stacked.add(paths, x, y)
+
+
+class Mixer:
+    """Arranges steps, and keeps the stacks between them.
+
+    Args:
+        groups: the layers of the model.
+    """
+
+    def __init__(self, groups: Mapping[Paths, Shape]) -> None:
+        self._groups = groups
+        self._stacks: dict[int, Stack] = {}
+
+    def mix(self, segments: list[Segment]) -> Mix:
+        """What a step with these segments needs."""
+        alone = [segment for segment in segments if segment.end - segment.begin > _FEW]
+        by_rank: dict[int, list[Segment]] = {}
+        for segment in segments:
+            if segment.end - segment.begin <= _FEW:
+                rank = next((rank for rank in _RANKS if rank >= segment.weights.rank), segment.weights.rank)
+                by_rank.setdefault(rank, []).append(segment)
+        stacked = []
+        for rank, few in by_rank.items():
+            if len(few) == 1 or (made := self._stack(rank, few)) is None:
+                alone += few
+            else:
+                stacked.append(made)
+        return Mix(alone, stacked)
+
+    def _stack(self, rank: int, segments: list[Segment]) -> Stacked | None:
+        stack = self._stacks.setdefault(rank, Stack(rank, self._groups))
+        slots = stack.place([segment.weights for segment in segments])
+        first, end = min(slots), max(slots) + 1
+        if end - first > 2 * len(slots):
+            return None  # far apart: most of the products would be for nobody
+        by_slot: dict[int, list[int]] = {slot: [] for slot in range(first, end)}
+        for slot, segment in zip(slots, segments, strict=True):
+            by_slot[slot] += range(segment.begin, segment.end)
+        longest = max(len(tokens) for tokens in by_slot.values())
+        tokens = [token for mine in by_slot.values() for token in mine]
+        sources = [token for mine in by_slot.values() for token in mine + tokens[:1] * (longest - len(mine))]
+        places = [at * longest + n for at, mine in enumerate(by_slot.values()) for n in range(len(mine))]
+        device = stack.a[next(iter(stack.a))].device
+        return Stacked(
+            stack,
+            slice(first, end),
+            torch.tensor(sources, device=device),
+            torch.tensor(places, device=device) if len(places) < len(sources) else None,
+            torch.tensor(tokens, device=device),
+        )

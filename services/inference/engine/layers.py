@@ -1,0 +1,90 @@
+"""A model made fast for a CPU, in place: weights packed for its kernels, float32 between them, fused norms.
+
+transformers' modules stay what they are but for those that are replaced here, so that this goes for every architecture
+of the catalogue. Keys and values stay in the model's own type.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from services.inference.adapters.lora import joints
+from services.inference.engine.weights import Half, Narrow, Plain
+
+Kind = Literal["auto", "bf16", "int8"]
+
+
+def speed_up(model: PreTrainedModel, kind: Kind) -> None:
+    """Packs the weights of a bfloat16 model on a CPU that has the kernels; any other stays as it is.
+
+    Args:
+        model: with its linear layers joined by :func:`services.inference.adapters.lora.install`.
+        kind: see ``InferenceSettings.inference_weights``.
+    """
+    if model.dtype != torch.bfloat16 or model.device.type != "cpu" or not _supported():
+        return
+    packed = Narrow if kind == "int8" else Half
+    for joint in joints(model):
+        if isinstance(joint.product, Plain):
+            joint.product = packed(joint.product.weight, joint.product.bias)
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if isinstance(head, nn.Linear):
+        model.set_output_embeddings(Head(head, packed))  # type: ignore[no-untyped-call]
+    embeddings = model.get_input_embeddings()
+    embeddings.register_forward_hook(_widen)
+    table = embeddings.weight
+    for parameter in model.parameters():
+        if parameter is not table:
+            parameter.data = parameter.data.float()
+    for path, module in list(model.named_modules()):
+        if type(module).__name__ in _NORMS:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, Norm(module))
+
+
+class Head(nn.Module):
+    """The output head with packed weights; an embedding that is tied to it keeps its own."""
+
+    def __init__(self, head: nn.Linear, packed: type[Half | Narrow]) -> None:
+        super().__init__()
+        self.product = packed(head.weight.detach(), None if head.bias is None else head.bias.detach())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[1, tokens, hidden]`` to ``[1, tokens, embeddings]``."""
+        logits: torch.Tensor = self.product(x[0])[None]
+        return logits
+
+
+_NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm", "GraniteRMSNorm")
+"""Those whose weight is a plain factor (Gemma's is not)."""
+
+
+class Norm(nn.Module):
+    """Root mean square normalization (arXiv:1910.07467) of float32, in four operations instead of ten.
+
+    With n inputs, ``w x / sqrt(|x|^2 / n + eps)`` is ``w sqrt(n) x / hypot(|x|, sqrt(n eps))``.
+    """
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        count = norm.weight.numel()
+        self.weight = nn.Parameter(norm.weight.float() * count**0.5, requires_grad=False)
+        self._least = torch.tensor((count * norm.variance_epsilon) ** 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Over the last dimension."""
+        size = torch.linalg.vector_norm(x, 2, -1, keepdim=True)
+        return (x / size.hypot_(self._least)).mul_(self.weight)
+
+
+def _widen(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    return output.float()
+
+
+def _supported() -> bool:
+    """fbgemm needs AVX2; without bfloat16 in the processor, prompts would be slower than by torch's own products."""
+    return "fbgemm" in torch.backends.quantized.supported_engines and torch.ops.mkldnn._is_mkldnn_bf16_supported()
