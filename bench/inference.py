@@ -1,5 +1,6 @@
-"""Benchmarks of the engine: ``python -m bench.inference [stream] [streams] [prefill] [adapters] [loss]``; all when none is
-named. SmolLM2-135M, transformers' ``generate`` in bfloat16 as the peer.
+"""Benchmarks of the engine: ``python -m bench.inference [stream] [streams] [prefill] [adapters] [loss]``; all if none.
+
+SmolLM2-135M, transformers' ``generate`` in bfloat16 as the peer.
 
 Sides take turns, and each one's best round counts: what else the machine does meets them all, and only ever slows.
 """

@@ -88,11 +88,11 @@ class Joint:
         self.last: tuple[torch.Tensor, Sequence[torch.Tensor]] | None = None
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:
-        """``[1, tokens, in]`` to ``[1, tokens, sum of outs]``."""
-        y = self.product(x[0])
+        """``[tokens, in]`` to ``[tokens, sum of outs]``."""
+        y = self.product(x)
         if (mix := self._active.mix) is not None:
-            mix.add(self.paths, x[0], y, self.outs)
-        return y[None]
+            mix.add(self.paths, x, y, self.outs)
+        return y
 
 
 class Layer(nn.Module):
@@ -111,10 +111,10 @@ class Layer(nn.Module):
         """``[1, tokens, in]`` to ``[1, tokens, out]``."""
         joint = self.joint
         if len(joint.outs) == 1:
-            return joint.compute(x)
+            return joint.compute(x[0])[None]
         last = joint.last
         if last is None or last[0] is not x:
-            last = (x, torch.split_with_sizes(joint.compute(x), joint.outs, -1))
+            last = (x, torch.split_with_sizes(joint.compute(x[0])[None], joint.outs, -1))
         joint.last = last if self._index + 1 < len(joint.outs) else None
         return last[1][self._index]
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from services.inference.adapters.lora import Segment, Weights, install
 from services.inference.engine.attention import NAME, Step
+from services.inference.engine.block import simplify
 from services.inference.engine.blocks import BLOCK, blocks_for
 from services.inference.engine.rows import Row, batches
 from services.inference.engine.sampler import Sampler
@@ -31,6 +32,7 @@ class Runner:
         config = model.config
         self._model, self._sampler = model, sampler
         self._active = install(model)
+        simplify(model)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self._kv = [
