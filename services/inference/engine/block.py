@@ -81,10 +81,10 @@ class Rotary(nn.Module):
 
 def simplify(model: PreTrainedModel) -> None:
     """Replaces the decoder layers of a model of the family, after :func:`services.inference.adapters.lora.install`."""
-    body = model.base_model
+    body: Any = model.base_model
     layers = getattr(body, "layers", None)
     if not isinstance(layers, nn.ModuleList) or any(type(layer).__name__ not in _FAMILY for layer in layers):
         return
     for index, layer in enumerate(layers):
         layers[index] = Block(layer)
-    body.rotary_emb = Rotary(body.rotary_emb)  # type: ignore[assignment]
+    body.rotary_emb = Rotary(body.rotary_emb)

@@ -83,7 +83,7 @@ class Narrow:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[0] > self.few:
             return self._many(x)
-        # The kernel has one scale for all tokens. Each at most 1, none depends on what else is in the step.
+        # The kernel has one scale for all tokens: brought to the same size, a small one is not lost beside a large one.
         largest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True).clamp_(min=1e-12)
         product: torch.Tensor = torch.ops.quantized.linear_dynamic(x / largest, self._few, self._reduced)
         product.mul_(largest)
