@@ -55,6 +55,10 @@ class Active(threading.local):
         self.mix: Mix | None = None
         self._mixer = Mixer(groups)
 
+    def order(self, weights: Weights | None) -> tuple[int, int, int]:
+        """See :meth:`services.inference.adapters.mix.Mixer.order`."""
+        return self._mixer.order(weights)
+
     @contextmanager
     def use(self, segments: list[Segment]) -> Iterator[None]:
         """Sets the segments for one forward pass; tokens in none of them run on the base model."""

@@ -58,6 +58,10 @@ class Stack:
             self._slots[weights.digest] = slot
         return [self._slots[weights.digest] for weights in adapters]
 
+    def slot(self, weights: Weights) -> int | None:
+        """Where it lies; None when it does not."""
+        return self._slots.get(weights.digest)
+
     def _free(self, wanted: set[str], like: Weights) -> int:
         if len(self._slots) == self._size:
             oldest = next((digest for digest in self._slots if digest not in wanted), None)
@@ -104,14 +108,20 @@ class Stacked:
     """The places that have a token; None for all of them."""
     tokens: torch.Tensor
     """Their tokens."""
+    span: slice | None
+    """The tokens in the order of the places, if they are so: nothing has to be gathered. See :meth:`Mixer.order`."""
 
     def add(self, paths: Paths, x: torch.Tensor, y: torch.Tensor) -> None:
         """See :meth:`Mix.add`."""
         a = self.stack.a[paths][self.slots]
-        inputs = x.index_select(0, self.sources).view(a.shape[0], -1, a.shape[1])
+        gathered = x.index_select(0, self.sources) if self.span is None else x[self.span]
+        inputs = gathered.view(a.shape[0], -1, a.shape[1])
         ranks = torch.bmm(inputs.to(a.dtype), a).chunk(len(paths), -1)
         outs = [torch.bmm(h, b[self.slots]) for h, b in zip(ranks, self.stack.b[paths], strict=True)]
         out = (outs[0] if len(outs) == 1 else torch.cat(outs, -1)).flatten(0, 1)
+        if self.span is not None:
+            y[self.span] += out
+            return
         y.index_add_(0, self.tokens, (out if self.places is None else out[self.places]).to(y.dtype))
 
 
@@ -157,8 +167,7 @@ class Mixer:
         by_rank: dict[int, list[Segment]] = {}
         for segment in segments:
             if segment.end - segment.begin <= _FEW:
-                rank = next((rank for rank in _RANKS if rank >= segment.weights.rank), segment.weights.rank)
-                by_rank.setdefault(rank, []).append(segment)
+                by_rank.setdefault(_stack_rank(segment.weights), []).append(segment)
         stacked = []
         for rank, few in by_rank.items():
             if len(few) == 1 or (made := self._stack(rank, few)) is None:
@@ -166,6 +175,14 @@ class Mixer:
             else:
                 stacked.append(made)
         return Mix(alone, stacked)
+
+    def order(self, weights: Weights | None) -> tuple[int, int, int]:
+        """Where a sequence of such an adapter stands best in a step: beside those of its stack, as its slots lie."""
+        if weights is None:
+            return 0, 0, 0
+        rank = _stack_rank(weights)
+        slot = self._stacks[rank].slot(weights) if rank in self._stacks else None
+        return rank, slot if slot is not None else 2**31, id(weights)
 
     def _stack(self, rank: int, segments: list[Segment]) -> Stacked | None:
         stack = self._stacks.setdefault(rank, Stack(rank, self._groups))
@@ -187,4 +204,9 @@ class Mixer:
             torch.tensor(sources, device=device),
             torch.tensor(places, device=device) if len(places) < len(sources) else None,
             torch.tensor(tokens, device=device),
+            slice(tokens[0], tokens[-1] + 1) if sources == list(range(tokens[0], tokens[-1] + 1)) else None,
         )
+
+
+def _stack_rank(weights: Weights) -> int:
+    return next((rank for rank in _RANKS if rank >= weights.rank), weights.rank)

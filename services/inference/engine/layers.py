@@ -12,10 +12,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from services.inference.adapters.lora import joints
+from services.inference.adapters.lora import Joint, joints
 from services.inference.engine.weights import Half, Narrow, Plain, Product
 
 Kind = Literal["auto", "bf16", "int8"]
+_FIRST = 2
+"""So many layers at the begin, and the last one, keep 16 bits: half of what 8 lose is lost there."""
 
 
 def speed_up(model: PreTrainedModel, kind: Kind) -> None:
@@ -27,9 +29,12 @@ def speed_up(model: PreTrainedModel, kind: Kind) -> None:
     """
     if model.dtype != torch.bfloat16 or model.device.type != "cpu" or not _supported():
         return
-    packed = Narrow if kind == "int8" else Half
-    for joint in joints(model):
+    found = joints(model)
+    last = max((_layer(joint) for joint in found), default=0)
+    for joint in found:
         if isinstance(joint.product, Plain):
+            narrow = kind == "int8" and _FIRST <= _layer(joint) < last
+            packed = Narrow if narrow else Half
             joint.product = packed(joint.product.weight, joint.product.bias)
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if isinstance(head, nn.Linear):
@@ -44,6 +49,11 @@ def speed_up(model: PreTrainedModel, kind: Kind) -> None:
         if type(module).__name__ in _NORMS:
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, Norm(module))
+
+
+def _layer(joint: Joint) -> int:
+    """The number of the decoder layer that it is in, the first number in its path."""
+    return int(next((part for part in joint.paths[0].split(".") if part.isdigit()), "0"))
 
 
 class Head(nn.Module):

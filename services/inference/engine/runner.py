@@ -46,7 +46,7 @@ class Runner:
         """Computes the work's tokens; for each entry what it was wanted for, None while its prompt is not through."""
         device = self._model.device
         # One version's sequences stand side by side, so that its adapter is one product over all of them.
-        order = sorted(range(len(work)), key=lambda index: id(work[index].sequence.adapter))
+        order = sorted(range(len(work)), key=lambda index: self._active.order(work[index].sequence.adapter))
         rows, segments, ids, positions, last = list[Row](), list[Segment](), list[int](), list[int](), list[int]()
         slots, begun = list[int](), list[int]()
         for index in order:

@@ -9,6 +9,8 @@ product of bfloat16 matrices reaches a third of that on a CPU. The kernels here,
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch.nn.functional import linear
 
@@ -73,8 +75,10 @@ class Narrow:
         exact = weight.float()
         scales = (exact.abs().amax(1).clamp(min=1e-12) / 127).double()
         zeros = torch.zeros(len(scales), dtype=torch.int64)
-        quantized = torch.quantize_per_channel(exact, scales, zeros, 0, torch.qint8)
-        self._few = torch.ops.quantized.linear_prepack(quantized, None)
+        with warnings.catch_warnings():  # on their way out of torch, with nothing as fast in their place yet
+            warnings.simplefilter("ignore", UserWarning)
+            quantized = torch.quantize_per_channel(exact, scales, zeros, 0, torch.qint8)
+            self._few = torch.ops.quantized.linear_prepack(quantized, None)
         self._bias = None if bias is None else bias.float()
         self._many = Blocked(weight, bias)
         # Without VNNI two products are summed in 16 bits, which 7 bits cannot overflow.

@@ -72,6 +72,16 @@ def test_decodes_on_different_adapters_are_stacked_and_one_alone_is_not() -> Non
     assert (len(one.alone), len(one.stacked)) == (1, 0)
 
 
+def test_a_step_in_the_order_of_the_slots_gathers_nothing() -> None:
+    mixer, known = Mixer(GROUPS), [adapter(seed, 16) for seed in range(8)]
+    mixer.mix([Segment(n, n + 1, weights) for n, weights in enumerate(known)])
+    ordered = sorted(known[::-1], key=mixer.order)
+    segments = [Segment(n + 2, n + 3, weights) for n, weights in enumerate(ordered)]
+    assert mixer.mix(segments).stacked[0].span == slice(2, 10)
+    assert mixer.order(None) < mixer.order(known[0])
+    check(mixer, segments, 11)
+
+
 def test_layers_with_the_same_input_are_found_by_their_names() -> None:
     paths = ["0.q_proj", "0.k_proj", "0.v_proj", "0.o_proj", "0.gate_proj", "0.up_proj", "0.down_proj", "1.up_proj"]
     assert siblings(paths) == [
