@@ -5,6 +5,7 @@ from __future__ import annotations
 import services.scanner.allocators  # noqa: F401  # before Arrow is loaded and threads are started
 
 # isort: split
+import gc
 import os
 import secrets
 import socket
@@ -36,6 +37,10 @@ CHANGED = "codegraft.scanner.scan.changed.v1"
 async def main(settings: ScannerSettings) -> None:
     """Serves, and works on scans, until the process is told to stop."""
     os.nice(settings.scanner_nice)
+    # What a scan finds out lives to its end, and is in no cycle: to look through it again and again costs a twelfth of
+    # stage 1.
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
     async with Runtime.open("scanner", settings) as opened:
         state = opened.state("scanner")
         scans = Table(state, Scan, missing=ScanNotFound)
