@@ -7,6 +7,7 @@ import contextlib
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +31,7 @@ from services.core.runtime import Runtime
 from services.core.state import Table
 from services.core.store import blobs
 from services.ingest import snapshot
+from services.ingest.listing import Listing
 from services.scanner import __main__ as service
 from services.scanner import worker as worker_module
 from services.scanner.config import ScannerSettings
@@ -157,6 +159,24 @@ async def test_a_file_whose_blob_is_gone_is_rejected_and_the_rest_goes_on(desk: 
     assert (scan.report.accepted_count, scan.report.rejected_count) == (9, 1)
     [verdict] = [row for row in await stored_verdicts(desk.runtime, SCAN) if not row.accepted]
     assert (verdict.sha256, verdict.reason) == (desk.lost.sha256, "LINGUIST_ERROR")
+
+
+async def test_a_file_that_is_not_what_the_snapshot_says_is_rejected(desk: SimpleNamespace) -> None:
+    listed = list(await stored(desk.runtime.blobs, {"a.py": b"print(1 + 1)\n" * 9, "b.py": b"print(2 + 2)\n" * 9}))
+    listed[0] = replace(listed[0], content=replace(listed[0].content, sha256="0" * 64))
+    manifest, table = snapshot.build(
+        "projects/demo", [snapshot.Part(Source(name="projects/demo/sources/s"), Project(), Listing.of(listed))]
+    )
+    await desk.runtime.artifacts.commit(manifest.name, manifest, {"files.parquet": table})
+
+    def take(scan: Scan) -> None:
+        scan.snapshot, scan.settings.loss_filter = manifest.name, False
+
+    await desk.scans.mutate(SCAN, take)
+    async with working(desk, FakeMeter(allowed=100)):
+        await ended(desk)
+    reasons = {row.path: row.reason for row in await stored_verdicts(desk.runtime, SCAN)}
+    assert reasons == {"a.py": "LINGUIST_ERROR", "b.py": "ACCEPTED"}
 
 
 async def test_progress_counts_tokens_and_names_files(desk: SimpleNamespace) -> None:

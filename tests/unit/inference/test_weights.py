@@ -15,9 +15,10 @@ from services.inference.engine.weights import Blocked, Half, Narrow
 from tests.unit.inference.tiny import Bench, greedy, marker
 
 PROMPT = [5, 9, 2, 60, 33, 7, 8, 120, 44, 91]
-pytestmark = pytest.mark.skipif(not layers._supported(), reason="this processor has no such kernels")
+needs_kernels = pytest.mark.skipif(not layers._supported(), reason="this processor has no such kernels")
 
 
+@needs_kernels
 @pytest.mark.parametrize("tokens", [1, 3, 16, 100])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("kind", "error"), [(Half, 0.003), (Blocked, 0.004), (Narrow, 0.02)])
@@ -33,12 +34,14 @@ def test_products_are_the_exact_ones_within_their_rounding(
     assert ((product - exact).norm() / exact.norm()).item() < error
 
 
+@needs_kernels
 def test_halves_lose_nothing_of_few_tokens() -> None:
     torch.manual_seed(1)
     weight, x = torch.randn(96, 64).bfloat16(), torch.randn(2, 64)
     torch.testing.assert_close(Half(weight, None)(x), x @ weight.float().T, rtol=1e-5, atol=1e-5)
 
 
+@needs_kernels
 def test_a_token_in_eight_bits_does_not_depend_on_the_others() -> None:
     torch.manual_seed(1)
     weight, x = torch.randn(96, 64).bfloat16(), torch.randn(1, 64)
@@ -47,6 +50,7 @@ def test_a_token_in_eight_bits_does_not_depend_on_the_others() -> None:
     assert ((beside_a_large_one - exact).norm() / exact.norm()).item() < 0.02
 
 
+@needs_kernels
 @pytest.mark.parametrize("kind", ["bf16", "int8"])
 def test_a_model_on_packed_weights_computes_what_it_did(
     kind: layers.Kind, reference: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast

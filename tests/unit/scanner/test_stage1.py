@@ -191,3 +191,21 @@ def test_bad_settings_name_their_field(settings: ScanSettings, error: type[Inval
 def test_settings_survive_the_way_there_and_back() -> None:
     rules = rules_module.resolve(ScanSettings(max_loss=2.5, languages=["Python"], exclude=["a"], test_share=0.1))
     assert rules_module.resolve(rules_module.to_settings(rules)) == rules
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("x = 1\n" * 50 + "y" * 1000 + "\n" + "z = 2\n" * 50, ""),
+        ("x = 1\n" * 50 + "y" * 1001 + "\n" + "z = 2\n" * 50, "a line of 1001 characters"),
+        ("y" * 1001, "a line of 1001 characters"),
+        (("y" * 100 + "\n") * 20, ""),
+        (("y" * 101 + "\n") * 20, "lines of 101 characters on average"),
+        (("y" * 100 + "\r") * 20, ""),  # old ends of lines are some, too
+        ("x\n" * 100_000, ""),
+        ("x\n" * 100_001, "100001 lines"),
+        ("", ""),
+    ],
+)
+def test_lines_are_long_as_starcoder_2_has_it(content: str, problem: str) -> None:
+    assert text.long_lines(content) == problem
