@@ -65,7 +65,8 @@ def sweep(package: str, auto: Settings, threads: int) -> None:
         changed.proof_places = 0
         changed.learning_rate *= rate
         changed.train_steps, changed.warmup_steps = round(auto.train_steps * length), round(auto.warmup_steps * length)
-        changed.decay_steps, changed.eval_steps = changed.train_steps - changed.warmup_steps, changed.train_steps // 4
+        changed.decay_steps = max(1, changed.train_steps - changed.warmup_steps)
+        changed.eval_steps = max(1, changed.train_steps // 4)
         _, losses[rate, length] = run(package, changed, threads)
     print("| learning rate | steps | lowest test loss |\n|---|---|---|")
     for (rate, length), loss in losses.items():
