@@ -1,4 +1,4 @@
-"""What leaves the house works elsewhere: in plain PEFT, in plain transformers, and read back from GGUF."""
+"""What leaves the house works elsewhere: in plain PEFT, in plain transformers, in llama.cpp."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from typing import Any
 import gguf
 import pytest
 import torch
+import xllamacpp
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerFast
 
 from codegraft.trainer.v1.adapter_pb2 import GGUF_TYPE_BF16, GGUF_TYPE_F16, GGUF_TYPE_Q8_0, GgufType
 from services.core.errors import AdapterRejected, Cancelled, NotSupported, ResourceExhausted
+from services.core.models.spelling import token_bytes
 from services.trainer import checkpoint
 from services.trainer.adapters import disk, gguf_file, gguf_tokenizer
 from services.trainer.adapters.merge import Merged, Meter
 from services.trainer.model.lora import Trainee
 from services.trainer.planning.settings import Settings
-from tests.unit.trainer.whole import CODE, make_adapter, make_base, make_tokenizer
+from tests.unit.trainer.whole import CODE, make_adapter, make_base, make_sentencepiece, make_tokenizer
 
 KINDS = ["llama", "tied", "biased", "qwen2", "starcoder2"]
 BIGCODE = "gpt_bigcode"
@@ -165,6 +167,38 @@ def test_the_gguf_file_of_gpt_bigcode_says_nearly_the_same(
             assert tensor.tensor_type == gguf.GGMLQuantizationType.F32
     assert not waiting
     assert (logits(model) - with_peft(base, adapter)).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("kind", [*KINDS, BIGCODE])
+def test_llama_cpp_goes_on_as_base_and_adapter_do(
+    made: Callable[[str], tuple[Path, Path]], tmp_path: Path, kind: str
+) -> None:
+    _compare_with_llama_cpp(*made(kind), make_tokenizer(), tmp_path)
+
+
+def test_llama_cpp_cuts_text_as_a_sentencepiece_tokenizer_does(tmp_path: Path) -> None:
+    tokenizer = make_sentencepiece()
+    base = make_base("llama", tmp_path / "base", tokenizer=tokenizer)
+    _compare_with_llama_cpp(base, make_adapter(base, tmp_path / "adapter"), tokenizer, tmp_path)
+
+
+def _compare_with_llama_cpp(base: Path, adapter: Path, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    gguf_file.write(Merged(base, adapter, "x"), folder, "title", GGUF_TYPE_F16, Meter())
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = str(folder / gguf_file.FILE)
+    parameters.n_ctx, parameters.n_parallel, parameters.cpuparams.n_threads = 256, 1, 1
+    parameters.port, parameters.warmup, parameters.verbosity = 0, False, -1
+    foreign = xllamacpp.Server(parameters)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter).eval()
+    spellings = token_bytes(tokenizer)
+    for prompt in (CODE, CODE[:20], CODE[5:15], "return 1\n"):
+        ids = torch.tensor([tokenizer.encode(prompt)])
+        with torch.no_grad():
+            tokens = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+        answer = foreign.handle_completions({"prompt": prompt, "max_tokens": 4, "temperature": 0.0})
+        expected = b"".join(spellings[token] for token in tokens.tolist() if token < len(spellings))
+        assert answer["usage"]["prompt_tokens"] == ids.shape[1]
+        assert answer["choices"][0]["text"] == expected.decode(errors="replace")
 
 
 def test_what_gguf_has_no_form_for_is_refused_with_the_way_out(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import string
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     GPTBigCodeConfig,
@@ -32,11 +33,42 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
 
 
-def make_base(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+def make_sentencepiece() -> PreTrainedTokenizerFast:
+    """What transformers makes of a SentencePiece model, as CodeLlama's: spaces are letters, and bytes a last resort."""
+    vocabulary = {token: id for id, token in enumerate(["<unk>", "<s>", "</s>"])}
+    vocabulary.update({f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)})
+    merges = [
+        ("▁", "▁"),
+        ("d", "e"),
+        ("r", "e"),
+        ("▁", "x"),
+        ("de", "f"),
+        ("▁", "def"),
+        ("t", "u"),
+        ("re", "tu"),
+        ("e", "t"),
+    ]
+    for left, right in merges:
+        vocabulary[left + right] = len(vocabulary)
+    for char in "▁" + string.ascii_letters + string.digits + string.punctuation:
+        vocabulary.setdefault(char, len(vocabulary))
+    bpe = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    bpe.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    bpe.add_special_tokens([AddedToken(token, special=True) for token in ("<unk>", "<s>", "</s>")])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def make_base(
+    kind: str, folder: Path, dtype: torch.dtype = torch.float32, tokenizer: PreTrainedTokenizerFast | None = None
+) -> Path:
     """A random model of that architecture in a folder, with a tokenizer."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    tokenizer = make_tokenizer()
+    tokenizer = tokenizer or make_tokenizer()
     sizes: dict[str, Any] = {
         "vocab_size": len(tokenizer) + 3,  # some models pad their embeddings
         "hidden_size": 64,
