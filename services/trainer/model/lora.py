@@ -76,8 +76,9 @@ class Trainee:
         )
         self._model: Any = get_peft_model(base, config)
         self._base: Any = cast(Any, self._model).get_base_model()
-        in_place = device.type == "cpu" and not settings.low_gpu_memory_mode
-        self._arena = kept.Arena() if in_place else None
+        on_cpu, low = device.type == "cpu", settings.low_gpu_memory_mode
+        self._arena = kept.Arena() if on_cpu and not low else None
+        self._gives_back = on_cpu and low
         attention.use(self._base, self._arena)
         layers.speed_up(self._base, self._arena)
         self._device = device
@@ -109,6 +110,8 @@ class Trainee:
         if self._arena is not None:
             self._arena.reset()
         hidden, labels = self._forward(rows)
+        if self._gives_back:
+            kept.give_back()
         loss = summed_loss(hidden, self._head, labels, scale=self._logit_scale)
         (loss / total_tokens).backward()  # type: ignore[no-untyped-call]
         for name, parameter in self._trained.items():
