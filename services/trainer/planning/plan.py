@@ -74,8 +74,9 @@ def foreign_tokens(settings: Settings) -> int:
 def plan(requested: Hyperparameters, facts: Facts) -> tuple[Settings, Plan]:
     """Resolves every setting. More data never plans fewer tokens (without a time limit).
 
-    The amount of training grows with the square root of the data: 20 passes over 50,000 tokens, 1 pass over 20 million,
-    more for code that the base model predicts badly.
+    3 passes over little data, ever fewer over more, 1 over 4 million tokens; more for code that the base model predicts
+    badly. On pluggy (13,000 tokens) the test loss is lowest after 3 passes; 7 passes leave it 13 % higher, and the loss
+    on foreign code as well.
 
     Raises:
         InvalidHyperparameter: see services/trainer/planning/settings.check.
@@ -93,11 +94,12 @@ def plan(requested: Hyperparameters, facts: Facts) -> tuple[Settings, Plan]:
         batch += requested.micro_batch_size - batch % requested.micro_batch_size
         why = "a multiple of the micro-batch asked for"
     batch = int(pick.choose("batch_size", batch, why))
-    complexity = min(1.5, max(0.7, facts.base_loss / 1.2)) if facts.base_loss else 1.0
-    epochs = min(20.0, max(1.0, 20 * math.sqrt(5e4 / tokens))) * complexity
-    steps = min(2000, max(50, math.ceil(epochs * tokens / (batch * window))))
-    why = f"{epochs:.1f} passes over {tokens:,} tokens of loss {facts.base_loss:.2f}, within 50 and 2,000 steps"
+    complexity = min(1.2, max(0.7, facts.base_loss / 1.2)) if facts.base_loss else 1.0
+    epochs = min(3.0, max(1.0, 3 * (5e4 / tokens) ** 0.25)) * complexity
+    steps = min(2000, max(20, math.ceil(epochs * tokens / (batch * window))))
+    why = f"{epochs:.1f} passes over {tokens:,} tokens of loss {facts.base_loss:.2f}, within 20 and 2,000 steps"
     fitting = max(1, math.floor(budget / (batch * window))) if math.isfinite(budget) else steps
+    unlimited = steps
     if fitting < steps:
         steps, why = fitting, f"as many as {limit:.0f} s hold at {facts.tokens_per_second:.0f} tokens/s"
     if steps < (least := max(requested.warmup_steps, requested.eval_steps)):
@@ -105,7 +107,7 @@ def plan(requested: Hyperparameters, facts: Facts) -> tuple[Settings, Plan]:
     steps = int(pick.choose("train_steps", steps, why))
     warmup = int(pick.choose("warmup_steps", min(100, steps // 10), "a tenth of the steps, at most 100"))
     decay = int(pick.choose("decay_steps", max(1, steps - warmup), "to the end of the run"))
-    evaluations = min(20, max(2, steps // 40))
+    evaluations = min(20, max(2 if fitting < unlimited else 4, steps // 40))
     eval_steps = int(pick.choose("eval_steps", max(1, math.ceil(steps / evaluations)), f"{evaluations} evaluations"))
     share = _LOSS_SHARE * steps * batch * window * EVALUATION_SPEEDUP / (evaluations + 1)
     least_tokens = min(_LEAST_EVAL_TOKENS, max(512, budget / 16))  # less within a short time limit
@@ -237,8 +239,8 @@ def _window(facts: Facts, budget: float) -> tuple[int, str]:
 
 
 def _batch_size(tokens: int, window: int, budget: float) -> tuple[int, str]:
-    """Sequences per step: 4 to 32 as the data grows, fewer where a time limit would leave too few steps."""
-    ideal = min(32, max(4, 2 ** math.floor(math.log2(max(1, tokens / (16 * window))))))
+    """Sequences per step: 1 to 32 as the data grows, fewer where a time limit would leave too few steps."""
+    ideal = min(32, max(1, 2 ** math.floor(math.log2(max(1, tokens / (16 * window))))))
     batch = ideal
     while batch > 1 and budget / (batch * window) < _LEAST_STEPS:
         batch //= 2
