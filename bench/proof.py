@@ -4,8 +4,8 @@
 
 One run for each package, with a fifth of its files (by hash of their path) held out. It goes through the trainer's own
 domain code, without NATS, store or scan. With --sweep four more runs without time limit and proof: half and double its
-learning rate, half and double its steps; what counts is the version that would be published. Give it no time limit then: of a run cut
-short, more steps are always better.
+learning rate, half and double its steps; of each the version that would be published counts. Give it no time limit
+then: of runs that are cut short the longest is always the best.
 """
 
 from __future__ import annotations
