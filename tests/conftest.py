@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,9 @@ import pytest
 from services.cli.local import nats, ports, s3
 from services.cli.local.process import Child
 from services.core.store.s3 import S3Address
+
+# Services that tests start by themselves take calls from everybody; those of `codegraft up` do not, whatever this says.
+os.environ["CODEGRAFT_AUTH"] = "off"
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from services.cli import (
     complete,
     credential,
     doctor,
+    key,
     manifest,
     models,
     project,
@@ -43,6 +44,7 @@ train.app.command()(adapters.download)
 train.app.command()(adapters.upload)
 train.app.command()(manifest.manifest)
 for name, group in (
+    ("key", key.app),
     ("project", project.app),
     ("source", source.app),
     ("credential", credential.app),

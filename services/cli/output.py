@@ -36,12 +36,13 @@ class ExitCode(IntEnum):
     NOT_FOUND = 3
     PRECONDITION = 4
     UNAVAILABLE = 5
+    DENIED = 6
     INTERRUPTED = 130
 
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 failed; 2 wrong usage or invalid value; 3 not found; 4 not possible in the present state; "
-    "5 a service cannot be reached or is busy; 130 interrupted."
+    "5 a service cannot be reached or is busy; 6 not allowed: no key, or one that may not; 130 interrupted."
 )
 
 _EXIT_BY_CODE = {
@@ -54,6 +55,8 @@ _EXIT_BY_CODE = {
     Code.UNAVAILABLE: ExitCode.UNAVAILABLE,
     Code.DEADLINE_EXCEEDED: ExitCode.UNAVAILABLE,
     Code.RESOURCE_EXHAUSTED: ExitCode.UNAVAILABLE,
+    Code.UNAUTHENTICATED: ExitCode.DENIED,
+    Code.PERMISSION_DENIED: ExitCode.DENIED,
     Code.CANCELLED: ExitCode.INTERRUPTED,
 }
 

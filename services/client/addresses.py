@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from services.core.errors import Unavailable
@@ -37,17 +37,31 @@ class Addresses:
         given = {name: os.environ.get(f"CODEGRAFT_{name.upper()}_ADDRESS", "") for name in names}
         if data is None and all(given.values()):
             return cls(**given)
-        folder = data or Path(os.environ.get("CODEGRAFT_DATA") or default_data())
+        folder = folder_of(data)
         try:
-            description = json.loads((folder.expanduser() / "stack.json").read_text())
-            running = {name: str(description["processes"][name]["address"]) for name in names}
+            there = running(folder)
         except (OSError, ValueError, KeyError, TypeError):
             raise Unavailable(
                 f"no local stack runs in {folder}",
                 hint="Start one with `codegraft up --detach`, or set CODEGRAFT_INGEST_ADDRESS, "
                 "CODEGRAFT_SCANNER_ADDRESS, CODEGRAFT_TRAINER_ADDRESS and CODEGRAFT_INFERENCE_ADDRESS.",
             ) from None
-        return cls(**(running | {name: address for name, address in given.items() if address and data is None}))
+        return replace(there, **{name: address for name, address in given.items() if address and data is None})
+
+
+def running(folder: Path) -> Addresses:
+    """The addresses of the local stack in the folder.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: none runs there, or its description is damaged.
+    """
+    processes = json.loads((folder / "stack.json").read_text())["processes"]
+    return Addresses(**{field.name: str(processes[field.name]["address"]) for field in fields(Addresses)})
+
+
+def folder_of(data: Path | None) -> Path:
+    """The local stack's data folder: the given one, else ``CODEGRAFT_DATA``, else the default one."""
+    return (data or Path(os.environ.get("CODEGRAFT_DATA") or default_data())).expanduser()
 
 
 def default_data() -> Path:

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import grpc
 
 from services.core.errors import Cancelled
+from services.core.rpc.client import OPTIONS
 from services.core.rpc.status import from_rpc
 
 T = TypeVar("T")
@@ -95,6 +96,13 @@ class Stream(Iterator[T], Generic[T]):
 
     def __del__(self) -> None:
         self._call.cancel()
+
+
+def blocking_channel(target: str, certificates: grpc.ChannelCredentials | None) -> grpc.Channel:
+    """A channel of the blocking library, in both clients: see :func:`answer_async`."""
+    if certificates is None:
+        return grpc.insecure_channel(target, options=OPTIONS)
+    return grpc.secure_channel(target, certificates, options=OPTIONS)
 
 
 async def answer_async(call: Any) -> Any:

@@ -7,6 +7,7 @@ field is its name in capitals behind ``CODEGRAFT_``.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import tomllib
 from pathlib import Path
@@ -45,12 +46,46 @@ class CoreSettings(BaseSettings):
     cache_dir: Path = Path("~/.cache/codegraft")
     """Local cache of artifacts and model weights; may be deleted at any time while nothing runs."""
 
+    auth: Literal["on", "off"] = "on"
+    """Whether callers must authenticate; "off" only where no other machine can call (``listen`` on loopback)."""
+    api_key: SecretStr = SecretStr("")
+    """The service's own API key, with which it calls other services."""
+    auth_issuer: str = ""
+    """Issuer whose OIDC tokens are taken beside API keys, as their "iss" spells it; empty takes none."""
+    auth_audience: str = "codegraft"
+    """What the tokens' "aud" must hold."""
+    auth_jwks_url: str = ""
+    """Where the issuer has its public keys; empty asks its /.well-known/openid-configuration."""
+    auth_role_claim: str = "codegraft_role"
+    """Claim that tells the role: one word or a list of which the highest counts; dots lead into objects."""
+    auth_roles: dict[str, Literal["reader", "completer", "contributor", "operator"]] = Field(default_factory=dict)
+    """What the role claim's values mean, a JSON object such as {"dev-team": "contributor"}; empty takes the roles' own
+    names."""
+    auth_projects_claim: str = "codegraft_projects"
+    """Claim with the ids of the caller's projects; "*" means all."""
+
+    tls_cert_file: Path | None = None
+    """Certificate chain (PEM) of the gRPC server, and of the service when it calls others; read anew when it changes.
+    Unset serves without TLS."""
+    tls_key_file: Path | None = None
+    """Its private key (PEM)."""
+    tls_client_ca_file: Path | None = None
+    """Certificates (PEM) of which one must have signed a caller's own: mutual TLS. Unset asks callers for none."""
+    tls_ca_file: Path | None = None
+    """Certificates (PEM) of which one must have signed those of the services that are called; set calls with TLS."""
+
     nats_url: str = "nats://127.0.0.1:4222"
     """Comma-separated URLs of the NATS servers."""
     nats_user: str = ""
     """User at NATS; empty for a server without authentication."""
     nats_password: SecretStr = SecretStr("")
     """Password at NATS."""
+    nats_ca_file: Path | None = None
+    """Certificates (PEM) of which one must have signed that of the NATS servers; set connects with TLS only."""
+    nats_cert_file: Path | None = None
+    """Certificate (PEM) to show to NATS servers that ask for one."""
+    nats_key_file: Path | None = None
+    """Its private key (PEM)."""
     nats_replicas: int = Field(default=1, ge=1, le=5)
     """Copies of every stream and bucket that is made; 3 on a cluster."""
 
@@ -96,6 +131,32 @@ class CoreSettings(BaseSettings):
         if not (colon and host and port.isdecimal() and int(port) < 65536):
             raise ValueError("must be host:port")
         return value
+
+    @field_validator(
+        "tls_cert_file",
+        "tls_key_file",
+        "tls_client_ca_file",
+        "tls_ca_file",
+        "nats_ca_file",
+        "nats_cert_file",
+        "nats_key_file",
+    )
+    @classmethod
+    def _is_file(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.expanduser().is_file():
+            raise ValueError("is no file")
+        return value.expanduser().absolute() if value is not None else None
+
+    @property
+    def listens_on_loopback(self) -> bool:
+        """Whether only this machine can call."""
+        host = self.listen.removeprefix("dns:///").rpartition(":")[0].strip("[]")
+        if host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            return False
 
     @classmethod
     def settings_customise_sources(

@@ -256,6 +256,12 @@ class ServingNotFound(NotFound):
     reason = "SERVING_NOT_FOUND"
 
 
+class KeyNotFound(NotFound):
+    """No API key of that name."""
+
+    reason = "KEY_NOT_FOUND"
+
+
 class ObjectNotFound(NotFound):
     """The object store has no object under that key."""
 
@@ -386,6 +392,41 @@ class NotSupported(CodegraftError):
 
     code = Code.UNIMPLEMENTED
     reason = "NOT_SUPPORTED"
+
+
+# --- who may what -----------------------------------------------------------------------------------------------
+
+
+class Unauthenticated(CodegraftError):
+    """The call has no credentials, or such as nobody knows."""
+
+    code = Code.UNAUTHENTICATED
+    reason = "UNAUTHENTICATED"
+
+
+class KeyExpired(Unauthenticated):
+    """The API key, or this secret of it, has ended by itself."""
+
+    reason = "KEY_EXPIRED"
+
+
+class KeyRevoked(Unauthenticated):
+    """The API key was revoked."""
+
+    reason = "KEY_REVOKED"
+
+
+class InvalidToken(Unauthenticated):
+    """An OIDC token that is not valid here: signature, issuer, audience, time, or what it says of roles."""
+
+    reason = "INVALID_TOKEN"
+
+
+class PermissionDenied(CodegraftError):
+    """The caller is known, but may not do this: its role is too low, or it is in another project."""
+
+    code = Code.PERMISSION_DENIED
+    reason = "PERMISSION_DENIED"
 
 
 # --- races ------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ _SECRET_KEY = re.compile(
 )
 _URL_CREDENTIALS = re.compile(r"(?<=://)[^\s/@:\"']*(?::[^\s/@\"']*)?@")
 _BEARER = re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}")
+_API_KEY = re.compile(r"\bcg_[a-z0-9-]{1,32}_[A-Za-z0-9_-]{43,}")
 _SHORTEST_SECRET = 6
 """Shorter values are not replaced wherever they occur: that would eat ordinary words."""
 
@@ -101,9 +102,10 @@ def hide(*secrets: SecretStr | str) -> None:
 
 
 def scrub(text: str) -> str:
-    """The text without hidden secrets, credentials in URLs, and authorization headers."""
+    """The text without hidden secrets, API keys, credentials in URLs, and authorization headers."""
     for secret in _hidden:
         text = text.replace(secret, REDACTED)
+    text = _API_KEY.sub(REDACTED, text)
     text = _URL_CREDENTIALS.sub(REDACTED + "@", text)
     return _BEARER.sub(rf"\1 {REDACTED}", text)
 

@@ -23,6 +23,7 @@ DATASET = PROJECT + "/datasets/{dataset}"
 RUN = PROJECT + "/runs/{run}"
 CHECKPOINT = RUN + "/checkpoints/{step}"
 SERVING = PROJECT + "/serving"
+KEY = "keys/{key}"
 
 _ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?")
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: no letter that looks like a digit

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
+import ssl
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
@@ -24,7 +26,19 @@ REQUEST_TIMEOUT = 5.0
 STREAM_EXISTS = 10058
 """JetStream's error code for a stream that is there with other settings."""
 
+_TOKEN = re.compile(r"[A-Za-z0-9_-]+")
+
 logger = log.get(__name__)
+
+
+class _TlsClient(Client):
+    """The library sends its credentials in clear text to a server that offers no TLS, whatever it was told."""
+
+    def _connect_command(self) -> bytes:
+        if not self._server_info.get("tls_required"):
+            raise nats.errors.Error("the server offers no TLS")
+        command: bytes = super()._connect_command()
+        return command
 
 
 class NatsConnection:
@@ -73,6 +87,7 @@ async def connect(
     *,
     user: str = "",
     password: str = "",
+    tls: ssl.SSLContext | None = None,
     name: str = "codegraft",
     replicas: int = 1,
     patience: timedelta = timedelta(seconds=5),
@@ -81,7 +96,9 @@ async def connect(
 
     Args:
         url: comma-separated URLs of the servers, for example ``nats://127.0.0.1:4222``.
-        user: empty for a server without authentication.
+        user: empty for a server without authentication. Answers come to inboxes below ``_INBOX.<user>``, so that the
+            server can close every other one to it.
+        tls: certificates; a server without TLS is then refused.
         name: shown in the server's connection list.
         replicas: copies of every stream and bucket; 3 on a cluster.
         patience: how long to wait for the servers' answer.
@@ -89,7 +106,7 @@ async def connect(
     Raises:
         StateUnavailable: no server answers, or the credentials are refused; says which.
     """
-    client = Client()
+    client = Client() if tls is None else _TlsClient()
     servers = [part.strip() for part in url.split(",") if part.strip()]
     failures: list[Exception] = []
     all_failed = asyncio.Event()
@@ -127,6 +144,8 @@ async def connect(
             name=name,
             user=user or None,
             password=password or None,
+            inbox_prefix=f"_INBOX.{user}" if _TOKEN.fullmatch(user) else "_INBOX",
+            tls=tls,
             connect_timeout=int(patience.total_seconds()) or 1,
             # The default gives up after two minutes and closes the client for good.
             max_reconnect_attempts=-1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import ssl
 import tempfile
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -15,7 +16,7 @@ from typing import TypeVar
 from services.core import config, log
 from services.core.backoff import Backoff
 from services.core.config import CoreSettings
-from services.core.errors import CodegraftError, StateUnavailable, Unavailable
+from services.core.errors import CodegraftError, InvalidArgument, StateUnavailable, Unavailable
 from services.core.events import EventBus, MemoryBus
 from services.core.events.nats import NatsBus
 from services.core.jobs import JobQueue, MemoryQueue
@@ -94,7 +95,7 @@ class Runtime:
             StoreUnavailable: the object store was not.
             InvalidArgument: a setting is not usable.
         """
-        log.hide(settings.nats_password, settings.s3_access_key, settings.s3_secret_key)
+        log.hide(settings.nats_password, settings.s3_access_key, settings.s3_secret_key, settings.api_key)
         deadline = asyncio.get_running_loop().time() + settings.startup_timeout_seconds
         async with AsyncExitStack() as stack:
             connection = await _waiting("NATS", lambda: _connect_nats(service, settings), deadline)
@@ -186,10 +187,27 @@ async def _connect_nats(service: str, settings: CoreSettings) -> NatsConnection:
         settings.nats_url,
         user=settings.nats_user,
         password=settings.nats_password.get_secret_value(),
+        tls=_nats_tls(settings),
         name=f"codegraft-{service}",
         replicas=settings.nats_replicas,
         patience=PROBE_TIMEOUT,
     )
+
+
+def _nats_tls(settings: CoreSettings) -> ssl.SSLContext | None:
+    if settings.nats_ca_file is None:
+        return None
+    try:
+        context = ssl.create_default_context(cafile=str(settings.nats_ca_file))
+        if settings.nats_cert_file is not None:
+            context.load_cert_chain(settings.nats_cert_file, settings.nats_key_file)
+    except (OSError, ssl.SSLError) as error:
+        raise InvalidArgument(
+            f"the certificates for NATS cannot be used: {error}",
+            field="CODEGRAFT_NATS_CA_FILE",
+            hint="Give PEM files that belong together.",
+        ) from None
+    return context
 
 
 async def _prepare_store(settings: CoreSettings) -> None:

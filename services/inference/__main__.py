@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from services.core.auth import keyring
 from services.core.models import catalogue
 from services.core.rpc import server
+from services.core.rpc.client import channel
 from services.core.runtime import Runtime, run
 from services.inference.assembly import Replica, limits
 from services.inference.config import InferenceSettings
@@ -37,12 +39,12 @@ async def main(settings: InferenceSettings) -> None:
             runtime,
             settings,
             spec,
-            bests=TrainerBests(settings.trainer_address),
-            projects=IngestProjects(settings.ingest_address),
+            bests=TrainerBests(channel(settings.trainer_address, settings)),
+            projects=IngestProjects(channel(settings.ingest_address, settings)),
             load=load,
         )
         try:
-            await server.serve(settings, replica.services, background=[replica.run])
+            await server.serve(settings, replica.services, keys=runtime.state(keyring.BUCKET), background=[replica.run])
         finally:
             replica.stop()
 

@@ -10,7 +10,6 @@ from codegraft.ingest.v1 import project_pb2, project_pb2_grpc
 from codegraft.trainer.v1 import run_pb2, run_pb2_grpc
 from services.core import log
 from services.core.errors import CodegraftError, NotFound
-from services.core.rpc.client import channel
 from services.core.rpc.status import from_rpc
 from services.inference.policy import Best
 
@@ -22,8 +21,8 @@ _logger = log.get("inference.peers")
 class IngestProjects:
     """The projects, as ingest knows them; a found one is remembered for a minute."""
 
-    def __init__(self, address: str) -> None:
-        self._stub = project_pb2_grpc.ProjectServiceStub(channel(address))
+    def __init__(self, ingest: grpc.aio.Channel) -> None:
+        self._stub = project_pb2_grpc.ProjectServiceStub(ingest)
         self._seen: dict[str, float] = {}
 
     async def exists(self, project: str) -> bool:
@@ -45,8 +44,8 @@ class IngestProjects:
 class TrainerBests:
     """The best checkpoints, as the trainer knows them."""
 
-    def __init__(self, address: str) -> None:
-        self._stub = run_pb2_grpc.RunServiceStub(channel(address))
+    def __init__(self, trainer: grpc.aio.Channel) -> None:
+        self._stub = run_pb2_grpc.RunServiceStub(trainer)
 
     async def best(self, project: str, base_model: str) -> Best | None:
         """See :class:`services.inference.policy.BestSource`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from services.core import runtime
+from services.core.auth import keyring
 from services.core.rpc.server import serve
 from services.core.runtime import Runtime
 from services.ingest.assembly import Ingest
@@ -15,7 +16,8 @@ async def main(settings: IngestSettings) -> None:
     """Serves, and fetches sources, until the process is told to stop."""
     async with Runtime.open("ingest", settings) as opened:
         ingest = Ingest(opened, settings)
-        await serve(settings, ingest.services, background=[ingest.fetcher.run])
+        await ingest.keys.seed(settings.ingest_seed_keys)
+        await serve(settings, ingest.services, keys=opened.state(keyring.BUCKET), background=[ingest.fetcher.run])
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from codegraft.access.v1 import access_pb2_grpc
 from codegraft.ingest.v1 import (
     credential_pb2_grpc,
     project_pb2_grpc,
@@ -11,12 +12,15 @@ from codegraft.ingest.v1 import (
     source_pb2_grpc,
     upload_pb2_grpc,
 )
+from services.core.auth import keyring
 from services.core.rpc.server import Registration
 from services.core.runtime import Runtime
 from services.ingest.collector import Collector
 from services.ingest.config import IngestSettings
 from services.ingest.fetcher import Fetcher
+from services.ingest.keys import Keys
 from services.ingest.records import BUCKET, Tables
+from services.ingest.servicers.access import AccessServicer
 from services.ingest.servicers.credentials import CredentialServicer
 from services.ingest.servicers.projects import ProjectServicer
 from services.ingest.servicers.snapshots import SnapshotServicer
@@ -34,11 +38,13 @@ class Ingest:
         services: for services/core/rpc/server.
         fetcher: run it in the background.
         tables: its records.
+        keys: the API keys.
     """
 
     def __init__(self, runtime: Runtime, settings: IngestSettings) -> None:
         self.tables = tables = Tables.of(runtime.state(BUCKET))
         spool = settings.cache_dir / "ingest" / "uploads"
+        self.keys = Keys(runtime.state(keyring.BUCKET))
         uploads = Uploads(tables.uploads, runtime.blobs, spool, settings.ingest_max_upload_bytes)
         snapshots = Snapshots(runtime, tables)
         workspace = Workspace(settings.cache_dir / "ingest", settings.ingest_kept_bytes)
@@ -69,5 +75,10 @@ class Ingest:
                 credential_pb2_grpc.add_CredentialServiceServicer_to_server,
                 CredentialServicer(tables, settings.vault),
                 "codegraft.ingest.v1.CredentialService",
+            ),
+            (
+                access_pb2_grpc.add_AccessServiceServicer_to_server,
+                AccessServicer(self.keys),
+                "codegraft.access.v1.AccessService",
             ),
         ]

@@ -9,6 +9,7 @@ from pydantic import Field, SecretStr, field_validator
 
 from services.core.config import CoreSettings
 from services.ingest.credentials import Vault
+from services.ingest.keys import Seed
 from services.ingest.limits import Limits
 from services.ingest.sources.guard import Guard
 
@@ -48,6 +49,9 @@ class IngestSettings(CoreSettings):
     """Certificates (PEM) to trust for https instead of the system's."""
     ingest_credential_keys: tuple[SecretStr, ...] = ()
     """Fernet keys that encrypt credentials, a JSON list: the first seals, every one opens."""
+    ingest_seed_keys: tuple[Seed, ...] = ()
+    """API keys that are there from the start, in all projects: the first operator's, and those with which the services
+    call each other. A JSON list such as [{"key": "cg_admin_…", "role": "operator"}]."""
     ingest_lease_seconds: float = Field(default=20, gt=1)
     """How long a process that fetches a source may be silent before another one takes over."""
 

@@ -17,6 +17,7 @@ from codegraft.scanner.v1 import scan_pb2_grpc
 from codegraft.scanner.v1.dataset_pb2 import Dataset
 from codegraft.scanner.v1.scan_pb2 import Scan
 from services.core import runtime
+from services.core.auth import keyring
 from services.core.errors import DatasetNotFound, ScanNotFound
 from services.core.jobs import JobRunner
 from services.core.jobs.announcer import announce
@@ -65,6 +66,7 @@ async def main(settings: ScannerSettings) -> None:
                     SERVICE,
                 )
             ],
+            keys=opened.state(keyring.BUCKET),
             background=[
                 *(runner.run for runner in runners),
                 *(runner.run for runner in part_runners),

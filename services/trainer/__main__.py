@@ -6,6 +6,8 @@ import os
 import sys
 
 from services.core import runtime
+from services.core.auth import keyring
+from services.core.rpc.client import channel
 from services.core.rpc.server import serve
 from services.core.runtime import Runtime
 from services.trainer.assembly import Trainer
@@ -17,8 +19,8 @@ async def main(settings: TrainerSettings) -> None:
     """Serves, and works on runs, until the process is told to stop."""
     os.nice(settings.trainer_nice)
     async with Runtime.open("trainer", settings) as opened:
-        trainer = Trainer(opened, settings, ScannerDatasets(settings.scanner_address))
-        await serve(settings, trainer.services, background=trainer.background)
+        trainer = Trainer(opened, settings, ScannerDatasets(channel(settings.scanner_address, settings)))
+        await serve(settings, trainer.services, keys=opened.state(keyring.BUCKET), background=trainer.background)
 
 
 if __name__ == "__main__":

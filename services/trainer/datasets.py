@@ -19,7 +19,6 @@ from services.core.errors import (
     NoDataset,
     NotFound,
 )
-from services.core.rpc.client import channel
 from services.core.rpc.status import from_rpc
 from services.core.store import Artifacts
 
@@ -43,8 +42,8 @@ class Newest(Protocol):
 class ScannerDatasets:
     """Asks the scanner."""
 
-    def __init__(self, address: str) -> None:
-        self._stub = scan_pb2_grpc.ScanServiceStub(channel(address))
+    def __init__(self, scanner: grpc.aio.Channel) -> None:
+        self._stub = scan_pb2_grpc.ScanServiceStub(scanner)
 
     async def newest(self, project: str) -> str:
         """See :class:`Newest`."""

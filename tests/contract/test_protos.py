@@ -36,11 +36,14 @@ def rpcs() -> list[tuple[str, str]]:
 
 
 RPCS = rpcs()
+FOUR = ("ingest", "scanner", "trainer", "inference")
 
 
 def test_all_four_services_are_in_the_contract() -> None:
     packages = {name.rsplit(".", 2)[0] for name, _ in RPCS}
-    assert packages == {f"codegraft.{service}.v1" for service in ("ingest", "scanner", "trainer", "inference")}
+    assert packages == {
+        f"codegraft.{service}.v1" for service in ("ingest", "scanner", "trainer", "inference", "access")
+    }
 
 
 @pytest.mark.parametrize(("rpc", "comment"), RPCS, ids=[name for name, _ in RPCS])

@@ -20,6 +20,7 @@ import services.trainer.job  # noqa: F401  (slow to import)
 from services.core import runtime
 from services.core.jobs import JobRunner
 from services.core.jobs.nats import NatsQueue
+from services.core.rpc.client import channel
 from services.core.rpc.server import serve
 from services.core.runtime import Runtime
 from services.trainer import assembly
@@ -37,7 +38,7 @@ async def main(settings: TrainerSettings) -> None:
         queue = opened.jobs
         assert isinstance(queue, NatsQueue)
         opened.jobs = NatsQueue(queue._connection, ack_wait=SOON)
-        trainer = assembly.Trainer(opened, settings, ScannerDatasets(settings.scanner_address))
+        trainer = assembly.Trainer(opened, settings, ScannerDatasets(channel(settings.scanner_address, settings)))
         await serve(settings, trainer.services, background=trainer.background)
 
 

@@ -36,7 +36,7 @@ from services.cli.output import ExitCode, err, print_table
 from services.cli.plot import curves, draw
 from services.cli.progress import JobBar
 from services.cli.train import event_line
-from services.client import Addresses, Codegraft
+from services.client import Codegraft
 from services.client.jobs import raise_failure
 from services.core import places
 from services.core.errors import FailedPrecondition
@@ -113,7 +113,7 @@ def _stack(folder: Path) -> Iterator[Codegraft]:
     stack = Stack(data, lambda line: err.print(line, style="dim"))
     try:
         stack.start()
-        with Codegraft(Addresses.find(folder)) as client:
+        with Codegraft.local(folder) as client:
             yield client
     finally:
         # A second Ctrl-C while everything is being ended would leave something running.

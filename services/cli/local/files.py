@@ -1,7 +1,7 @@
 """The data folder of a local stack: its lock, credentials, remembered ports, description and logs.
 
 lock                held by the supervisor as long as it lives; its process id is inside
-credentials.json    random keys of NATS and S3, readable by the owner only (0600)
+credentials.json    random keys of NATS, S3 and the services, readable by the owner only (0600)
 ports.json          the ports of the last start
 stack.json          what runs: state, processes, addresses; what clients read
 logs/<name>.log     output of every process
@@ -21,6 +21,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from services.cli.local.permissions import SERVICES
+from services.core.auth.keys import ApiKey
 from services.core.errors import FailedPrecondition
 
 
@@ -59,25 +61,62 @@ class StackInfo:
 
 
 @dataclass(frozen=True)
+class ServiceCredentials:
+    """With what one service shows who it is: to NATS, to S3, and to the other services."""
+
+    nats_password: str = field(repr=False)
+    s3_access_key: str = field(repr=False)
+    s3_secret_key: str = field(repr=False)
+    api_key: str = field(repr=False)
+
+    @classmethod
+    def random(cls, service: str) -> ServiceCredentials:
+        return cls(*_login(), api_key=ApiKey.new(service).text)
+
+
+@dataclass(frozen=True)
 class Credentials:
     """Random keys of one stack. Never printed, never on a command line."""
 
     nats_user: str = field(repr=False)
     nats_password: str = field(repr=False)
+    """Of the user who may do everything; no service has it."""
     s3_access_key: str = field(repr=False)
     s3_secret_key: str = field(repr=False)
+    """As above."""
     ingest_key: str = field(repr=False)
     """Encrypts the credentials of private repositories; a Fernet key."""
+    api_key: str = field(repr=False)
+    """The operator's, with which the commands call."""
+    services: dict[str, ServiceCredentials] = field(repr=False)
 
     @classmethod
     def random(cls) -> Credentials:
         return cls(
-            nats_user="codegraft",
-            nats_password=secrets.token_urlsafe(32),
-            s3_access_key=secrets.token_hex(10).upper(),
-            s3_secret_key=secrets.token_urlsafe(32),
+            "codegraft",
+            *_login(),
             ingest_key=base64.urlsafe_b64encode(secrets.token_bytes(32)).decode(),
+            api_key=ApiKey.new("local").text,
+            services={name: ServiceCredentials.random(name) for name in SERVICES},
         )
+
+    @classmethod
+    def of(cls, stored: dict[str, Any]) -> Credentials:
+        """Of the file's content; what an older version did not write comes fresh.
+
+        Raises:
+            TypeError, KeyError: it is damaged.
+        """
+        for part in ("nats_user", "nats_password", "s3_access_key", "s3_secret_key"):
+            stored[part]
+        whole = asdict(cls.random()) | stored
+        services = {name: ServiceCredentials(**each) for name, each in whole["services"].items()}
+        return cls(**{**whole, "services": services})
+
+
+def _login() -> tuple[str, str, str]:
+    """A password for NATS, an access key and a secret key for S3."""
+    return secrets.token_urlsafe(32), secrets.token_hex(10).upper(), secrets.token_urlsafe(32)
 
 
 class DataFolder:
@@ -158,15 +197,15 @@ class DataFolder:
             self._write(path, asdict(Credentials.random()))
         try:
             stored = json.loads(path.read_text())
-            if "ingest_key" not in stored:  # written by a version before there were credentials
-                self._write(path, stored | {"ingest_key": Credentials.random().ingest_key})
-                stored = json.loads(path.read_text())
-            return Credentials(**stored)
-        except (TypeError, ValueError) as error:
+            credentials = Credentials.of(stored)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise FailedPrecondition(
                 f"{path} is damaged",
                 hint="Restore it from a copy; deleting it makes new credentials for the same data.",
             ) from error
+        if asdict(credentials) != stored:
+            self._write(path, asdict(credentials))
+        return credentials
 
     def ports(self) -> dict[str, int]:
         """The ports of the last start; empty when there was none or the file is damaged."""

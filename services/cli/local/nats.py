@@ -1,4 +1,7 @@
-"""The local stack's NATS: the real server on loopback, JetStream on disk, closed to everybody without its password."""
+"""The local stack's NATS: the real server on loopback, JetStream on disk, closed to everybody without a password.
+
+Beside one user who may do everything, every service is a user of its own, who may do what permissions.py says.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,12 @@ import shutil
 import socket
 import sysconfig
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 
-from services.cli.local import ports
+from services.cli.local import permissions, ports
 from services.cli.local.process import Child, tail
 from services.core.errors import FailedPrecondition, Unavailable
 
@@ -22,14 +27,24 @@ GRACE = timedelta(seconds=10)
 PROBE = timedelta(seconds=2)
 
 
-def start(data: Path, *, log: Path, port: int, user: str, password: str, timeout: timedelta = STARTUP) -> Child:
+def start(
+    data: Path,
+    *,
+    log: Path,
+    port: int,
+    user: str,
+    password: str,
+    services: Mapping[str, str] = MappingProxyType({}),
+    timeout: timedelta = STARTUP,
+) -> Child:
     """Runs the server on 127.0.0.1 and returns once it has let us in with the password.
 
     Args:
         data: folder of its files; started again on the same folder it has the same streams, on any port.
         log: file for its output.
         port: free port for clients; the server listens nowhere else.
-        user: the only user; chosen by the caller, like the password.
+        user: who may do everything; chosen by the caller, like the password.
+        services: passwords of the services that may log in, too.
 
     Raises:
         FailedPrecondition: nats-server is not installed.
@@ -38,7 +53,7 @@ def start(data: Path, *, log: Path, port: int, user: str, password: str, timeout
     data.mkdir(parents=True, exist_ok=True, mode=0o700)
     server_name = f"codegraft-{secrets.token_hex(8)}"
     config = data / "nats.conf"
-    _write_config(config, data / "jetstream", server_name, port, user, password)
+    _write_config(config, data / "jetstream", server_name, port, {user: password}, services)
     child = Child.start(
         NAME, [_program(), "--config", str(config)], log=log, env={"PATH": os.environ.get("PATH", os.defpath)}, cwd=data
     )
@@ -58,8 +73,10 @@ def _program() -> str:
     return found
 
 
-def _write_config(path: Path, store: Path, server_name: str, port: int, user: str, password: str) -> None:
-    """The password goes by a file that only we can read: a command line can be read by everybody on the machine."""
+def _write_config(
+    path: Path, store: Path, server_name: str, port: int, admins: Mapping[str, str], services: Mapping[str, str]
+) -> None:
+    """Passwords go by a file that only we can read: a command line can be read by everybody on the machine."""
 
     def quoted(value: str) -> str:
         return json.dumps(value, ensure_ascii=False)  # nats-server does not know \u escapes
@@ -70,7 +87,10 @@ def _write_config(path: Path, store: Path, server_name: str, port: int, user: st
         file.write(
             f"server_name: {quoted(server_name)}\n"
             f"listen: {quoted(f'{ports.HOST}:{port}')}\n"
-            f"authorization {{ user: {quoted(user)}, password: {quoted(password)} }}\n"
+            "authorization {\nusers: [\n"
+            + "".join(f"{{user: {quoted(name)}, password: {quoted(password)}}}\n" for name, password in admins.items())
+            + permissions.nats_users(services)
+            + "\n]\n}\n"
             "jetstream {\n"
             f"  store_dir: {quoted(str(store))}\n"
             # The default acknowledges first and writes to disk up to two minutes later.

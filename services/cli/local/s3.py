@@ -15,8 +15,10 @@ import secrets
 import shutil
 import sysconfig
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from xml.etree.ElementTree import ParseError
 
 import urllib3
@@ -24,7 +26,7 @@ from minio import Minio
 from minio.error import MinioException, S3Error
 from urllib3.exceptions import HTTPError
 
-from services.cli.local import ports
+from services.cli.local import permissions, ports
 from services.cli.local.process import Child, tail
 from services.core.errors import FailedPrecondition, Unavailable
 from services.core.store.s3 import close_connections
@@ -36,6 +38,7 @@ GRACE = timedelta(seconds=5)
 is safe: what it has acknowledged survives that."""
 PROBE = timedelta(seconds=2)
 
+IDENTITIES = "identities.json"
 _INNER = ("master", "master.grpc", "volume", "volume.grpc", "filer", "filer.grpc", "s3.grpc", "admin")
 _READY = ".codegraft-ready"
 _WORKER_OFFSET = 10_000
@@ -50,6 +53,7 @@ def start(
     access_key: str,
     secret_key: str,
     bucket: str = "codegraft",
+    services: Mapping[str, tuple[str, str]] = MappingProxyType({}),
     timeout: timedelta = STARTUP,
 ) -> Child:
     """Runs the server on 127.0.0.1 and returns once it serves the bucket, which is made when it is not there.
@@ -59,7 +63,8 @@ def start(
         log: file for its output.
         port: free port for S3; the internal listeners choose their own.
         access_key: chosen by the caller, who needs it again for the same data.
-        secret_key: as above.
+        secret_key: as above; these keys may do everything.
+        services: access and secret keys of the services, who may do what permissions.py says.
 
     Raises:
         FailedPrecondition: SeaweedFS is not installed.
@@ -67,8 +72,9 @@ def start(
     """
     data = data.absolute()
     data.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _write_identities(data / IDENTITIES, {"codegraft": (access_key, secret_key)}, services, bucket)
     # In its own folder, because weed looks for configuration in the current one.
-    child = Child.start(NAME, _command(data, port), log=log, env=_environment(access_key, secret_key, data), cwd=data)
+    child = Child.start(NAME, _command(data, port), log=log, env=_environment(data), cwd=data)
     try:
         _await_ready(child, f"{ports.HOST}:{port}", access_key, secret_key, bucket, timeout)
     except BaseException:
@@ -97,6 +103,7 @@ def _command(data: Path, port: int) -> list[str]:
         "-webdav=false",
         "-disableHttp",  # the filer's HTTP interface, which asks for no key
         "-s3.iam=false",
+        f"-s3.config={IDENTITIES}",
         "-s3.autoCreateBucket=false",
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",
@@ -134,7 +141,24 @@ def _inner_ports(memory: Path, port: int) -> dict[str, int]:
         last.pop("admin", None)
 
 
-def _environment(access_key: str, secret_key: str, home: Path) -> dict[str, str]:
+def _write_identities(
+    path: Path, admins: Mapping[str, tuple[str, str]], services: Mapping[str, tuple[str, str]], bucket: str
+) -> None:
+    """Keys go by a file that only we can read: a command line can be read by everybody on the machine."""
+    identities = [
+        {"name": name, "credentials": [{"accessKey": access, "secretKey": secret}], "actions": actions}
+        for name, (access, secret), actions in (
+            *((name, keys, ["Admin"]) for name, keys in admins.items()),
+            *((name, keys, permissions.s3_actions(name, bucket)) for name, keys in services.items()),
+        )
+    ]
+    path.unlink(missing_ok=True)  # its mode counts only when it is made
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        json.dump({"identities": identities}, file)
+
+
+def _environment(home: Path) -> dict[str, str]:
     """Keys go by environment: a command line can be read by everybody on the machine."""
     internal = {
         f"WEED_{name}": secrets.token_urlsafe(32)
@@ -149,8 +173,6 @@ def _environment(access_key: str, secret_key: str, home: Path) -> dict[str, str]
     return {
         "PATH": os.environ.get("PATH", os.defpath),
         "HOME": str(home),
-        "AWS_ACCESS_KEY_ID": access_key,
-        "AWS_SECRET_ACCESS_KEY": secret_key,
         **internal,
     }
 

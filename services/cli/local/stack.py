@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 
-from services.cli.local import health, nats, ports, s3
+from services.cli.local import health, nats, permissions, ports, s3
 from services.cli.local.files import Credentials, DataFolder, ProcessInfo, StackInfo, StackState
 from services.cli.local.process import Child, tail
 from services.core.errors import Unavailable
 
-SERVICES = ("ingest", "scanner", "trainer", "inference")
+SERVICES = tuple(permissions.SERVICES)
 STARTUP = timedelta(seconds=60)
 DRAIN = timedelta(seconds=5)
 """How long a stopping service lets running calls end."""
@@ -73,6 +73,7 @@ class Stack:
                 port=chosen["nats"],
                 user=credentials.nats_user,
                 password=credentials.nats_password,
+                services={name: each.nats_password for name, each in credentials.services.items()},
             ),
             addresses["nats"],
         )
@@ -84,18 +85,25 @@ class Stack:
                 access_key=credentials.s3_access_key,
                 secret_key=credentials.s3_secret_key,
                 bucket=BUCKET,
+                services={
+                    name: (each.s3_access_key, each.s3_secret_key) for name, each in credentials.services.items()
+                },
             ),
             addresses["s3"],
         )
-        environment = service_environment(os.environ, addresses, credentials)
-        own = {"ingest": {"CODEGRAFT_INGEST_CREDENTIAL_KEYS": json.dumps([credentials.ingest_key])}}
+        own = {
+            "ingest": {
+                "CODEGRAFT_INGEST_CREDENTIAL_KEYS": json.dumps([credentials.ingest_key]),
+                "CODEGRAFT_INGEST_SEED_KEYS": json.dumps(seeds(credentials)),
+            }
+        }
         for name in SERVICES:
             self._adopt(
                 Child.start(
                     name,
                     [sys.executable, "-m", f"services.{name}"],
                     log=self._folder.log(name),
-                    env={**environment, **own.get(name, {}), "CODEGRAFT_LISTEN": addresses[name]},
+                    env={**service_environment(os.environ, addresses, credentials, name), **own.get(name, {})},
                     cwd=self._folder.root,  # not the caller's folder: it may have a package of the name `services`
                 ),
                 addresses[name],
@@ -163,20 +171,32 @@ class Stack:
             time.sleep(0.05)
 
 
+def seeds(credentials: Credentials) -> list[dict[str, str]]:
+    """The API keys that are there from the start: the operator's, and of the services that call others."""
+    keys = [{"key": credentials.api_key, "role": "operator"}]
+    return keys + [
+        {"key": credentials.services[name].api_key, "role": role} for name, role in permissions.CALLS.items()
+    ]
+
+
 def service_environment(
-    base: Mapping[str, str], addresses: Mapping[str, str], credentials: Credentials
+    base: Mapping[str, str], addresses: Mapping[str, str], credentials: Credentials, service: str
 ) -> dict[str, str]:
-    """What the services find in their environment: the caller's own settings, with the stack's over them."""
+    """What a service finds in its environment: the caller's own settings, with the stack's over them."""
+    own = credentials.services[service]
     return {
         # Three services compute on the same cores: threads that spin while they wait would stall the other two.
         "OMP_WAIT_POLICY": "PASSIVE",
-        **base,
+        **{name: value for name, value in base.items() if not name.startswith(("CODEGRAFT_TLS_", "CODEGRAFT_NATS_"))},
+        "CODEGRAFT_LISTEN": addresses[service],
+        "CODEGRAFT_AUTH": "on",
+        "CODEGRAFT_API_KEY": own.api_key if service in permissions.CALLS else "",
         "CODEGRAFT_NATS_URL": f"nats://{addresses['nats']}",
-        "CODEGRAFT_NATS_USER": credentials.nats_user,
-        "CODEGRAFT_NATS_PASSWORD": credentials.nats_password,
+        "CODEGRAFT_NATS_USER": service,
+        "CODEGRAFT_NATS_PASSWORD": own.nats_password,
         "CODEGRAFT_S3_ENDPOINT": addresses["s3"],
-        "CODEGRAFT_S3_ACCESS_KEY": credentials.s3_access_key,
-        "CODEGRAFT_S3_SECRET_KEY": credentials.s3_secret_key,
+        "CODEGRAFT_S3_ACCESS_KEY": own.s3_access_key,
+        "CODEGRAFT_S3_SECRET_KEY": own.s3_secret_key,
         "CODEGRAFT_S3_BUCKET": BUCKET,
         "CODEGRAFT_S3_SECURE": "false",
         "CODEGRAFT_DRAIN_SECONDS": f"{DRAIN.total_seconds():.0f}",

@@ -8,13 +8,16 @@ from types import TracebackType
 
 import grpc
 
+from services.client.access import NONE, Access
 from services.client.addresses import Addresses
+from services.client.aio.access import Keys
 from services.client.aio.adapters import Adapters
 from services.client.aio.caller import Caller
 from services.client.aio.inference import Completions, Serving
 from services.client.aio.ingest import Credentials, Projects, Snapshots, Sources
 from services.client.aio.scanner import Datasets, Scans
 from services.client.aio.trainer import Models, Runs
+from services.client.streams import blocking_channel
 from services.core.rpc import client as rpc
 
 
@@ -36,28 +39,37 @@ class AsyncCodegraft:
         models: the catalogue, and models in the object store.
         completions: completions and chat.
         serving: which adapter answers.
+        keys: API keys, and who the caller is.
     """
 
-    def __init__(self, addresses: Addresses, *, timeout: float = rpc.DEFAULT_DEADLINE) -> None:
+    def __init__(self, addresses: Addresses, *, access: Access = NONE, timeout: float = rpc.DEFAULT_DEADLINE) -> None:
         """Opens nothing yet: the first call connects.
 
         Args:
             addresses: where the services are.
+            access: API key, and certificates for TLS.
             timeout: seconds a unary call may take, over all its tries; streams have none unless given.
+
+        Raises:
+            InvalidArgument: a file of the certificates cannot be read.
         """
         self.addresses = addresses
+        self._timeout, self._key = timeout, access.key
+        certificates = access.tls.credentials() if access.tls else None
         self._channels = [
             grpc.aio.insecure_channel(rpc.target(address), options=rpc.OPTIONS)
+            if certificates is None
+            else grpc.aio.secure_channel(rpc.target(address), certificates, options=rpc.OPTIONS)
             for address in (addresses.ingest, addresses.scanner, addresses.trainer, addresses.inference)
         ]
         # Uploads go over the blocking library in both clients: services/client/streams.py says why.
         self._uploads = [
-            grpc.insecure_channel(rpc.target(address), options=rpc.OPTIONS)
-            for address in (addresses.ingest, addresses.trainer)
+            blocking_channel(rpc.target(address), certificates) for address in (addresses.ingest, addresses.trainer)
         ]
-        self._attach(Caller(timeout))
+        self._attach()
 
-    def _attach(self, caller: Caller) -> None:
+    def _attach(self) -> None:
+        caller = Caller(self._timeout, self._key)
         ingest, scanner, trainer, inference = self._channels
         self.projects = Projects(ingest, caller)
         to_ingest, to_trainer = self._uploads
@@ -71,10 +83,11 @@ class AsyncCodegraft:
         self.models = Models(trainer, to_trainer, caller)
         self.completions = Completions(inference, caller)
         self.serving = Serving(inference, caller)
+        self.keys = Keys(ingest, caller)
 
     @classmethod
     def local(cls, data: Path | None = None) -> AsyncCodegraft:
-        """A client of the services that the environment names, else of the local stack.
+        """A client of the services that the environment names, else of the local stack, with its key.
 
         Args:
             data: data folder of the local stack; None means the default one.
@@ -82,7 +95,8 @@ class AsyncCodegraft:
         Raises:
             Unavailable: neither is there.
         """
-        return cls(Addresses.find(data))
+        addresses = Addresses.find(data)
+        return cls(addresses, access=Access.find(addresses, data))
 
     def with_timeout(self, timeout: float) -> AsyncCodegraft:
         """This client with another deadline for unary calls, over the same connections; closing one closes both.
@@ -93,7 +107,18 @@ class AsyncCodegraft:
             timeout: seconds, over all tries of a call.
         """
         other = copy.copy(self)
-        other._attach(Caller(timeout))
+        other._timeout = timeout
+        other._attach()
+        return other
+
+    def with_key(self, key: str) -> AsyncCodegraft:
+        """This client with another caller's API key or token, over the same connections; closing one closes both.
+
+        For who calls on behalf of others, as a gateway does.
+        """
+        other = copy.copy(self)
+        other._key = key
+        other._attach()
         return other
 
     async def close(self) -> None:

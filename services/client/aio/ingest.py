@@ -395,7 +395,7 @@ class Snapshots:
         It may take much longer than other calls: a deadline below ten minutes is not applied to it.
         """
         request = snapshot_pb2.CreateSnapshotRequest(parent=project_name(project), request_id=new_request_id())
-        patient = Caller(max(self._caller.timeout, SNAPSHOT_SECONDS))
+        patient = self._caller.patient(SNAPSHOT_SECONDS)
         return (await patient.unary(self._stub.CreateSnapshot, request, repeat=True)).snapshot
 
     async def get(self, name: str) -> snapshot_pb2.Snapshot:

@@ -14,6 +14,7 @@ from services.client import retry
 from services.client.streams import Stream, answer
 from services.core.errors import CodegraftError, Unavailable
 from services.core.rpc import context
+from services.core.rpc.client import AUTHORIZATION
 from services.core.rpc.status import from_rpc
 
 Request = TypeVar("Request")
@@ -43,10 +44,24 @@ class Caller:
     """Makes calls with a default deadline and turns their failures into the classes of services/core/errors.py.
 
     Within a service, calls made for a call that is being served carry its request id and trace, and end with it.
+
+    Args:
+        timeout: seconds.
+        key: API key or token; empty sends none.
     """
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, key: str = "") -> None:
         self.timeout = timeout
+        self._key = key
+
+    def patient(self, timeout: float) -> Caller:
+        """One with a deadline of at least so many seconds."""
+        return Caller(max(self.timeout, timeout), self._key)
+
+    def _metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        """What goes along: request id and trace of the call being served, and who calls."""
+        who = ((AUTHORIZATION, f"Bearer {self._key}"),) if self._key else ()
+        return (*context.outgoing(), *who)
 
     def unary(
         self, method: grpc.UnaryUnaryMultiCallable[Request, Response], request: Request, *, repeat: bool
@@ -65,7 +80,7 @@ class Caller:
         attempt = 0
         while True:
             try:
-                return method(request, timeout=timeout, metadata=context.outgoing())
+                return method(request, timeout=timeout, metadata=self._metadata())
             except grpc.RpcError as failure:
                 error = from_rpc(failure)
             pause = retry.delay(error, attempt)
@@ -94,7 +109,7 @@ class Caller:
         timeout: float | None = None,
     ) -> Stream[Item]:
         """The messages of one stream, converted; never repeated."""
-        call = method(request, timeout=context.shortened(timeout), metadata=context.outgoing())
+        call = method(request, timeout=context.shortened(timeout), metadata=self._metadata())
         return Stream(call, convert)
 
     def follow(self, method: grpc.UnaryStreamMultiCallable[Request, Response], request: Request) -> Iterator[Response]:
@@ -129,7 +144,7 @@ class Caller:
         Raises:
             CodegraftError: the class that belongs to the error's reason.
         """
-        call = method.future(requests, timeout=context.shortened(None), metadata=context.outgoing())
+        call = method.future(requests, timeout=context.shortened(None), metadata=self._metadata())
         try:
             response: Response = answer(call)
         except grpc.RpcError as failure:

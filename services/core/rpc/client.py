@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
 
 from services.core.rpc import context as call_context
+from services.core.rpc.tls import ClientFiles
+
+if TYPE_CHECKING:
+    from pydantic import SecretStr
+
+Metadata = tuple[tuple[str, str], ...]
+AUTHORIZATION = "authorization"
+"""Metadata key; its value is ``Bearer`` and an API key or a token."""
 
 DEFAULT_DEADLINE = 30.0
 """Seconds for a unary call that has no other deadline: gRPC itself would wait for ever."""
@@ -37,44 +46,77 @@ def target(address: str) -> str:
     return address if "://" in address or address.startswith(("dns:", "unix:")) else f"dns:///{address}"
 
 
-def channel(address: str) -> grpc.aio.Channel:
-    """A channel for calls from within a service: deadline, request id and trace of the call being served go along."""
-    return grpc.aio.insecure_channel(target(address), options=OPTIONS, interceptors=pass_through())
+class Identity(Protocol):
+    """What the settings say of how a service calls others."""
+
+    @property
+    def api_key(self) -> SecretStr: ...
+    @property
+    def tls_ca_file(self) -> Path | None: ...
+    @property
+    def tls_cert_file(self) -> Path | None: ...
+    @property
+    def tls_key_file(self) -> Path | None: ...
 
 
-def pass_through() -> Sequence[grpc.aio.ClientInterceptor]:
-    """Interceptors that add deadline, request id and trace to every call."""
-    return [_UnaryUnary(), _UnaryStream(), _StreamUnary()]
+def channel(address: str, identity: Identity) -> grpc.aio.Channel:
+    """A channel for calls from within a service: deadline, request id and trace of the call being served go along.
+
+    Its calls come with the service's own API key, not with that of the call being served: what they ask for, the
+    service needs for itself, and the caller may have no right to it.
+
+    Raises:
+        InvalidArgument: a file of the TLS settings cannot be read.
+    """
+    key = identity.api_key.get_secret_value()
+    adding = pass_through(((AUTHORIZATION, f"Bearer {key}"),) if key else ())
+    if identity.tls_ca_file is None:
+        return grpc.aio.insecure_channel(target(address), options=OPTIONS, interceptors=adding)
+    files = ClientFiles(identity.tls_ca_file, identity.tls_cert_file, identity.tls_key_file)
+    return grpc.aio.secure_channel(target(address), files.credentials(), options=OPTIONS, interceptors=adding)
 
 
-def _details(given: grpc.aio.ClientCallDetails, *, unary: bool) -> grpc.aio.ClientCallDetails:
+def pass_through(always: Metadata = ()) -> Sequence[grpc.aio.ClientInterceptor]:
+    """Interceptors that add deadline, request id, trace and ``always`` to every call."""
+    return [_UnaryUnary(always), _UnaryStream(always), _StreamUnary(always)]
+
+
+class _Adding:
+    def __init__(self, always: Metadata) -> None:
+        self._always = always
+
+    def details(self, given: grpc.aio.ClientCallDetails, *, unary: bool) -> grpc.aio.ClientCallDetails:
+        return _details(given, self._always, unary=unary)
+
+
+def _details(given: grpc.aio.ClientCallDetails, always: Metadata, *, unary: bool) -> grpc.aio.ClientCallDetails:
     timeout = call_context.shortened(given.timeout)
     if timeout is None and unary:
         timeout = DEFAULT_DEADLINE
     metadata = grpc.aio.Metadata(*(given.metadata or ()))
     present = set(metadata.keys())
-    for key, value in call_context.outgoing():
+    for key, value in (*call_context.outgoing(), *always):
         if key not in present:
             metadata.add(key, value)
     return grpc.aio.ClientCallDetails(given.method, timeout, metadata, given.credentials, given.wait_for_ready)
 
 
-class _UnaryUnary(grpc.aio.UnaryUnaryClientInterceptor):
+class _UnaryUnary(_Adding, grpc.aio.UnaryUnaryClientInterceptor):
     async def intercept_unary_unary(
         self, continuation: Callable[..., Any], client_call_details: grpc.aio.ClientCallDetails, request: Any
     ) -> Any:
-        return await continuation(_details(client_call_details, unary=True), request)
+        return await continuation(self.details(client_call_details, unary=True), request)
 
 
-class _UnaryStream(grpc.aio.UnaryStreamClientInterceptor):
+class _UnaryStream(_Adding, grpc.aio.UnaryStreamClientInterceptor):
     async def intercept_unary_stream(
         self, continuation: Callable[..., Any], client_call_details: grpc.aio.ClientCallDetails, request: Any
     ) -> Any:
-        return await continuation(_details(client_call_details, unary=False), request)
+        return await continuation(self.details(client_call_details, unary=False), request)
 
 
-class _StreamUnary(grpc.aio.StreamUnaryClientInterceptor):
+class _StreamUnary(_Adding, grpc.aio.StreamUnaryClientInterceptor):
     async def intercept_stream_unary(
         self, continuation: Callable[..., Any], client_call_details: grpc.aio.ClientCallDetails, request_iterator: Any
     ) -> Any:
-        return await continuation(_details(client_call_details, unary=False), request_iterator)
+        return await continuation(self.details(client_call_details, unary=False), request_iterator)

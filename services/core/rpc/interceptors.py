@@ -1,8 +1,9 @@
-"""What every call of every service goes through: ids, deadline, one log line, and errors made into statuses."""
+"""What every call of every service goes through: ids, deadline, the gate, one log line, errors made into statuses."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn, TypeAlias
@@ -12,6 +13,8 @@ import structlog
 from grpc_status import rpc_status
 
 from services.core import log
+from services.core.auth.caller import ANYBODY, set_current
+from services.core.auth.gate import Gate
 from services.core.errors import CodegraftError, InternalError, ShuttingDown
 from services.core.rpc import context as call_context
 from services.core.rpc.status import grpc_code, to_status
@@ -26,9 +29,14 @@ _CODES = {int(code.value[0]): code for code in grpc.StatusCode}
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every handler; see the module's docstring."""
+    """Wraps every handler; see the module's docstring.
 
-    def __init__(self) -> None:
+    Args:
+        gate: says who calls, and whether it may; None lets everybody do everything.
+    """
+
+    def __init__(self, gate: Gate | None = None) -> None:
+        self._gate = gate or Gate(None)
         self._watches: set[asyncio.Task[Any]] = set()
         self._draining = False
 
@@ -58,7 +66,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 else grpc.unary_unary_rpc_method_handler
             )
             inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
-            behaviour = _unary(method, metadata, inner)
+            behaviour = self._unary(method, metadata, inner)
         wrapped: Handler = kind(
             behaviour,
             request_deserializer=handler.request_deserializer,
@@ -82,7 +90,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         # Writing to the context, where grpc would also take an async generator: a call that is cancelled while grpc
         # writes would leave a generator, and the handler in it, to the garbage collector.
         async def behaviour(request: Any, context: Context) -> None:
-            call = _Call(method, metadata, context)
+            call = _Call(method, metadata, context, self._gate)
             task = asyncio.current_task()
             if is_watch and task is not None:
                 self._watches.add(task)
@@ -91,16 +99,21 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             try:
                 if is_watch and self._draining:
                     raise ShuttingDown("this replica is shutting down", hint="Watch again.")
-                await call.greet()
-                responses = inner(request, context)
-                if hasattr(responses, "__aiter__"):
-                    async for response in responses:
-                        await context.write(response)
-                else:
-                    await responses  # a handler that writes to the context itself (health)
+                request = await call.admit(request)
+                with contextlib.ExitStack() as while_streaming:
+                    if task is not None:
+                        while_streaming.enter_context(self._gate.holding(call.caller, task.cancel))
+                    responses = inner(request, context)
+                    if hasattr(responses, "__aiter__"):
+                        async for response in responses:
+                            await context.write(response)
+                    else:
+                        await responses  # a handler that writes to the context itself (health)
             except asyncio.CancelledError:
                 if is_watch and self._draining:
                     await call.failed(ShuttingDown("this replica is shutting down", hint="Watch again."))
+                if (ended := self._gate.why_ended(call.caller)) is not None:
+                    await call.failed(ended)
                 call.cancelled()
                 raise
             except Exception as error:
@@ -112,30 +125,31 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         return behaviour
 
+    def _unary(self, method: str, metadata: dict[str, Any], inner: Any) -> Any:
+        async def behaviour(request: Any, context: Context) -> Any:
+            call = _Call(method, metadata, context, self._gate)
+            try:
+                response = await inner(await call.admit(request), context)
+            except asyncio.CancelledError:
+                call.cancelled()
+                raise
+            except Exception as error:
+                await call.failed(error)
+            call.ended()
+            return response
 
-def _unary(method: str, metadata: dict[str, Any], inner: Any) -> Any:
-    async def behaviour(request: Any, context: Context) -> Any:
-        call = _Call(method, metadata, context)
-        try:
-            await call.greet()
-            response = await inner(request, context)
-        except asyncio.CancelledError:
-            call.cancelled()
-            raise
-        except Exception as error:
-            await call.failed(error)
-        call.ended()
-        return response
-
-    return behaviour
+        return behaviour
 
 
 class _Call:
     """One call on its way: bound ids, its clock, its end. Nothing is unbound: grpc gives every call a task."""
 
-    def __init__(self, method: str, metadata: dict[str, Any], context: Context) -> None:
+    def __init__(self, method: str, metadata: dict[str, Any], context: Context, gate: Gate) -> None:
         self.method = method
         self.context = context
+        self.caller = ANYBODY
+        self._gate = gate
+        self._metadata = metadata
         self.began = time.monotonic()
         self.request_id = call_context.accept_request_id(str(metadata.get(call_context.REQUEST_ID, "")))
         call_context.request_id.set(self.request_id)
@@ -148,9 +162,16 @@ class _Call:
         self._identity = ((call_context.REQUEST_ID, self.request_id),)
         context.set_trailing_metadata(self._identity)
 
-    async def greet(self) -> None:
-        """Tells the caller its request id before the handler starts, so that it is known while a stream runs."""
+    async def admit(self, request: Any) -> Any:
+        """The request, when its caller may make it.
+
+        The caller is told its request id before anything else happens, so that it is known while a stream runs.
+        """
         await self.context.send_initial_metadata(self._identity)
+        self.caller = await self._gate.identify(self.method, self._metadata)
+        set_current(self.caller)
+        structlog.contextvars.bind_contextvars(caller=self.caller.subject)
+        return await self._gate.admit(self.caller, self.method, request)
 
     def ended(self, code: grpc.StatusCode | None = None, reason: str = "", message: str = "") -> None:
         """The call's one log line; without a code, the one that the handler set, else OK."""

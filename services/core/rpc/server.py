@@ -13,9 +13,12 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from services.core import log
+from services.core.auth.gate import Gate
 from services.core.config import CoreSettings
 from services.core.errors import Unavailable
+from services.core.rpc import tls
 from services.core.rpc.interceptors import CallInterceptor
+from services.core.state import StateStore
 
 Registration = tuple[Callable[[Any, grpc.aio.Server], None], Any, str]
 """(add_<Service>Servicer_to_server, the servicer, the service's full name)."""
@@ -47,6 +50,7 @@ async def serve(
     settings: CoreSettings,
     services: Sequence[Registration],
     *,
+    keys: StateStore | None = None,
     background: Sequence[Background] = (),
     ready: Callable[[str], None] | None = None,
 ) -> None:
@@ -56,14 +60,17 @@ async def serve(
     Args:
         settings: where to listen, and how long running calls may go on after the signal.
         services: what to serve; each has its own health entry, and "" stands for all.
+        keys: the bucket of the API keys; needed unless the settings have authentication off.
         background: work beside the server (workers, followers), on which no running call may depend. When one
             fails, the process ends with its error: a service that only looks alive is worse than one that is restarted.
         ready: called with the bound address once calls are answered.
 
     Raises:
         Unavailable: the address cannot be bound.
+        InvalidArgument: the settings of authentication or TLS cannot be used.
     """
-    calls = CallInterceptor()
+    gate = Gate.of(settings, keys)
+    calls = CallInterceptor(gate)
     server = grpc.aio.server(interceptors=[calls], options=_OPTIONS)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
@@ -71,10 +78,10 @@ async def serve(
         add(servicer, server)
     names = [name for _, _, name in services]
     reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
-    address = _bind(server, settings.listen)
+    address = _bind(server, settings)
     await server.start()
     stopped = _stop_signal()
-    tasks = [asyncio.create_task(make()) for make in background]
+    tasks = [asyncio.create_task(make()) for make in (gate.run, *background)]
     for name in ("", *names):
         await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
     logger.info("serving", address=address, services=names)
@@ -104,10 +111,11 @@ async def serve(
         logger.info("stopped")
 
 
-def _bind(server: grpc.aio.Server, listen: str) -> str:
+def _bind(server: grpc.aio.Server, settings: CoreSettings) -> str:
+    listen, credentials = settings.listen, tls.server_credentials(settings)
     host = listen.rpartition(":")[0]
     try:
-        port = server.add_insecure_port(listen)
+        port = server.add_secure_port(listen, credentials) if credentials else server.add_insecure_port(listen)
     except RuntimeError as error:
         raise Unavailable(
             f"cannot listen on {listen}: {error}",

@@ -23,8 +23,10 @@ from services.core.errors import (
     InvalidArgument,
     NotFound,
     NotSupported,
+    PermissionDenied,
     ResourceExhausted,
     ResourceExists,
+    Unauthenticated,
     Unavailable,
     by_reason,
 )
@@ -41,6 +43,8 @@ _GENERAL: dict[grpc.StatusCode, type[CodegraftError]] = {
     grpc.StatusCode.OUT_OF_RANGE: InvalidArgument,
     grpc.StatusCode.UNIMPLEMENTED: NotSupported,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
 }
 """What a status becomes whose reason says nothing to us: the transport's own, a proxy's, a newer server's. The other
 codes become InternalError."""

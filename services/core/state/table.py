@@ -120,7 +120,13 @@ class Table(Generic[M]):
             raise _changed(name) from None
 
     async def page(
-        self, parent: str, page_size: int, page_token: str, *, newest_first: bool = False
+        self,
+        parent: str,
+        page_size: int,
+        page_token: str,
+        *,
+        newest_first: bool = False,
+        where: Callable[[M], bool] = lambda message: True,
     ) -> tuple[list[M], str]:
         """One page of the records under ``parent``, and the token of the next page (empty at the end).
 
@@ -131,6 +137,7 @@ class Table(Generic[M]):
             page_size: 0 means 50; more than 1,000 means 1,000.
             page_token: empty for the first page.
             newest_first: by ``create_time`` (the message's own or its status's), newest first; else by name.
+            where: chooses the records that the caller may see.
 
         Raises:
             InvalidPageSize: below zero.
@@ -148,7 +155,7 @@ class Table(Generic[M]):
             return (-_created(message) if newest_first else 0, cast(Any, message).name)
 
         messages = sorted(await self.all(parent.rstrip("/") + "/" if parent else ""), key=place)
-        rest = [message for message in messages if last is None or place(message) > last]
+        rest = [message for message in messages if where(message) and (last is None or place(message) > last)]
         page = rest[:size]
         return page, _token(scope, place(page[-1])) if len(rest) > size else ""
 

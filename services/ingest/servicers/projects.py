@@ -10,6 +10,7 @@ import grpc
 from codegraft.ingest.v1 import project_pb2 as pb
 from codegraft.ingest.v1.project_pb2_grpc import ProjectServiceServicer
 from services.core import names
+from services.core.auth.caller import current
 from services.core.errors import InvalidArgument, NotFound, ProjectNotEmpty, ResourceExists
 from services.core.masks import Masks
 from services.ingest.records import Tables, same_request
@@ -48,7 +49,10 @@ class ProjectServicer(ProjectServiceServicer):
         return pb.GetProjectResponse(project=await self._tables.known(request.name, "name"))
 
     async def ListProjects(self, request: pb.ListProjectsRequest, context: Context) -> pb.ListProjectsResponse:
-        found, token = await self._tables.projects.page("", request.page_size, request.page_token)
+        caller = current()
+        found, token = await self._tables.projects.page(
+            "", request.page_size, request.page_token, where=lambda each: caller.covers(frozenset({each.name}))
+        )
         return pb.ListProjectsResponse(projects=found, next_page_token=token)
 
     async def UpdateProject(self, request: pb.UpdateProjectRequest, context: Context) -> pb.UpdateProjectResponse:

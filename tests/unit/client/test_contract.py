@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from google.protobuf import descriptor_pool
 
+from codegraft.access.v1 import access_pb2
 from codegraft.inference.v1 import completion_pb2, serving_pb2
 from codegraft.ingest.v1 import credential_pb2, project_pb2, source_pb2
 from codegraft.trainer.v1.adapter_pb2 import DownloadCheckpointResponse, DownloadHeader
@@ -22,7 +23,7 @@ SERVICES = [
     "ingest.v1.ProjectService", "ingest.v1.SourceService", "ingest.v1.UploadService", "ingest.v1.SnapshotService",
     "ingest.v1.CredentialService",
     "scanner.v1.ScanService", "trainer.v1.RunService", "trainer.v1.ModelService", "trainer.v1.AdapterService",
-    "inference.v1.CompletionService", "inference.v1.ServingService",
+    "inference.v1.CompletionService", "inference.v1.ServingService", "access.v1.AccessService",
 ]  # fmt: skip
 P, S, R = "projects/p", "projects/p/scans/s", "projects/p/runs/r"
 ADAPTER = Path(tempfile.mkdtemp())
@@ -72,6 +73,10 @@ CALLS: list[Callable[[Any], Any]] = [
     lambda c: c.serving.approve("p", f"{R}/checkpoints/1"),
     lambda c: c.serving.load(f"{R}/checkpoints/1"),
     lambda c: c.serving.unload(f"{R}/checkpoints/1"),
+    lambda c: c.keys.create(access_pb2.ROLE_READER, projects=["p"]),
+    lambda c: c.keys.rotate("k"),
+    lambda c: c.keys.revoke("k"),
+    lambda c: c.keys.whoami(),
 ]
 ITERATIONS: list[Callable[[Any], Any]] = [
     lambda c: c.projects.list(),
@@ -95,6 +100,7 @@ ITERATIONS: list[Callable[[Any], Any]] = [
     lambda c: c.completions.models(),
     lambda c: c.serving.watch("p"),
     lambda c: c.serving.adapters(),
+    lambda c: c.keys.list(),
 ]
 
 
@@ -128,6 +134,7 @@ GROUPS = [
     "models",
     "completions",
     "serving",
+    "keys",
 ]
 
 

@@ -1,0 +1,108 @@
+"""What each service may do at NATS and at the object store: one table, from which the servers' own rules are made.
+
+``python -m services.cli.local.permissions`` prints the NATS part for the configuration of a cluster, with
+``$INGEST_PASSWORD`` and so on in place of passwords.
+
+A service publishes to its own bucket and its own events, takes jobs of its own kinds, reads the API keys and all
+events, and gets answers in an inbox of its own. What no rule of NATS can see: a service may have messages of its
+streams sent to any subject, so one that was taken over could still disturb others; it cannot read their buckets.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+API = "$JS.API"
+KEYS = "KV_access"
+"""Stream of the bucket with the API keys, which ingest writes and everybody reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What one service does."""
+
+    jobs: tuple[str, ...] = ()
+    """Kinds of jobs that it queues and takes."""
+    writes_keys: bool = False
+    writes_objects: bool = True
+
+
+SERVICES: dict[str, Service] = {
+    "ingest": Service(writes_keys=True),
+    "scanner": Service(jobs=("scan", "scan-part")),
+    "trainer": Service(jobs=("run",)),
+    "inference": Service(writes_objects=False),
+}
+
+CALLS = {"trainer": "reader", "inference": "contributor"}
+"""Services that call others, and the role of their API keys: the trainer asks for the newest dataset; inference for
+projects and best checkpoints, and has those kept that it serves."""
+
+
+def publish(name: str) -> list[str]:
+    """Subjects that the service of that name may publish to, requests to JetStream among them."""
+    service, own = SERVICES[name], f"KV_{name}"
+    subjects = [f"$KV.{name}.>", f"codegraft.{name}.>"]
+    if service.writes_keys:
+        subjects.append("$KV.access.>")
+    for stream in (own, KEYS, "EVENTS"):
+        subjects += [
+            # An existing stream is not changed by this request.
+            f"{API}.STREAM.CREATE.{stream}",
+            f"{API}.STREAM.INFO.{stream}",
+            f"{API}.CONSUMER.CREATE.{stream}",
+            f"{API}.CONSUMER.CREATE.{stream}.>",
+            f"{API}.CONSUMER.DELETE.{stream}.*",
+            f"$JS.FC.{stream}.>",
+        ]
+    subjects += [f"{API}.STREAM.MSG.GET.{stream}" for stream in (own, KEYS)]
+    if service.jobs:
+        subjects += [f"{API}.STREAM.CREATE.{stream}" for stream in ("JOBS", "JOBS_DEAD")]
+    for kind in service.jobs:
+        workers = f"JOBS.workers-{kind}"
+        subjects += [
+            f"jobs.{kind}.>",
+            f"dead.{kind}.>",
+            f"{API}.CONSUMER.DURABLE.CREATE.{workers}",
+            f"{API}.CONSUMER.INFO.{workers}",
+            f"{API}.CONSUMER.MSG.NEXT.{workers}",
+            f"$JS.ACK.{workers}.>",
+        ]
+    return subjects
+
+
+def subscribe(name: str) -> list[str]:
+    """Subjects that it may subscribe to: its own inbox, through which also streams come."""
+    return [f"_INBOX.{name}.>"]
+
+
+def nats_users(passwords: Mapping[str, str]) -> str:
+    """The services as users in nats-server's configuration, one a line.
+
+    Args:
+        passwords: by service; what begins with $ is a variable of the configuration.
+    """
+    return "\n".join(
+        f"{{user: {name}, password: {_value(password)}, permissions: {{"
+        f"publish: {{allow: {json.dumps(publish(name))}}}, subscribe: {{allow: {json.dumps(subscribe(name))}}}}}}}"
+        for name, password in passwords.items()
+    )
+
+
+def s3_actions(name: str, bucket: str) -> list[str]:
+    """What the service may do in the bucket, in the words of SeaweedFS."""
+    reading = [f"Read:{bucket}", f"List:{bucket}"]
+    if SERVICES[name].writes_objects:
+        return [*reading, f"Write:{bucket}"]
+    # Where every process proves at its start that the server keeps conditions (services/core/store/s3.py).
+    return [*reading, f"Write:{bucket}/.codegraft/*"]
+
+
+def _value(password: str) -> str:
+    return password if password.startswith("$") else json.dumps(password)
+
+
+if __name__ == "__main__":
+    print(nats_users({name: f"${name.upper()}_PASSWORD" for name in SERVICES}))
