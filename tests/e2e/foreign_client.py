@@ -1,7 +1,7 @@
 """A client that the services did not write: it learns the contract by gRPC reflection and makes its own stubs of it.
 
 Run as a process of its own with a JSON file: {"addresses": {"ingest": "host:port", …}, "bundle": path, "archive": path,
-"held_out": path, "out": path}. It takes the whole way from an empty project to a swapped adapter and writes what it saw
+"held_out": path, "key": API key, "out": path}. It takes the whole way from an empty project to a swapped adapter and writes what it saw
 to "out". It imports nothing of Codegraft.
 """
 
@@ -27,6 +27,24 @@ from grpc_tools import protoc
 
 CHUNK = 1 << 20
 MINUTE = 60.0
+
+
+class Authorized(
+    grpc.UnaryUnaryClientInterceptor,
+    grpc.UnaryStreamClientInterceptor,
+    grpc.StreamUnaryClientInterceptor,
+    grpc.StreamStreamClientInterceptor,
+):
+    """Sends the API key with every call."""
+
+    def __init__(self, key: str) -> None:
+        self.header = ("authorization", f"Bearer {key}")
+
+    def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
+        metadata = [*(details.metadata or ()), self.header]
+        return continuation(details._replace(metadata=metadata), request)
+
+    intercept_unary_stream = intercept_stream_unary = intercept_stream_stream = intercept_unary_unary
 
 
 def reflected_files(channel: grpc.Channel) -> dict[str, descriptor_pb2.FileDescriptorProto]:
@@ -91,7 +109,10 @@ class WholePath:
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
         self.seen: dict[str, Any] = {}
-        self.channels = {name: grpc.insecure_channel(address) for name, address in config["addresses"].items()}
+        self.channels = {
+            name: grpc.intercept_channel(grpc.insecure_channel(address), Authorized(config["key"]))
+            for name, address in config["addresses"].items()
+        }
         folder = Path(tempfile.mkdtemp(prefix="stubs-", dir=Path(config["out"]).parent))
         make_stubs(self.channels, folder)
 

@@ -87,7 +87,8 @@ def test_up_status_restart_down(data: Path) -> None:
             if connection.status == psutil.CONN_LISTEN:
                 assert is_loopback(connection.laddr.ip), f"{process} listens on {connection.laddr}"
         secret = json.loads((data / "credentials.json").read_text())
-        for value in (secret["nats_password"], secret["s3_secret_key"]):
+        services = [value for each in secret["services"].values() for value in each.values()]
+        for value in (secret["nats_password"], secret["s3_secret_key"], secret["api_key"], *services):
             assert value not in " ".join(process.cmdline()), "a secret on a command line is a secret in `ps`"
     assert stat.S_IMODE((data / "credentials.json").stat().st_mode) == 0o600
 
@@ -98,6 +99,8 @@ def test_up_status_restart_down(data: Path) -> None:
 
     environment = {**os.environ, "CODEGRAFT_DATA": str(data)}
     create = [*CODEGRAFT, "project", "create", "acme", "--json"]
+    stranger = {**environment, "CODEGRAFT_API_KEY": "cg_local_" + "x" * 43}
+    assert subprocess.run(create, env=stranger, timeout=60, check=False).returncode == 6, "authentication is on"
     assert subprocess.run(create, env=environment, timeout=60, check=False).returncode == 0
 
     codegraft("down", data=data)

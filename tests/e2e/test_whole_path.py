@@ -54,13 +54,14 @@ def make_archive(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Addresses of the four services of a stack of its own."""
+    """Addresses of the four services of a stack of its own, and its operator's key."""
     data = tmp_path_factory.mktemp("stack")
     command = [*CODEGRAFT, "up", "--detach", "--json", "--data", str(data)]
     up = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     try:
         assert up.returncode == 0, up.stdout + up.stderr
-        yield {service["name"]: service["address"] for service in json.loads(up.stdout)["services"]}
+        addresses = {service["name"]: service["address"] for service in json.loads(up.stdout)["services"]}
+        yield addresses | {"key": json.loads((data / "credentials.json").read_text())["api_key"]}
     finally:
         subprocess.run([*CODEGRAFT, "down", "--data", str(data)], check=True, timeout=60)
 
@@ -74,6 +75,7 @@ def seen(stack: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dic
         "bundle": str(make_bundle(folder)),
         "archive": str(make_archive(folder)),
         "held_out": str(package() / "commonconfig.py"),
+        "key": stack["key"],
         "out": str(folder / "seen.json"),
     }
     (folder / "config.json").write_text(json.dumps(config))

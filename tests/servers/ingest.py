@@ -14,6 +14,7 @@ from cryptography.fernet import Fernet
 from codegraft.ingest.v1 import source_pb2
 from services.client import Addresses, AsyncCodegraft
 from services.core import errors
+from services.core.auth.gate import Gate
 from services.core.rpc.interceptors import CallInterceptor
 from services.core.runtime import Runtime
 from services.core.store import MemoryStore
@@ -25,9 +26,9 @@ PROJECT = "demo"
 
 
 @contextlib.asynccontextmanager
-async def serving(ingest: Ingest) -> AsyncIterator[AsyncCodegraft]:
+async def serving(ingest: Ingest, gate: Gate | None = None) -> AsyncIterator[AsyncCodegraft]:
     """Serves and fetches until the block ends."""
-    server = grpc.aio.server(interceptors=[CallInterceptor()])
+    server = grpc.aio.server(interceptors=[CallInterceptor(gate)])
     for add, servicer, _ in ingest.services:
         add(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")

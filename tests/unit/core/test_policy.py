@@ -2,65 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from google.protobuf import descriptor_pool, message_factory
-from google.protobuf.descriptor import FieldDescriptor, MethodDescriptor
-from grpc_health.v1 import health_pb2  # noqa: F401  # registers its service
-from grpc_reflection.v1alpha import reflection_pb2  # noqa: F401
+from google.protobuf.descriptor import FieldDescriptor
 
-import codegraft
 from services.core.auth import policy
 from services.core.auth.caller import Caller, Role
-from services.core.auth.policy import POLICY, Rule
+from services.core.auth.policy import Rule
 from services.core.errors import PermissionDenied
+from tests.rpcs import METHODS, NAMED, RULES, named, request
 
 MINE, OTHER = "projects/mine", "projects/other"
 BELOW = ["", "/sources/s", "/snapshots/latest", "/datasets/0a", "/runs/r", "/runs/r/checkpoints/best", "/scans/s"]
 
 
-def methods() -> dict[str, MethodDescriptor]:
-    """Every RPC that the contract has, and those of health and reflection."""
-    root = next(iter(codegraft.__path__))
-    files = [
-        importlib.import_module(".".join(["codegraft", *path.relative_to(root).with_suffix("").parts])).DESCRIPTOR
-        for path in sorted(Path(root).rglob("*_pb2.py"))
-    ]
-    pool = descriptor_pool.Default()
-    services = [service for file in files for service in file.services_by_name.values()]
-    services += [pool.FindServiceByName(name) for name in POLICY if name.startswith("grpc.")]
-    return {f"/{service.full_name}/{method.name}": method for service in services for method in service.methods}
-
-
-METHODS = methods()
-RULES = {f"/{service}/{name}": rule for service, rules in POLICY.items() for name, rule in rules.items()}
-NAMED = {method: rule for method, rule in RULES.items() if rule.fields}
-
-
 def caller(role: Role = Role.OPERATOR, *projects: str) -> Caller:
     return Caller("keys/k", role, frozenset(projects or [MINE]))
-
-
-def request(method: str, values: dict[str, str]) -> Any:
-    """The request of the method with these fields."""
-    made = message_factory.GetMessageClass(METHODS[method].input_type)()
-    for path, value in values.items():
-        holder, (*parts, last) = made, path.split(".")
-        for part in parts:
-            holder = getattr(holder, part)
-        setattr(holder, last, value)
-    return made
-
-
-def named(method: str, project: str, path: str, below: str = "") -> dict[str, str]:
-    """The field of that path, naming something of the project."""
-    if path.startswith("projects/{"):
-        return {path.removeprefix("projects/{").removesuffix("}"): project.removeprefix("projects/")}
-    return {path: project + below}
 
 
 def test_every_rpc_has_a_rule_and_every_rule_an_rpc() -> None:
