@@ -1,8 +1,8 @@
 """A client that the services did not write: it learns the contract by gRPC reflection and makes its own stubs of it.
 
 Run as a process of its own with a JSON file: {"addresses": {"ingest": "host:port", …}, "bundle": path, "archive": path,
-"held_out": path, "key": API key, "out": path}. It takes the whole way from an empty project to a swapped adapter and writes what it saw
-to "out". It imports nothing of Codegraft.
+"held_out": path, "key": API key, "out": path}. It takes the whole way from an empty project to a swapped adapter and
+writes what it saw to "out". It imports nothing of Codegraft.
 """
 
 from __future__ import annotations

@@ -1,0 +1,180 @@
+"""What each service may do at the real NATS and the real object store: its own part, and nothing of the others'."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from minio import Minio
+from minio.error import S3Error
+
+from codegraft.event.v1.events_pb2 import RunChanged
+from services.cli.local import nats, permissions, ports, s3
+from services.core import nats_connection
+from services.core.auth.keyring import BUCKET
+from services.core.errors import StateUnavailable, StoreUnavailable
+from services.core.events.nats import NatsBus
+from services.core.jobs.nats import NatsQueue
+from services.core.nats_connection import NatsConnection
+from services.core.state.nats import NatsState
+from services.core.store.s3 import S3Address, S3Store
+
+PASSWORDS = {name: f"password-of-{name}" for name in permissions.SERVICES}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server with every service as a user."""
+    folder, port = tmp_path_factory.mktemp("nats"), ports.choose(["nats"], {})["nats"]
+    child = nats.start(folder, log=folder / "log", port=port, user="admin", password="secret", services=PASSWORDS)
+    yield f"nats://{ports.HOST}:{port}"
+    child.stop(nats.GRACE)
+
+
+@pytest.fixture
+async def connections(server: str) -> Any:
+    """One connection for each service."""
+    opened = {name: await nats_connection.connect(server, user=name, password=word) for name, word in PASSWORDS.items()}
+    yield opened
+    for connection in opened.values():
+        await connection.close()
+
+
+def hasty(connection: NatsConnection) -> NatsConnection:
+    """Gives up a request soon: the server drops what is not permitted, and answers nothing."""
+    connection.js._timeout = 0.08
+    return connection
+
+
+async def test_a_service_does_all_that_it_does(connections: dict[str, NatsConnection]) -> None:
+    for name, connection in connections.items():
+        state = NatsState(connection, name)
+        revision = await state.create("projects/p/things/t", b"1")
+        revision = await state.update("projects/p/things/t", b"2", revision)
+        assert [entry.value for entry in await state.list("projects/p")] == [b"2"]
+        async with asyncio.timeout(5):
+            async for entry in state.watch():
+                assert entry.revision == revision
+                break
+        await state.delete("projects/p/things/t", revision)
+        await NatsBus(connection, name).publish(f"codegraft.{name}.thing.made.v1", "s", RunChanged(), id=f"{name}-1")
+        queue = NatsQueue(connection)
+        for kind in permissions.SERVICES[name].jobs:
+            await queue.submit(kind, "projects/p/jobs/j")
+            taken = await queue.take(kind, 5)
+            assert taken is not None and taken.name == "projects/p/jobs/j"
+            await taken.in_progress()
+            await taken.dead_letter("enough")
+
+
+async def test_keys_are_written_by_ingest_and_read_by_all(connections: dict[str, NatsConnection]) -> None:
+    await NatsState(connections["ingest"], BUCKET).create("StoredKey/keys/k", b"key")
+    for name, connection in connections.items():
+        state = NatsState(connection, BUCKET)
+        assert [entry.key for entry in await state.list()] == ["StoredKey/keys/k"]
+        async with asyncio.timeout(5):
+            async for entry in state.watch():
+                assert entry.value == b"key"
+                break
+        if name != "ingest":
+            hasty(connection)
+            for attempt in (state.create("StoredKey/keys/mine", b"x"), state.delete("StoredKey/keys/k")):
+                with pytest.raises(StateUnavailable):
+                    await attempt
+    assert len(await NatsState(connections["ingest"], BUCKET).list()) == 1
+
+
+async def test_events_are_read_by_all_and_published_by_their_own(connections: dict[str, NatsConnection]) -> None:
+    listening = aiter(NatsBus(connections["inference"], "inference").subscribe("codegraft.trainer.run.changed.v1"))
+    heard = asyncio.ensure_future(anext(listening))
+    await asyncio.sleep(0.3)
+    with pytest.raises(StateUnavailable):
+        await NatsBus(hasty(connections["inference"]), "x").publish(
+            "codegraft.trainer.run.changed.v1", "projects/p", RunChanged(), id="forged"
+        )
+    await NatsBus(connections["trainer"], "trainer").publish(
+        "codegraft.trainer.run.changed.v1", "projects/p", RunChanged(), id="true"
+    )
+    assert (await asyncio.wait_for(heard, 5)).id == "true"
+    await listening.aclose()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", permissions.SERVICES)
+async def test_no_service_reaches_into_another(connections: dict[str, NatsConnection], name: str) -> None:
+    mine = hasty(connections[name])
+    for other in permissions.SERVICES.keys() - {name}:
+        await NatsState(connections[other], other).list()  # makes the bucket
+        state = NatsState(mine, other)
+        for attempt in (state.create("projects/p/x", b"x"), state.list()):
+            with pytest.raises(StateUnavailable):
+                await attempt
+        for kind in permissions.SERVICES[other].jobs:
+            for attempt in (NatsQueue(mine).submit(kind, "projects/p/j"), NatsQueue(mine).take(kind, 0.2)):
+                with pytest.raises(StateUnavailable):
+                    await attempt
+        for request in (f"STREAM.DELETE.KV_{other}", f"STREAM.PURGE.KV_{other}", f"STREAM.UPDATE.KV_{other}"):
+            with pytest.raises(TimeoutError):
+                await mine.client.request(f"$JS.API.{request}", b"{}", timeout=0.1)
+    heard: list[Any] = []
+
+    async def hear(message: Any) -> None:
+        heard.append(message)
+
+    for subject in (">", "_INBOX.>", "$KV.>", "$JS.API.>"):
+        await mine.client.subscribe(subject, cb=hear)
+    other = "trainer" if name != "trainer" else "ingest"
+    await NatsState(connections[other], other).list()
+    await asyncio.sleep(0.1)
+    assert heard == []
+
+
+def test_a_wrong_password_does_not_come_in(server: str) -> None:
+    with pytest.raises(StateUnavailable):
+        asyncio.run(
+            nats_connection.connect(server, user="ingest", password=PASSWORDS["trainer"], patience=timedelta(seconds=2))
+        )
+
+
+def test_the_object_store_lets_each_service_do_its_own(tmp_path: Path) -> None:
+    keys = {name: (f"ACCESS{number:014d}", f"secret-of-{name}") for number, name in enumerate(permissions.SERVICES)}
+    port = ports.choose(["s3"], {})["s3"]
+    server = s3.start(
+        tmp_path / "data", log=tmp_path / "log", port=port, access_key="A" * 20, secret_key="b" * 40, services=keys
+    )
+    try:
+        endpoint = f"{ports.HOST}:{port}"
+        assert (tmp_path / "data" / s3.IDENTITIES).stat().st_mode & 0o777 == 0o600
+        for name, (access, secret) in keys.items():
+            asyncio.run(_start_as_a_service(S3Address(endpoint, "codegraft", access, secret)))
+            client = Minio(endpoint, access_key=access, secret_key=secret, secure=False)
+            attempts: list[Any] = [
+                lambda client=client: client.put_object("codegraft", "blobs/x", io.BytesIO(b"x"), 1),
+                lambda client=client: client.remove_object("codegraft", "blobs/x"),
+            ]
+            for attempt in attempts:
+                if permissions.SERVICES[name].writes_objects:
+                    attempt()
+                else:
+                    with pytest.raises(S3Error, match="AccessDenied"):
+                        attempt()
+            with pytest.raises(S3Error, match="AccessDenied"):
+                client.make_bucket("another")
+        with pytest.raises(StoreUnavailable):
+            asyncio.run(_start_as_a_service(S3Address(endpoint, "codegraft", keys["ingest"][0], "wrong")))
+    finally:
+        server.stop(s3.GRACE)
+
+
+async def _start_as_a_service(address: S3Address) -> None:
+    store = S3Store(address)
+    try:
+        await store.prepare()
+        await store.check()
+        assert [key async for key in store.list("blobs/")] == []
+    finally:
+        store.close()
