@@ -53,6 +53,8 @@ class Issuer:
             async with self._lock:
                 if self._may_refresh():
                     await self._refresh()
+        if not self._keys:
+            raise Unavailable("the tokens' issuer does not answer", retry_after=_REFRESH)
         try:
             return self._keys[id]
         except KeyError:
@@ -65,10 +67,8 @@ class Issuer:
         try:
             found = await asyncio.to_thread(self._fetch)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, jwt.PyJWTError) as error:
-            logger.warning("the issuer's keys cannot be read", issuer=self.name, error=str(error))
-            if not self._keys:
-                raise Unavailable("the tokens' issuer does not answer", retry_after=1.0) from None
             # The keys that are known go on counting: the issuer's outage is none of ours.
+            logger.warning("the issuer's keys cannot be read", issuer=self.name, error=str(error))
         else:
             self._keys = found
         self._read = time.monotonic()
