@@ -54,7 +54,7 @@ class Issuer:
                 if self._may_refresh():
                     await self._refresh()
         if not self._keys:
-            raise Unavailable("the tokens' issuer does not answer", retry_after=_REFRESH)
+            raise Unavailable("the tokens' issuer does not answer", retry_after=1.0)
         try:
             return self._keys[id]
         except KeyError:
