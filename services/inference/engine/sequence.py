@@ -149,8 +149,13 @@ class Sequence:
 
     @property
     def root(self) -> bytes:
-        """Stands for its weights, so that it never finds keys and values of others."""
-        return b"base" if self.adapter is None else hashlib.sha256(self.adapter.digest.encode()).digest()
+        """Stands for its project and its weights, so that it never finds keys and values of others.
+
+        Of another project not even those of the base model: how soon its prompt is through, and how much of it was
+        cached, would tell it what the other one has asked.
+        """
+        weights = "" if self.adapter is None else self.adapter.digest
+        return hashlib.sha256(f"{self.project}\0{weights}".encode()).digest()
 
     @property
     def capacity(self) -> int:

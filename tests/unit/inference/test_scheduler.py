@@ -95,6 +95,17 @@ def test_a_known_beginning_is_not_computed_again() -> None:
     assert (scheduler.cached_tokens, scheduler.prompt_tokens) == (192, 325)
 
 
+def test_a_project_finds_nothing_of_another_one_in_the_cache() -> None:
+    scheduler = Scheduler(Limits())
+    found = []
+    for project in ("projects/a", "projects/b", "projects/a", "projects/b", ""):
+        sequence = make(40, 1, project=project)
+        scheduler.submit(sequence)
+        compute(scheduler, scheduler.plan(0))
+        found.append(sequence.cached)
+    assert found == [0, 0, 32, 32, 0]
+
+
 def test_only_what_was_computed_is_found() -> None:
     scheduler = Scheduler(Limits(step_tokens=20))
     first = make(64, 1)
