@@ -76,6 +76,7 @@ def stage(**settings: str) -> Iterator[Stage]:
         environment = {
             **os.environ,
             "CODEGRAFT_LISTEN": address,
+            "CODEGRAFT_AUTH": "off",
             "CODEGRAFT_CACHE_DIR": str(folder / "cache"),
             "CODEGRAFT_NATS_URL": f"nats://{ports.HOST}:{chosen['nats']}",
             "CODEGRAFT_NATS_USER": "bench",
