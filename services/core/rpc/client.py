@@ -59,18 +59,21 @@ class Identity(Protocol):
     def tls_key_file(self) -> Path | None: ...
 
 
-def channel(address: str, identity: Identity) -> grpc.aio.Channel:
+def channel(address: str, identity: Identity | None = None) -> grpc.aio.Channel:
     """A channel for calls from within a service: deadline, request id and trace of the call being served go along.
 
     Its calls come with the service's own API key, not with that of the call being served: what they ask for, the
     service needs for itself, and the caller may have no right to it.
 
+    Args:
+        identity: the service's settings; None has no key and no TLS.
+
     Raises:
         InvalidArgument: a file of the TLS settings cannot be read.
     """
-    key = identity.api_key.get_secret_value()
+    key = identity.api_key.get_secret_value() if identity else ""
     adding = pass_through(((AUTHORIZATION, f"Bearer {key}"),) if key else ())
-    if identity.tls_ca_file is None:
+    if identity is None or identity.tls_ca_file is None:
         return grpc.aio.insecure_channel(target(address), options=OPTIONS, interceptors=adding)
     files = ClientFiles(identity.tls_ca_file, identity.tls_cert_file, identity.tls_key_file)
     return grpc.aio.secure_channel(target(address), files.credentials(), options=OPTIONS, interceptors=adding)
