@@ -50,7 +50,7 @@ def create(
 
     Example: codegraft key create ci --role contributor -p acme --expires 90d > ci.key
     """
-    ends = datetime.now(UTC) + _duration(expires, "--expires") if expires else None
+    ends = datetime.now(UTC) + duration(expires, "--expires") if expires else None
     with connect() as client:
         made, secret = client.keys.create(
             getattr(access_pb2, f"ROLE_{role.name}"),
@@ -86,7 +86,7 @@ def rotate(
     Example: codegraft key rotate ci --overlap 2h > ci.key
     """
     with connect() as client:
-        rotated, secret = client.keys.rotate(key, overlap=_duration(overlap, "--overlap"))
+        rotated, secret = client.keys.rotate(key, overlap=duration(overlap, "--overlap"))
     _tell_secret(rotated, secret, json)
 
 
@@ -137,7 +137,8 @@ def _state(key: access_pb2.Key) -> str:
     return f"{'valid until' if ends > datetime.now(UTC) else 'expired'} {ends:%Y-%m-%d %H:%M}"
 
 
-def _duration(text: str, option: str) -> timedelta:
+def duration(text: str, option: str) -> timedelta:
+    """The time that 90d, 12h or 30m means. Raises InvalidArgument, which names the option."""
     match = re.fullmatch(r"(\d{1,6})([dhm])", text)
     if match is None:
         raise InvalidArgument(f"{option} {text!r} is no duration", field=option, hint="Give 90d, 12h or 30m.")

@@ -11,6 +11,7 @@ import typer
 
 from services.cli import (
     adapters,
+    audit,
     complete,
     credential,
     doctor,
@@ -56,6 +57,7 @@ for name, group in (
 ):
     app.add_typer(group, name=name, rich_help_panel="From code to completions", epilog=EXIT_CODES)
 app.command(rich_help_panel="From code to completions", epilog=EXIT_CODES)(complete.complete)
+app.command(rich_help_panel="From code to completions", epilog=EXIT_CODES)(audit.audit)
 
 
 app.command(rich_help_panel="From code to completions", epilog=EXIT_CODES)(demo)

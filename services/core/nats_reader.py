@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from types import TracebackType
 
 import nats.errors
@@ -37,15 +38,23 @@ class OrderedReader:
     Args:
         filters: subjects, all of them when empty.
         after: start behind this stream sequence; None starts with the newest message of each subject.
+        since: start with the first message of that time or later, in place of ``after``.
     """
 
     def __init__(
-        self, connection: NatsConnection, stream: str, filters: Sequence[str], *, after: int | None = None
+        self,
+        connection: NatsConnection,
+        stream: str,
+        filters: Sequence[str],
+        *,
+        after: int | None = None,
+        since: datetime | None = None,
     ) -> None:
         self._connection = connection
         self._stream = stream
         self._filters = list(filters)
         self._after = after
+        self._since = since
         self._queue: asyncio.Queue[Msg | None] = asyncio.Queue()
         self._subscription: Subscription | None = None
         self._consumer = ""
@@ -122,7 +131,10 @@ class OrderedReader:
         )
         if self._filters:
             config.filter_subjects = self._filters
-        if self._after is None:
+        if self._since is not None:
+            config.deliver_policy = api.DeliverPolicy.BY_START_TIME
+            config.opt_start_time = self._since.astimezone(UTC).isoformat()  # type: ignore[assignment]
+        elif self._after is None:
             config.deliver_policy = api.DeliverPolicy.LAST_PER_SUBJECT
             config.filter_subjects = self._filters or [">"]
         else:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from services.core import config, log
+from services.core.audit.log import AuditLog, MemoryAudit
+from services.core.audit.nats import NatsAudit
 from services.core.backoff import Backoff
 from services.core.config import CoreSettings
 from services.core.errors import CodegraftError, InvalidArgument, StateUnavailable, Unavailable
@@ -41,6 +43,7 @@ class Runtime:
     Attributes:
         jobs: queue of work for workers.
         events: bus of what happened.
+        audit: log of who changed what.
         store: objects by key.
         blobs: objects by digest, over the store.
         artifacts: immutable named artifacts, over the store and the local cache.
@@ -52,6 +55,7 @@ class Runtime:
         state: Callable[[str], StateStore],
         jobs: JobQueue,
         events: EventBus,
+        audit: AuditLog,
         store: ObjectStore,
         cache_dir: Path,
         check: Callable[[], Awaitable[None]],
@@ -61,6 +65,7 @@ class Runtime:
         self._check = check
         self.jobs = jobs
         self.events = events
+        self.audit = audit
         self.store = store
         self.blobs = Blobs(store)
         self.artifacts = Artifacts(store, cache_dir)
@@ -114,6 +119,7 @@ class Runtime:
                 state=lambda bucket: NatsState(connection, bucket),
                 jobs=NatsQueue(connection),
                 events=NatsBus(connection, f"codegraft/{service}"),
+                audit=NatsAudit(connection, service),
                 store=store,
                 cache_dir=settings.cache_dir,
                 check=check,
@@ -131,6 +137,7 @@ class Runtime:
             state=lambda _bucket: MemoryState(),
             jobs=MemoryQueue(),
             events=MemoryBus(),
+            audit=MemoryAudit(),
             store=MemoryStore(),
             cache_dir=folder,
             check=check,

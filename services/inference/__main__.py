@@ -44,7 +44,13 @@ async def main(settings: InferenceSettings) -> None:
             load=load,
         )
         try:
-            await server.serve(settings, replica.services, keys=runtime.state(keyring.BUCKET), background=[replica.run])
+            await server.serve(
+                settings,
+                replica.services,
+                keys=runtime.state(keyring.BUCKET),
+                audit=runtime.audit,
+                background=[replica.run],
+            )
         finally:
             replica.stop()
 

@@ -17,7 +17,13 @@ async def main(settings: IngestSettings) -> None:
     async with Runtime.open("ingest", settings) as opened:
         ingest = Ingest(opened, settings)
         await ingest.keys.seed(settings.ingest_seed_keys)
-        await serve(settings, ingest.services, keys=opened.state(keyring.BUCKET), background=[ingest.fetcher.run])
+        await serve(
+            settings,
+            ingest.services,
+            keys=opened.state(keyring.BUCKET),
+            audit=opened.audit,
+            background=[ingest.fetcher.run],
+        )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from codegraft.access.v1 import access_pb2_grpc
+from codegraft.access.v1 import access_pb2_grpc, audit_pb2_grpc
 from codegraft.ingest.v1 import (
     credential_pb2_grpc,
     project_pb2_grpc,
@@ -21,6 +21,7 @@ from services.ingest.fetcher import Fetcher
 from services.ingest.keys import Keys
 from services.ingest.records import BUCKET, Tables
 from services.ingest.servicers.access import AccessServicer
+from services.ingest.servicers.audit import AuditServicer
 from services.ingest.servicers.credentials import CredentialServicer
 from services.ingest.servicers.projects import ProjectServicer
 from services.ingest.servicers.snapshots import SnapshotServicer
@@ -80,5 +81,10 @@ class Ingest:
                 access_pb2_grpc.add_AccessServiceServicer_to_server,
                 AccessServicer(self.keys),
                 "codegraft.access.v1.AccessService",
+            ),
+            (
+                audit_pb2_grpc.add_AuditServiceServicer_to_server,
+                AuditServicer(runtime.audit),
+                "codegraft.access.v1.AuditService",
             ),
         ]

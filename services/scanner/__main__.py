@@ -67,6 +67,7 @@ async def main(settings: ScannerSettings) -> None:
                 )
             ],
             keys=opened.state(keyring.BUCKET),
+            audit=opened.audit,
             background=[
                 *(runner.run for runner in runners),
                 *(runner.run for runner in part_runners),

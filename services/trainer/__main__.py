@@ -20,7 +20,13 @@ async def main(settings: TrainerSettings) -> None:
     os.nice(settings.trainer_nice)
     async with Runtime.open("trainer", settings) as opened:
         trainer = Trainer(opened, settings, ScannerDatasets(channel(settings.scanner_address, settings)))
-        await serve(settings, trainer.services, keys=opened.state(keyring.BUCKET), background=trainer.background)
+        await serve(
+            settings,
+            trainer.services,
+            keys=opened.state(keyring.BUCKET),
+            audit=opened.audit,
+            background=trainer.background,
+        )
 
 
 if __name__ == "__main__":

@@ -13,9 +13,11 @@ import pytest
 from minio import Minio
 from minio.error import S3Error
 
+from codegraft.access.v1.audit_pb2 import AuditRecord
 from codegraft.event.v1.events_pb2 import RunChanged
 from services.cli.local import nats, permissions, ports, s3
 from services.core import nats_connection
+from services.core.audit.nats import NatsAudit
 from services.core.auth.keyring import BUCKET
 from services.core.errors import StateUnavailable, StoreUnavailable
 from services.core.events.nats import NatsBus
@@ -102,6 +104,19 @@ async def test_events_are_read_by_all_and_published_by_their_own(connections: di
     )
     assert (await asyncio.wait_for(heard, 5)).id == "true"
     await listening.aclose()  # type: ignore[attr-defined]
+
+
+async def test_the_audit_log_is_written_by_all_and_read_by_ingest(connections: dict[str, NatsConnection]) -> None:
+    for name, connection in connections.items():
+        await NatsAudit(connection, name).append(AuditRecord(method=f"/{name}", project="projects/p"))
+    found, _ = await NatsAudit(connections["ingest"], "ingest").page("projects/p", 0, "")
+    assert [record.method for record in found] == [f"/{name}" for name in connections]
+    for name in connections.keys() - {"ingest"}:
+        mine = hasty(connections[name])
+        with pytest.raises(StateUnavailable):
+            await NatsAudit(mine, name).page("projects/p", 0, "")
+        with pytest.raises(StateUnavailable):
+            await NatsAudit(mine, "ingest").append(AuditRecord())
 
 
 @pytest.mark.parametrize("name", permissions.SERVICES)

@@ -14,6 +14,7 @@ from cryptography.fernet import Fernet
 from codegraft.ingest.v1 import source_pb2
 from services.client import Addresses, AsyncCodegraft
 from services.core import errors
+from services.core.audit.log import AuditLog
 from services.core.auth.gate import Gate
 from services.core.rpc.interceptors import CallInterceptor
 from services.core.runtime import Runtime
@@ -26,9 +27,11 @@ PROJECT = "demo"
 
 
 @contextlib.asynccontextmanager
-async def serving(ingest: Ingest, gate: Gate | None = None) -> AsyncIterator[AsyncCodegraft]:
+async def serving(
+    ingest: Ingest, gate: Gate | None = None, audit: AuditLog | None = None
+) -> AsyncIterator[AsyncCodegraft]:
     """Serves and fetches until the block ends."""
-    server = grpc.aio.server(interceptors=[CallInterceptor(gate)])
+    server = grpc.aio.server(interceptors=[CallInterceptor(gate, audit)])
     for add, servicer, _ in ingest.services:
         add(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")

@@ -26,11 +26,12 @@ class Service:
     jobs: tuple[str, ...] = ()
     """Kinds of jobs that it queues and takes."""
     writes_keys: bool = False
+    reads_audit: bool = False
     writes_objects: bool = True
 
 
 SERVICES: dict[str, Service] = {
-    "ingest": Service(writes_keys=True),
+    "ingest": Service(writes_keys=True, reads_audit=True),
     "scanner": Service(jobs=("scan", "scan-part")),
     "trainer": Service(jobs=("run",)),
     "inference": Service(writes_objects=False),
@@ -44,10 +45,10 @@ projects and best checkpoints, and has those kept that it serves."""
 def publish(name: str) -> list[str]:
     """Subjects that the service of that name may publish to, requests to JetStream among them."""
     service, own = SERVICES[name], f"KV_{name}"
-    subjects = [f"$KV.{name}.>", f"codegraft.{name}.>"]
+    subjects = [f"$KV.{name}.>", f"codegraft.{name}.>", f"audit.{name}.>", f"{API}.STREAM.CREATE.AUDIT"]
     if service.writes_keys:
         subjects.append("$KV.access.>")
-    for stream in (own, KEYS, "EVENTS"):
+    for stream in (own, KEYS, "EVENTS", *(["AUDIT"] if service.reads_audit else [])):
         subjects += [
             # An existing stream is not changed by this request.
             f"{API}.STREAM.CREATE.{stream}",

@@ -10,7 +10,7 @@ import grpc
 
 from services.client.access import NONE, Access
 from services.client.addresses import Addresses
-from services.client.aio.access import Keys
+from services.client.aio.access import Audit, Keys
 from services.client.aio.adapters import Adapters
 from services.client.aio.caller import Caller
 from services.client.aio.inference import Completions, Serving
@@ -40,6 +40,7 @@ class AsyncCodegraft:
         completions: completions and chat.
         serving: which adapter answers.
         keys: API keys, and who the caller is.
+        audit: who changed what.
     """
 
     def __init__(self, addresses: Addresses, *, access: Access = NONE, timeout: float = rpc.DEFAULT_DEADLINE) -> None:
@@ -84,6 +85,7 @@ class AsyncCodegraft:
         self.completions = Completions(inference, caller)
         self.serving = Serving(inference, caller)
         self.keys = Keys(ingest, caller)
+        self.audit = Audit(ingest, caller)
 
     @classmethod
     def local(cls, data: Path | None = None) -> AsyncCodegraft:

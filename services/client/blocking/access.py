@@ -1,5 +1,5 @@
 # Made by make_blocking.py from services/client/aio; change it there.
-"""API keys, and who the caller is."""
+"""API keys, who the caller is, and the audit log."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 
 import grpc
 
-from codegraft.access.v1 import access_pb2, access_pb2_grpc
+from codegraft.access.v1 import access_pb2, access_pb2_grpc, audit_pb2, audit_pb2_grpc
 from services.client.blocking.caller import Caller, new_request_id
 from services.client.blocking.ingest import project_name
 
@@ -82,6 +82,30 @@ class Keys:
     def whoami(self) -> access_pb2.GetCallerResponse:
         """Who the caller is, and what it may do."""
         return self._caller.unary(self._stub.GetCaller, access_pb2.GetCallerRequest(), repeat=True)
+
+
+class Audit:
+    """Who changed what."""
+
+    def __init__(self, channel: grpc.Channel, caller: Caller) -> None:
+        self._stub = audit_pb2_grpc.AuditServiceStub(channel)
+        self._caller = caller
+
+    def list(
+        self, project: str = "-", *, since: datetime | None = None, page_size: int = 0
+    ) -> Iterator[audit_pb2.AuditRecord]:
+        """The calls that changed something in a project ("-": in all of them, and elsewhere), oldest first.
+
+        Args:
+            since: leaves out what is older. With its time zone.
+        """
+        parent = "projects/-" if project == "-" else project_name(project)
+        request = audit_pb2.ListAuditRecordsRequest(parent=parent, page_size=page_size)
+        if since is not None:
+            request.start_time.FromDatetime(since)
+        for page in self._caller.pages(self._stub.ListAuditRecords, request):
+            for record in page.records:
+                yield record
 
 
 def key_name(key: str) -> str:

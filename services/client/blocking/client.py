@@ -11,7 +11,7 @@ import grpc
 
 from services.client.access import NONE, Access
 from services.client.addresses import Addresses
-from services.client.blocking.access import Keys
+from services.client.blocking.access import Audit, Keys
 from services.client.blocking.adapters import Adapters
 from services.client.blocking.caller import Caller
 from services.client.blocking.inference import Completions, Serving
@@ -41,6 +41,7 @@ class Codegraft:
         completions: completions and chat.
         serving: which adapter answers.
         keys: API keys, and who the caller is.
+        audit: who changed what.
     """
 
     def __init__(self, addresses: Addresses, *, access: Access = NONE, timeout: float = rpc.DEFAULT_DEADLINE) -> None:
@@ -85,6 +86,7 @@ class Codegraft:
         self.completions = Completions(inference, caller)
         self.serving = Serving(inference, caller)
         self.keys = Keys(ingest, caller)
+        self.audit = Audit(ingest, caller)
 
     @classmethod
     def local(cls, data: Path | None = None) -> Codegraft:

@@ -88,22 +88,43 @@ class Gate:
             return await self._keyring.caller(credentials)
         return await self._tokens.caller(credentials)
 
-    async def admit(self, caller: Caller, method: str, request: Any) -> Any:
+    async def admit(
+        self, caller: Caller, method: str, request: Any, seen: Callable[[Any], object] = lambda first: None
+    ) -> Any:
         """The request, or stream of requests, when the caller may make it.
+
+        Args:
+            seen: told the request, of a stream the first one, before it is checked.
 
         Raises:
             PermissionDenied: it may not. Of a stream every message with a header is looked at, the first one now.
         """
-        if self._keyring is None:
-            return request
         if not hasattr(request, "__aiter__"):
-            policy.check(caller, method, request)
+            seen(request)
+            self._check(caller, method, request)
             return request
         messages = aiter(request)
         first = await anext(messages, None)
         if first is not None:  # the handler says what is wrong with an empty stream
-            policy.check(caller, method, first)
-        return _checked(caller, method, first, messages)
+            seen(first)
+            self._check(caller, method, first)
+        return self._checked(caller, method, first, messages)
+
+    def _check(self, caller: Caller, method: str, request: Any) -> None:
+        if self._keyring is not None:
+            policy.check(caller, method, request)
+
+    async def _checked(
+        self, caller: Caller, method: str, first: Any, messages: AsyncIterator[Any]
+    ) -> AsyncIterator[Any]:
+        """The stream, whose first message was looked at already."""
+        if first is None:
+            return
+        yield first
+        async for message in messages:
+            if self._keyring is not None and message.HasField("header"):
+                policy.check(caller, method, message)
+            yield message
 
     @contextlib.contextmanager
     def holding(self, caller: Caller, end: Callable[[], object]) -> Iterator[None]:
@@ -125,14 +146,3 @@ class Gate:
         if caller.digest and self._keyring is not None:
             return self._keyring.why_ended(caller)
         return None
-
-
-async def _checked(caller: Caller, method: str, first: Any, messages: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    """The stream, whose first message was looked at already."""
-    if first is None:
-        return
-    yield first
-    async for message in messages:
-        if message.HasField("header"):
-            policy.check(caller, method, message)
-        yield message

@@ -68,6 +68,7 @@ POLICY: dict[str, dict[str, Rule]] = {
         "RevokeKey": own(O),
         "GetCaller": own(R),
     },
+    "codegraft.access.v1.AuditService": {"ListAuditRecords": named(O, "parent")},
     "codegraft.ingest.v1.ProjectService": {
         "CreateProject": named(O, "projects/{project_id}"),
         "GetProject": named(R, "name"),
@@ -160,6 +161,21 @@ def rule_of(method: str) -> Rule | None:
     """The rule of ``/package.Service/Method``; None when the table has none."""
     service, _, name = method.lstrip("/").partition("/")
     return POLICY.get(service, {}).get(name)
+
+
+_READING = ("Get", "List", "Watch", "Check", "Server", "Complete", "Chat", "Score", "Plan", "Diff", "Download")
+"""How the names of RPCs begin that change nothing."""
+
+
+def changes(method: str) -> bool:
+    """Whether the RPC may change something, so that it is recorded."""
+    return rule_of(method) is not None and not method.rpartition("/")[2].startswith(_READING)
+
+
+def resources(method: str, request: Any) -> list[str]:
+    """The resource names in the request that the rule looks at."""
+    rule = rule_of(method)
+    return [name for path in (rule.fields if rule else ()) for name in _values(request, path) if name]
 
 
 def check(caller: Caller, method: str, request: Any) -> None:

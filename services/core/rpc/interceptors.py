@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
@@ -13,6 +14,8 @@ import structlog
 from grpc_status import rpc_status
 
 from services.core import log
+from services.core.audit.calls import Audit
+from services.core.audit.log import AuditLog
 from services.core.auth.caller import ANYBODY, set_current
 from services.core.auth.gate import Gate
 from services.core.errors import CodegraftError, InternalError, ShuttingDown
@@ -33,10 +36,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     Args:
         gate: says who calls, and whether it may; None lets everybody do everything.
+        audit: takes a record of every call that changes something; None keeps none.
     """
 
-    def __init__(self, gate: Gate | None = None) -> None:
+    def __init__(self, gate: Gate | None = None, audit: AuditLog | None = None) -> None:
         self._gate = gate or Gate(None)
+        self._audit = Audit(audit)
         self._watches: set[asyncio.Task[Any]] = set()
         self._draining = False
 
@@ -74,6 +79,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         )
         return wrapped
 
+    async def settle(self) -> None:
+        """Returns once the audit log has every call that ended."""
+        await self._audit.settle()
+
     def end_watches(self) -> None:
         """Ends the streams of methods named Watch… with SHUTTING_DOWN, now and from now on.
 
@@ -90,7 +99,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         # Writing to the context, where grpc would also take an async generator: a call that is cancelled while grpc
         # writes would leave a generator, and the handler in it, to the garbage collector.
         async def behaviour(request: Any, context: Context) -> None:
-            call = _Call(method, metadata, context, self._gate)
+            call = _Call(method, metadata, context, self._gate, self._audit)
             task = asyncio.current_task()
             if is_watch and task is not None:
                 self._watches.add(task)
@@ -100,7 +109,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 if is_watch and self._draining:
                     raise ShuttingDown("this replica is shutting down", hint="Watch again.")
                 request = await call.admit(request)
-                with contextlib.ExitStack() as while_streaming:
+                with call.gathering(), contextlib.ExitStack() as while_streaming:
                     if task is not None:
                         while_streaming.enter_context(self._gate.holding(call.caller, task.cancel))
                     responses = inner(request, context)
@@ -121,20 +130,24 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             finally:
                 if hasattr(responses, "aclose"):
                     await responses.aclose()  # runs the handler's own clean-up now, not at garbage collection
+            await call.recorded()
             call.ended()
 
         return behaviour
 
     def _unary(self, method: str, metadata: dict[str, Any], inner: Any) -> Any:
         async def behaviour(request: Any, context: Context) -> Any:
-            call = _Call(method, metadata, context, self._gate)
+            call = _Call(method, metadata, context, self._gate, self._audit)
             try:
-                response = await inner(await call.admit(request), context)
+                request = await call.admit(request)
+                with call.gathering():
+                    response = await inner(request, context)
             except asyncio.CancelledError:
                 call.cancelled()
                 raise
             except Exception as error:
                 await call.failed(error)
+            await call.recorded()
             call.ended()
             return response
 
@@ -144,11 +157,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 class _Call:
     """One call on its way: bound ids, its clock, its end. Nothing is unbound: grpc gives every call a task."""
 
-    def __init__(self, method: str, metadata: dict[str, Any], context: Context, gate: Gate) -> None:
+    def __init__(self, method: str, metadata: dict[str, Any], context: Context, gate: Gate, audit: Audit) -> None:
         self.method = method
         self.context = context
         self.caller = ANYBODY
         self._gate = gate
+        self._entry = audit.entry(method)
         self._metadata = metadata
         self.began = time.monotonic()
         self.request_id = call_context.accept_request_id(str(metadata.get(call_context.REQUEST_ID, "")))
@@ -171,7 +185,16 @@ class _Call:
         self.caller = await self._gate.identify(self.method, self._metadata)
         set_current(self.caller)
         structlog.contextvars.bind_contextvars(caller=self.caller.subject)
-        return await self._gate.admit(self.caller, self.method, request)
+        self._entry.identified(self.caller)
+        return await self._gate.admit(self.caller, self.method, request, self._entry.requested)
+
+    def gathering(self) -> AbstractContextManager[object]:
+        """For the time of the handler: what it changes is noted."""
+        return self._entry.gathering()
+
+    async def recorded(self, code: grpc.StatusCode = grpc.StatusCode.OK, reason: str = "") -> None:
+        """Returns once the audit log has the call."""
+        await self._entry.end(code.name, reason, self.request_id)
 
     def ended(self, code: grpc.StatusCode | None = None, reason: str = "", message: str = "") -> None:
         """The call's one log line; without a code, the one that the handler set, else OK."""
@@ -185,11 +208,14 @@ class _Call:
         """The log line of a call whose caller went away or whose deadline passed."""
         left = self.context.time_remaining()
         overdue = left is not None and left <= 0
-        self.ended(grpc.StatusCode.DEADLINE_EXCEEDED if overdue else grpc.StatusCode.CANCELLED)
+        code = grpc.StatusCode.DEADLINE_EXCEEDED if overdue else grpc.StatusCode.CANCELLED
+        self._entry.end_later(code.name, "", self.request_id)
+        self.ended(code)
 
     async def failed(self, error: Exception) -> NoReturn:
         """Ends the call with the error's status."""
         if isinstance(error, grpc.aio.AbortError):  # the handler has ended it already (health, for unknown services)
+            await self.recorded(grpc.StatusCode.UNKNOWN)
             self.ended()
             raise error
         if not isinstance(error, CodegraftError):
@@ -197,6 +223,7 @@ class _Call:
             error = InternalError(
                 f"internal error; look for request id {self.request_id} in the logs", request_id=self.request_id
             )
+        await self.recorded(grpc_code(error.code), error.reason)
         self.ended(grpc_code(error.code), error.reason, error.message)
         status = rpc_status.to_status(to_status(error))
         await self.context.abort(status.code, status.details, (*(status.trailing_metadata or ()), *self._identity))

@@ -13,6 +13,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from services.core import log
+from services.core.audit.log import AuditLog
 from services.core.auth.gate import Gate
 from services.core.config import CoreSettings
 from services.core.errors import Unavailable
@@ -51,6 +52,7 @@ async def serve(
     services: Sequence[Registration],
     *,
     keys: StateStore | None = None,
+    audit: AuditLog | None = None,
     background: Sequence[Background] = (),
     ready: Callable[[str], None] | None = None,
 ) -> None:
@@ -61,6 +63,7 @@ async def serve(
         settings: where to listen, and how long running calls may go on after the signal.
         services: what to serve; each has its own health entry, and "" stands for all.
         keys: the bucket of the API keys; needed unless the settings have authentication off.
+        audit: takes a record of every call that changes something.
         background: work beside the server (workers, followers), on which no running call may depend. When one
             fails, the process ends with its error: a service that only looks alive is worse than one that is restarted.
         ready: called with the bound address once calls are answered.
@@ -70,7 +73,7 @@ async def serve(
         InvalidArgument: the settings of authentication or TLS cannot be used.
     """
     gate = Gate.of(settings, keys)
-    calls = CallInterceptor(gate)
+    calls = CallInterceptor(gate, audit)
     server = grpc.aio.server(interceptors=[calls], options=_OPTIONS)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
@@ -105,6 +108,7 @@ async def serve(
         await asyncio.sleep(_LAST_WORD)
         calls.end_watches()
         await server.stop(settings.drain_seconds)
+        await calls.settle()
         for outcome in await asyncio.gather(*running, return_exceptions=True):
             if isinstance(outcome, Exception):
                 logger.warning("background work ended with an error", exc_info=outcome)

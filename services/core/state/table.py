@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar, cast
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from services.core.audit import record as audit
 from services.core.backoff import Backoff
 from services.core.errors import (
     Aborted,
@@ -73,6 +74,7 @@ class Table(Generic[M]):
         """
         name = cast(Any, message).name
         revision = await self._store.create(self._root + name, _stored(message))
+        audit.note(name, None, message)
         return self._message(Entry(self._root + name, _stored(message), revision))
 
     async def mutate(self, name: str, change: Callable[[M], None], *, etag: str = "") -> M:
@@ -102,7 +104,9 @@ class Table(Generic[M]):
             except RevisionMismatch:
                 await asyncio.sleep(_WAITS.delay(attempt))
                 continue
-            return self._message(Entry(entry.key, value, revision))
+            stored = self._message(Entry(entry.key, value, revision))
+            audit.note(name, self._message(entry), stored)
+            return stored
         raise Aborted(f"{name} is changed by too many writers at once", hint="Try again.", retry_after=1.0)
 
     async def delete(self, name: str, *, etag: str = "") -> None:
@@ -118,6 +122,7 @@ class Table(Generic[M]):
             await self._store.delete(entry.key, entry.revision)
         except RevisionMismatch:
             raise _changed(name) from None
+        audit.note(name, self._message(entry), None)
 
     async def page(
         self,

@@ -24,6 +24,7 @@ SERVICES = [
     "ingest.v1.CredentialService",
     "scanner.v1.ScanService", "trainer.v1.RunService", "trainer.v1.ModelService", "trainer.v1.AdapterService",
     "inference.v1.CompletionService", "inference.v1.ServingService", "access.v1.AccessService",
+    "access.v1.AuditService",
 ]  # fmt: skip
 P, S, R = "projects/p", "projects/p/scans/s", "projects/p/runs/r"
 ADAPTER = Path(tempfile.mkdtemp())
@@ -101,6 +102,7 @@ ITERATIONS: list[Callable[[Any], Any]] = [
     lambda c: c.serving.watch("p"),
     lambda c: c.serving.adapters(),
     lambda c: c.keys.list(),
+    lambda c: c.audit.list(),
 ]
 
 
@@ -135,6 +137,7 @@ GROUPS = [
     "completions",
     "serving",
     "keys",
+    "audit",
 ]
 
 
