@@ -16,6 +16,7 @@ from google.protobuf.message import Message
 
 from codegraft.access.v1 import access_pb2
 from codegraft.access.v1.access_pb2 import ROLE_COMPLETER, ROLE_CONTRIBUTOR, ROLE_OPERATOR, ROLE_READER
+from codegraft.ingest.v1 import upload_pb2, upload_pb2_grpc
 from services.client import AsyncCodegraft
 from services.core import errors
 from services.core.auth.caller import Caller, Role
@@ -308,6 +309,28 @@ async def test_a_revoked_key_loses_its_calls_and_its_streams_within_seconds(inge
     assert await operator.keys.revoke(made.name) == revoked
     with pytest.raises(errors.KeyRevoked):
         await operator.keys.rotate(made.name)
+
+
+async def test_an_upload_under_way_ends_with_its_key(ingest: tuple[AsyncCodegraft, str]) -> None:
+    client, root = ingest
+    operator = client.with_key(root)
+    await operator.projects.create("a")
+    made, secret = await operator.keys.create(ROLE_CONTRIBUTOR, projects=["a"])
+
+    async def slowly() -> AsyncIterator[upload_pb2.UploadContentRequest]:
+        header = upload_pb2.UploadHeader(parent="projects/a", sha256="0" * 64, size=1 << 20, filename="f")
+        yield upload_pb2.UploadContentRequest(header=header)
+        await asyncio.sleep(20)
+
+    async with grpc.aio.insecure_channel(client.addresses.ingest) as channel:
+        stub = upload_pb2_grpc.UploadServiceStub(channel)
+        call = stub.UploadContent(slowly(), metadata=(("authorization", f"Bearer {secret}"),))
+        await call.initial_metadata()
+        await asyncio.sleep(0.1)
+        await operator.keys.revoke(made.name)
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            await asyncio.wait_for(call, 5)
+    assert from_rpc(ended.value).reason == "KEY_REVOKED"
 
 
 async def test_secrets_are_stored_as_hashes_and_seeds_stay_revoked() -> None:

@@ -122,7 +122,11 @@ class Gate:
             return
         yield first
         async for message in messages:
-            if self._keyring is not None and message.HasField("header"):
+            if (
+                self._keyring is not None
+                and "header" in message.DESCRIPTOR.fields_by_name
+                and message.HasField("header")
+            ):
                 policy.check(caller, method, message)
             yield message
 

@@ -71,7 +71,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 else grpc.unary_unary_rpc_method_handler
             )
             inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
-            behaviour = self._unary(method, metadata, inner)
+            behaviour = self._unary(method, metadata, inner, handler.request_streaming)
         wrapped: Handler = kind(
             behaviour,
             request_deserializer=handler.request_deserializer,
@@ -135,14 +135,19 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         return behaviour
 
-    def _unary(self, method: str, metadata: dict[str, Any], inner: Any) -> Any:
+    def _unary(self, method: str, metadata: dict[str, Any], inner: Any, takes_stream: bool) -> Any:
         async def behaviour(request: Any, context: Context) -> Any:
             call = _Call(method, metadata, context, self._gate, self._audit)
+            task = asyncio.current_task()
             try:
                 request = await call.admit(request)
-                with call.gathering():
+                with call.gathering(), contextlib.ExitStack() as while_streaming:
+                    if takes_stream and task is not None:
+                        while_streaming.enter_context(self._gate.holding(call.caller, task.cancel))
                     response = await inner(request, context)
             except asyncio.CancelledError:
+                if takes_stream and (ended := self._gate.why_ended(call.caller)) is not None:
+                    await call.failed(ended)
                 call.cancelled()
                 raise
             except Exception as error:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from services.cli.local.files import DataFolder, ProcessInfo, StackInfo, StackState
+from services.cli.local.permissions import SERVICES
 from services.core.errors import FailedPrecondition
 
 
@@ -31,6 +34,19 @@ def test_credentials_are_private_random_and_kept(folder: DataFolder, tmp_path: P
     assert other.credentials().nats_password != first.nats_password
     assert first.s3_secret_key not in repr(first)
     assert len(first.s3_secret_key) >= 32
+
+
+def test_what_an_older_version_did_not_write_is_added_and_the_rest_kept(folder: DataFolder) -> None:
+    path = folder.root / "credentials.json"
+    first = json.loads(json.dumps(asdict(folder.credentials())))
+    path.write_text(json.dumps({key: value for key, value in first.items() if key not in ("api_key", "services")}))
+    again = folder.credentials()
+    assert (again.nats_password, again.ingest_key) == (first["nats_password"], first["ingest_key"])
+    assert again.api_key.startswith("cg_local_") and set(again.services) == {*SERVICES}
+    assert folder.credentials() == again
+    secrets = [value for each in again.services.values() for value in asdict(each).values()]
+    assert len(set(secrets)) == len(secrets), "no two services share a secret"
+    assert not any(secret in repr(again) for secret in secrets)
 
 
 def test_damaged_credentials_are_refused(folder: DataFolder) -> None:

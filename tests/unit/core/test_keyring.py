@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from grpc_reflection.v1alpha import reflection_pb2
 
 from codegraft.access.v1.access_pb2 import ROLE_CONTRIBUTOR, ROLE_READER, StoredKey
 from codegraft.ingest.v1.upload_pb2 import UploadContentRequest
@@ -309,6 +310,16 @@ async def test_every_header_in_a_stream_is_looked_at(world: World) -> None:
             seen.append(each)
         raise AssertionError("the second header was let through")
     assert len(seen) == 2
+
+
+async def test_a_stream_without_headers_goes_through(world: World) -> None:
+    async def stream() -> AsyncIterator[Any]:
+        for symbol in ("a", "b", "c"):
+            yield reflection_pb2.ServerReflectionRequest(file_containing_symbol=symbol)
+
+    method = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+    caller = Caller("keys/k", Role.READER, frozenset({"projects/p"}))
+    assert len([each async for each in await world.gate.admit(caller, method, stream())]) == 3
 
 
 def test_the_bucket_is_the_one_that_nats_permits() -> None:
