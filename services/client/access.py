@@ -30,18 +30,26 @@ class Access:
                 the default one.
         """
         key = os.environ.get("CODEGRAFT_API_KEY", "") if data is None else ""
-        return cls(key or _local_key(addresses, folder_of(data)), _tls())
+        folder = folder_of(data)
+        if _is_stack(addresses, folder):  # which speaks no TLS
+            return cls(key or _stacks_key(folder))
+        return cls(key, _tls())
 
 
 NONE = Access()
 """Neither key nor certificates."""
 
 
-def _local_key(addresses: Addresses, folder: Path) -> str:
-    """Empty when there is no such stack, or the addresses are not its own."""
+def _is_stack(addresses: Addresses, folder: Path) -> bool:
     try:
-        if running(folder) != addresses:
-            return ""
+        return running(folder) == addresses
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _stacks_key(folder: Path) -> str:
+    """Empty when an older version made the stack."""
+    try:
         return str(json.loads((folder / "credentials.json").read_text())["api_key"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""

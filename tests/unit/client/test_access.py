@@ -59,6 +59,12 @@ def test_certificates_come_from_the_environment(monkeypatch: pytest.MonkeyPatch,
     assert Access.find(FAR).tls == ClientFiles(tmp_path / "ca", Path("cert"))
 
 
+def test_the_stack_is_called_without_tls(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CODEGRAFT_TLS_CA_FILE", "ca")
+    assert Access.find(LOCAL).tls is None
+    assert Access.find(FAR).tls is not None
+
+
 def test_a_client_with_another_key_shares_the_connections(folder: Path) -> None:
     with Codegraft.local() as client:
         other = client.with_key("theirs").with_timeout(5)
