@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 import subprocess
 import sys
 import sysconfig
@@ -17,7 +15,8 @@ from pathlib import Path
 
 from cryptography.fernet import Fernet
 
-from services.cli.local import nats, ports, s3
+from bench.servers import servers
+from services.cli.local import ports
 from services.cli.local.process import Child
 from services.client import Addresses, Codegraft
 from services.core.errors import Unavailable
@@ -55,37 +54,14 @@ class Stage:
 @contextmanager
 def stage(**settings: str) -> Iterator[Stage]:
     """Starts everything in a temporary folder and ends it all."""
-    grace = timedelta(seconds=10)
-    with tempfile.TemporaryDirectory(prefix="codegraft-bench-") as name:
+    with tempfile.TemporaryDirectory(prefix="codegraft-bench-") as name, servers(Path(name)) as (found, store):
         folder = Path(name)
-        chosen = ports.choose(["nats", "s3", "ingest"], {})
-        password, key = secrets.token_urlsafe(16), secrets.token_hex(10)
-        server = nats.start(
-            folder / "nats", log=folder / "nats.log", port=chosen["nats"], user="bench", password=password
-        )
-        store = S3Address(f"{ports.HOST}:{chosen['s3']}", "bench", key, secrets.token_urlsafe(32))
-        objects = s3.start(
-            folder / "s3",
-            log=folder / "s3.log",
-            port=chosen["s3"],
-            access_key=store.access_key,
-            secret_key=store.secret_key,
-            bucket=store.bucket,
-        )
-        address = f"{ports.HOST}:{chosen['ingest']}"
+        address = f"{ports.HOST}:{ports.choose(['ingest'], {})['ingest']}"
         environment = {
-            **os.environ,
+            **found,
             "CODEGRAFT_LISTEN": address,
             "CODEGRAFT_AUTH": "off",
             "CODEGRAFT_CACHE_DIR": str(folder / "cache"),
-            "CODEGRAFT_NATS_URL": f"nats://{ports.HOST}:{chosen['nats']}",
-            "CODEGRAFT_NATS_USER": "bench",
-            "CODEGRAFT_NATS_PASSWORD": password,
-            "CODEGRAFT_S3_ENDPOINT": store.endpoint,
-            "CODEGRAFT_S3_ACCESS_KEY": store.access_key,
-            "CODEGRAFT_S3_SECRET_KEY": store.secret_key,
-            "CODEGRAFT_S3_BUCKET": store.bucket,
-            "CODEGRAFT_LOG_LEVEL": "warning",
             "CODEGRAFT_INGEST_CREDENTIAL_KEYS": f'["{Fernet.generate_key().decode()}"]',
             "CODEGRAFT_INGEST_ALLOWED_NETWORKS": '["127.0.0.0/8"]',
             **settings,
@@ -98,9 +74,7 @@ def stage(**settings: str) -> Iterator[Stage]:
                 yield running
                 child = running.child
         finally:
-            child.stop(grace)
-            objects.stop(grace)
-            server.stop(grace)
+            child.stop(timedelta(seconds=10))
 
 
 def _ingest(folder: Path, environment: dict[str, str]) -> Child:

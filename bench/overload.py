@@ -1,0 +1,141 @@
+"""Overload: ``python -m bench.overload [--seconds N]``.
+
+First as many clients as keep a real inference process busy, each with its next request when the last one has ended:
+the peak. Then four times as many requests as that were, at random moments, for a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import sysconfig
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+
+from bench.figures import milliseconds, row
+from bench.replica import Replica, ended, replica
+from codegraft.inference.v1 import completion_pb2 as pb
+
+CLIENTS = 24
+"""Of the closed loop: the engine's 16 places are never empty."""
+WARM, PEAK_SECONDS = 3.0, 20.0
+TIMES = 4
+PROJECTS = 4
+PROMPT, TOKENS = 600, 32
+"""Characters of a prompt, tokens of a completion."""
+PATIENCE = 10.0
+"""Seconds until a caller gives up."""
+WHOLE = {pb.FINISH_REASON_LENGTH, pb.FINISH_REASON_END_OF_TEXT, pb.FINISH_REASON_STOP}
+
+
+@dataclass
+class Seen:
+    """What became of the requests."""
+
+    whole: list[tuple[float, int]] = field(default_factory=list)
+    """(when a completion ended as a whole, its tokens)"""
+    refused: list[float] = field(default_factory=list)
+    """Seconds until a refusal."""
+    others: Counter[str] = field(default_factory=Counter)
+
+    def goodput(self, begin: float, end: float) -> tuple[float, float]:
+        """Tokens and completions a second of those that ended as a whole between two moments."""
+        tokens = [count for at, count in self.whole if begin <= at < end]
+        return sum(tokens) / (end - begin), len(tokens) / (end - begin)
+
+
+class Prompts:
+    """Pieces of the standard library, so that each prompt is another one."""
+
+    def __init__(self) -> None:
+        files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+        self._text = "".join(file.read_text() for file in files[:60])
+        self._random = random.Random(0)
+
+    def next(self) -> str:
+        at = self._random.randrange(len(self._text) - PROMPT)
+        return self._text[at : at + PROMPT]
+
+
+async def request(on: Replica, prefix: str, number: int, seen: Seen) -> None:
+    """One completion of one of the projects."""
+    began = time.monotonic()
+    try:
+        call = on.complete(prefix, TOKENS, timeout=PATIENCE, parent=f"projects/bench-{number % PROJECTS}")
+        _, finished, tokens = await ended(call)
+    except grpc.aio.AioRpcError as error:
+        if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+            seen.refused.append(time.monotonic() - began)
+        else:
+            seen.others[error.code().name] += 1
+        return
+    if finished.reason in WHOLE:
+        seen.whole.append((time.monotonic(), tokens))
+    else:
+        seen.others[pb.FinishReason.Name(finished.reason)] += 1
+
+
+async def closed(on: Replica, prompts: Prompts) -> tuple[float, float]:
+    """Tokens and completions a second at the peak."""
+    seen, until = Seen(), time.monotonic() + WARM + PEAK_SECONDS
+
+    async def client(number: int) -> None:
+        while time.monotonic() < until:
+            await request(on, prompts.next(), number, seen)
+
+    await asyncio.gather(*(client(number) for number in range(CLIENTS)))
+    return seen.goodput(until - PEAK_SECONDS, until)
+
+
+async def offered(on: Replica, prompts: Prompts, rate: float, seconds: float) -> tuple[Seen, float, list[float]]:
+    """Offers so many completions a second; what became of them, the goodput, and the process's memory meanwhile."""
+    seen, tasks, memory, times = Seen(), set[asyncio.Task[None]](), [on.resident()], random.Random(1)
+    began = following = time.monotonic()
+    number = 0
+    while following < began + seconds:
+        await asyncio.sleep(max(0.0, following - time.monotonic()))
+        task = asyncio.create_task(request(on, prompts.next(), number, seen))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+        number, following = number + 1, following + times.expovariate(rate)
+        if time.monotonic() > began + 5 * len(memory):
+            memory.append(on.resident())
+    goodput, _ = seen.goodput(began, began + seconds)
+    await asyncio.wait(tasks, timeout=2 * PATIENCE)
+    memory.append(on.resident())
+    return seen, goodput, memory
+
+
+async def main(seconds: float) -> None:
+    async with replica() as on:
+        await on.ready()
+        prompts = Prompts()
+        peak, completions = await closed(on, prompts)
+        row(f"peak, {CLIENTS} clients", f"{peak:.0f} tokens/s, {completions:.1f} completions/s")
+        seen, goodput, memory = await offered(on, prompts, TIMES * completions, seconds)
+        row(
+            f"{TIMES} x offered for {seconds:.0f} s",
+            f"{goodput:.0f} tokens/s, {goodput / peak:.0%} of the peak",
+            "90 %",
+        )
+        row("refused", f"{len(seen.refused)} of {_count(seen)}")
+        row("a refusal took", milliseconds(seen.refused) if seen.refused else "none was refused", "p95 50 ms")
+        if seen.others:
+            row("ended otherwise", ", ".join(f"{name} {count}" for name, count in seen.others.most_common()))
+        said = f"{memory[0]:.0f} MB before, {memory[-1]:.0f} MB after, {max(memory):.0f} MB at most"
+        row("memory", said, "flat")
+
+
+def _count(seen: Seen) -> int:
+    return len(seen.whole) + len(seen.refused) + seen.others.total()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    asyncio.run(main(parser.parse_args().seconds))
