@@ -25,7 +25,7 @@ from services.inference.adapters.loader import Loader
 from services.inference.adapters.registry import Pin, Registry
 from services.inference.engine import sequence as engine
 from services.inference.engine.text import TextStream, suffix_stop
-from services.inference.inbox import Inbox
+from services.inference.inbox import Inbox, Post
 from services.inference.policy import Projects
 from services.inference.prompter import Code, Prompter, Turn
 
@@ -118,7 +118,7 @@ class Finished:
 
 
 class Completions:
-    """Answers requests with whatever model and adapters this replica holds.
+    """Answers requests with whatever model and adapters this replica holds. All methods belong to one event loop.
 
     Args:
         model: becomes the loaded model.
@@ -138,6 +138,7 @@ class Completions:
     ) -> None:
         self._model, self._registry, self._follower, self._loader = model, registry, follower, loader
         self._projects, self.prompter, self._load_wait = projects, prompter, load_wait
+        self.post = Post()
 
     @property
     def loaded(self) -> LoadedModel | None:
@@ -154,7 +155,7 @@ class Completions:
             DeadlineExceeded: the deadline passed before the first step.
         """
         model, pin = await self.hold(request)
-        inbox = Inbox(request.n, pin)
+        inbox = Inbox(request.n, pin, self.post)
         try:
             # The version that answers says how it wants its prompts.
             fmt = (pin.version.format if pin.version else None) or model.format

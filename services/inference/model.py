@@ -64,7 +64,9 @@ class LoadedModel:
             ResourceExhausted: the device has no memory for them now.
         """
         try:
-            return lora.prepare(pairs, scale, self.model.dtype, self.model.device, sha256)
+            ready = lora.prepare(pairs, scale, self.model.dtype, self.model.device, sha256)
+            self.runner.stage(ready)
+            return ready
         except torch.OutOfMemoryError:
             raise ResourceExhausted(
                 "the device has no memory for another adapter now",

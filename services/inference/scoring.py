@@ -35,7 +35,7 @@ async def score(completions: Completions, request: Request, code: Code, continua
         ProjectNotFound, CheckpointNotFound, ModelLoading, QueueFull, ShuttingDown, AdapterRejected: as a completion.
     """
     model, pin = await completions.hold(request)
-    inbox = Inbox(1, pin)
+    inbox = Inbox(1, pin, completions.post)
     try:
         fmt = (pin.version.format if pin.version else None) or model.format
         prompt, ids = await completions.prompter.scored(model, fmt, code, continuation)

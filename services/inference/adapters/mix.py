@@ -6,8 +6,9 @@ that are mixed in a step have slots in stacks, and each layer has one batched pr
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,66 +34,116 @@ class Shape:
     """Of their outputs."""
 
 
-@dataclass(slots=True)
 class Stack:
-    """Slots of adapters up to a rank, copied in when they are first mixed with others; the longest unmixed give way."""
+    """Slots of adapters up to a rank; those that were not mixed for longest give way.
 
-    rank: int
-    groups: Mapping[Paths, Shape]
-    a: dict[Paths, torch.Tensor] = field(default_factory=dict)
-    """``[slots, in, layers * rank]``"""
-    b: dict[Paths, list[torch.Tensor]] = field(default_factory=dict)
-    """``[slots, rank, out]`` for each layer."""
-    _slots: dict[str, int] = field(default_factory=dict)
-    """By digest, the longest unmixed first."""
-    _size: int = 0
+    An adapter is copied into its slot before it serves, from the thread that makes it ready (:meth:`stage`): that takes
+    longer than a step may wait. Only for one that had to give way since, or was never staged, the step waits.
+    """
+
+    def __init__(self, rank: int, groups: Mapping[Paths, Shape]) -> None:
+        self._rank, self._groups = rank, groups
+        self.a: dict[Paths, torch.Tensor] = {}
+        """``[slots, layers * rank, in]``: rows as an adapter has them, which copies at once and multiplies as fast."""
+        self.b: dict[Paths, list[torch.Tensor]] = {}
+        """``[slots, rank, out]`` for each layer: the other way round products would take twice as long."""
+        self._slots: dict[str, int] = {}
+        """By digest, the longest unmixed first."""
+        self._size = 0
+        self._mixed: set[str] = set()
+        """Those of the step in progress, which may read them at any time."""
+        self._filling: int | None = None
+        """The slot that is being filled beside the steps."""
+        self._lock = threading.Lock()
+        self._one_at_a_time = threading.Lock()
 
     def place(self, adapters: list[Weights]) -> list[int]:
-        """Each one's slot; None of them loses it to another."""
-        wanted = {weights.digest for weights in adapters}
-        for weights in adapters:
-            slot = self._slots.pop(weights.digest, None)
-            if slot is None:
-                slot = self._free(wanted, weights)
-                self._fill(slot, weights)
+        """Each one's slot, for the next step; none of them loses it to another until then. From the engine's thread."""
+        with self._lock:
+            self._mixed = {weights.digest for weights in adapters}
+            for weights in adapters:
+                slot = self._slots.pop(weights.digest, None)
+                if slot is None:
+                    slot = self._free(weights)
+                    _fill(self._groups, self.a, self.b, slot, weights)
+                self._slots[weights.digest] = slot
+            return [self._slots[weights.digest] for weights in adapters]
+
+    def stage(self, weights: Weights) -> None:
+        """Copies an adapter into a slot that no step reads; from any thread, beside the steps."""
+        with self._one_at_a_time:
+            while not self._try_to_stage(weights):
+                pass
+
+    def _try_to_stage(self, weights: Weights) -> bool:
+        """Whether it lies in a slot now; not when a step needed more slots meanwhile, whose memory is another one."""
+        with self._lock:
+            if weights.digest in self._slots:
+                return True
+            slot = self._filling = self._free(weights)
+            a, b = self.a, self.b
+        try:
+            _fill(self._groups, a, b, slot, weights)
+        except BaseException:
+            with self._lock:
+                self._filling = None
+            raise
+        with self._lock:
+            self._filling = None
+            if self.a is not a:
+                return False
             self._slots[weights.digest] = slot
-        return [self._slots[weights.digest] for weights in adapters]
+            return True
 
     def slot(self, weights: Weights) -> int | None:
         """Where it lies; None when it does not."""
         return self._slots.get(weights.digest)
 
-    def _free(self, wanted: set[str], like: Weights) -> int:
-        if len(self._slots) == self._size:
-            oldest = next((digest for digest in self._slots if digest not in wanted), None)
+    def _free(self, like: Weights) -> int:
+        """A slot for one more. The caller holds the lock."""
+        taken = set(self._slots.values()) | ({self._filling} - {None})
+        if len(taken) == self._size:
+            oldest = next((digest for digest in self._slots if digest not in self._mixed), None)
             if oldest is not None:
                 return self._slots.pop(oldest)
             self._grow(like)
-        return min(set(range(self._size)) - set(self._slots.values()))
+        return min(set(range(self._size)) - taken)
 
     def _grow(self, like: Weights) -> None:
-        """Twice the slots; memory is only taken when one is filled."""
+        """Twice the slots; memory is only taken when one is filled. The step in progress goes on with the old ones."""
         first = next(iter(like.layers.values()))[0]
         before, self._size = self._size, max(8, 2 * self._size)
-        for paths, shape in self.groups.items():
-            a = first.new_empty(self._size, shape.width, len(paths) * self.rank)
-            b = [first.new_empty(self._size, self.rank, out) for out in shape.outs]
+        grown_a, grown_b = dict[Paths, torch.Tensor](), dict[Paths, list[torch.Tensor]]()
+        for paths, shape in self._groups.items():
+            a = first.new_empty(self._size, len(paths) * self._rank, shape.width)
+            b = [first.new_empty(self._size, self._rank, out) for out in shape.outs]
             if before:
                 a[:before] = self.a[paths]
                 for new, old in zip(b, self.b[paths], strict=True):
                     new[:before] = old
-            self.a[paths], self.b[paths] = a, b
+            grown_a[paths], grown_b[paths] = a, b
+        self.a, self.b = grown_a, grown_b
 
-    def _fill(self, slot: int, weights: Weights) -> None:
-        for paths in self.groups:
-            for part, path in enumerate(paths):
-                a = self.a[paths][slot, :, part * self.rank : (part + 1) * self.rank]
-                b = self.b[paths][part][slot]
-                rank = 0
-                if (pair := weights.layers.get(path)) is not None:
-                    rank = pair[0].shape[0]
-                    a[:, :rank], b[:rank] = pair[0].T, pair[1].T
-                a[:, rank:], b[rank:] = 0.0, 0.0
+
+def _fill(
+    groups: Mapping[Paths, Shape],
+    a: Mapping[Paths, torch.Tensor],
+    b: Mapping[Paths, list[torch.Tensor]],
+    slot: int,
+    weights: Weights,
+) -> None:
+    """Copies an adapter into a slot of a stack's memory."""
+    for paths in groups:
+        stack_rank = b[paths][0].shape[1]
+        for part, path in enumerate(paths):
+            to_a = a[paths][slot, part * stack_rank : (part + 1) * stack_rank]
+            to_b = b[paths][part][slot]
+            rank = 0
+            if (pair := weights.layers.get(path)) is not None:
+                rank = pair[0].shape[0]
+                to_a[:rank], to_b[:rank] = pair[0], pair[1].T
+            if rank < stack_rank:
+                to_a[rank:], to_b[rank:] = 0.0, 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +166,8 @@ class Stacked:
         """See :meth:`Mix.add`."""
         a = self.stack.a[paths][self.slots]
         gathered = x.index_select(0, self.sources) if self.span is None else x[self.span]
-        inputs = gathered.view(a.shape[0], -1, a.shape[1])
-        ranks = torch.bmm(inputs.to(a.dtype), a).chunk(len(paths), -1)
+        inputs = gathered.view(a.shape[0], -1, a.shape[2])
+        ranks = torch.bmm(inputs.to(a.dtype), a.mT).chunk(len(paths), -1)
         outs = [torch.bmm(h, b[self.slots]) for h, b in zip(ranks, self.stack.b[paths], strict=True)]
         out = (outs[0] if len(outs) == 1 else torch.cat(outs, -1)).flatten(0, 1)
         if self.span is not None:
@@ -151,7 +202,7 @@ class Mix:
 
 
 class Mixer:
-    """Arranges steps, and keeps the stacks between them.
+    """Arranges steps, and keeps the stacks between them. The engine's thread mixes; any other may stage.
 
     Args:
         groups: the layers of the model.
@@ -170,11 +221,16 @@ class Mixer:
                 by_rank.setdefault(_stack_rank(segment.weights), []).append(segment)
         stacked = []
         for rank, few in by_rank.items():
-            if len(few) == 1 or (made := self._stack(rank, few)) is None:
+            if len(few) == 1 or (made := _stacked(self._stack(rank), few)) is None:
                 alone += few
             else:
                 stacked.append(made)
         return Mix(alone, stacked)
+
+    @torch.inference_mode()  # as the steps, whose tensors these are too
+    def stage(self, weights: Weights) -> None:
+        """Makes an adapter ready to be mixed with others; from any thread, beside the steps."""
+        self._stack(_stack_rank(weights)).stage(weights)
 
     def order(self, weights: Weights | None) -> tuple[int, int, int]:
         """Where a sequence of such an adapter stands best in a step: beside those of its stack, as its slots lie."""
@@ -184,28 +240,32 @@ class Mixer:
         slot = self._stacks[rank].slot(weights) if rank in self._stacks else None
         return rank, slot if slot is not None else 2**31, id(weights)
 
-    def _stack(self, rank: int, segments: list[Segment]) -> Stacked | None:
-        stack = self._stacks.setdefault(rank, Stack(rank, self._groups))
-        slots = stack.place([segment.weights for segment in segments])
-        first, end = min(slots), max(slots) + 1
-        if end - first > 2 * len(slots):
-            return None  # far apart: most of the products would be for nobody
-        by_slot: dict[int, list[int]] = {slot: [] for slot in range(first, end)}
-        for slot, segment in zip(slots, segments, strict=True):
-            by_slot[slot] += range(segment.begin, segment.end)
-        longest = max(len(tokens) for tokens in by_slot.values())
-        tokens = [token for mine in by_slot.values() for token in mine]
-        sources = [token for mine in by_slot.values() for token in mine + tokens[:1] * (longest - len(mine))]
-        places = [at * longest + n for at, mine in enumerate(by_slot.values()) for n in range(len(mine))]
-        device = stack.a[next(iter(stack.a))].device
-        return Stacked(
-            stack,
-            slice(first, end),
-            torch.tensor(sources, device=device),
-            torch.tensor(places, device=device) if len(places) < len(sources) else None,
-            torch.tensor(tokens, device=device),
-            slice(tokens[0], tokens[-1] + 1) if sources == list(range(tokens[0], tokens[-1] + 1)) else None,
-        )
+    def _stack(self, rank: int) -> Stack:
+        return self._stacks.setdefault(rank, Stack(rank, self._groups))
+
+
+def _stacked(stack: Stack, segments: list[Segment]) -> Stacked | None:
+    """The segments on a stack; None when their slots are so far apart that most of the products would be for nobody."""
+    slots = stack.place([segment.weights for segment in segments])
+    first, end = min(slots), max(slots) + 1
+    if end - first > 2 * len(slots):
+        return None
+    by_slot: dict[int, list[int]] = {slot: [] for slot in range(first, end)}
+    for slot, segment in zip(slots, segments, strict=True):
+        by_slot[slot] += range(segment.begin, segment.end)
+    longest = max(len(tokens) for tokens in by_slot.values())
+    tokens = [token for mine in by_slot.values() for token in mine]
+    sources = [token for mine in by_slot.values() for token in mine + tokens[:1] * (longest - len(mine))]
+    places = [at * longest + n for at, mine in enumerate(by_slot.values()) for n in range(len(mine))]
+    device = stack.a[next(iter(stack.a))].device
+    return Stacked(
+        stack,
+        slice(first, end),
+        torch.tensor(sources, device=device),
+        torch.tensor(places, device=device) if len(places) < len(sources) else None,
+        torch.tensor(tokens, device=device),
+        slice(tokens[0], tokens[-1] + 1) if sources == list(range(tokens[0], tokens[-1] + 1)) else None,
+    )
 
 
 def _stack_rank(weights: Weights) -> int:

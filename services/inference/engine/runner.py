@@ -121,6 +121,10 @@ class Runner:
             ).logits
         return logits[0, -1]
 
+    def stage(self, weights: Weights) -> None:
+        """Copies an adapter to where steps find it that mix several; from any thread, beside the steps."""
+        self._active.stage(weights)
+
     def release(self, sequence: Sequence) -> None:
         """Frees what is kept for a sequence beside its blocks; nothing is fine."""
         self._sampler.forget(sequence)

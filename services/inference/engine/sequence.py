@@ -74,7 +74,7 @@ class Output:
     """What a step brought for one sequence."""
 
     started: bool = False
-    """Whether this is the sign that the first step has begun; then nothing else is set."""
+    """Whether this is the sign that the first step has begun; the engine sets nothing else then."""
     text: str = ""
     """New text, whole characters only."""
     tokens: int = 0
@@ -83,6 +83,16 @@ class Output:
     """Theirs, if wanted; of one that is only scored all targets', in the last output."""
     reason: Reason | None = None
     """Set on the last output."""
+
+    def followed_by(self, later: Output) -> Output:
+        """This and the next output of the same sequence as one."""
+        return Output(
+            started=self.started or later.started,
+            text=self.text + later.text,
+            tokens=self.tokens + later.tokens,
+            logprobs=self.logprobs + later.logprobs,
+            reason=later.reason,
+        )
 
 
 @dataclass(slots=True, eq=False)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import random
+import threading
 
+import pytest
 import torch
 
+from services.inference.adapters import mix
 from services.inference.adapters.lora import Segment, Weights, prepare, siblings
 from services.inference.adapters.mix import Mixer, Shape
 
@@ -26,8 +29,9 @@ def adapter(seed: int, rank: int, paths: tuple[str, ...] = (*PATHS, "a.o_proj"))
     return prepare(pairs, 1.0, torch.float32, torch.device("cpu"), sha256=str(seed))
 
 
+@torch.inference_mode()  # as steps are
 def check(mixer: Mixer, segments: list[Segment], tokens: int) -> None:
-    mix = mixer.mix(segments)
+    mixed = mixer.mix(segments)
     for paths, shape in GROUPS.items():
         x = torch.randn(tokens, shape.width)
         y = torch.zeros(tokens, sum(shape.outs))
@@ -40,7 +44,7 @@ def check(mixer: Mixer, segments: list[Segment], tokens: int) -> None:
                     span = slice(segment.begin, segment.end)
                     wanted[span, begin : begin + out] += x[span] @ a.T @ b.T
                 begin += out
-        mix.add(paths, x, y, shape.outs)
+        mixed.add(paths, x, y, shape.outs)
         torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-4)
 
 
@@ -80,6 +84,36 @@ def test_a_step_in_the_order_of_the_slots_gathers_nothing() -> None:
     assert mixer.mix(segments).stacked[0].span == slice(2, 10)
     assert mixer.order(None) < mixer.order(known[0])
     check(mixer, segments, 11)
+
+
+def test_what_is_staged_beside_the_steps_costs_no_step_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer, known = Mixer(GROUPS), [adapter(seed, 16) for seed in range(2)]
+    for weights in known:
+        mixer.stage(weights)
+    monkeypatch.setattr(mix, "_fill", lambda *_: pytest.fail("a step has copied an adapter"))
+    check(mixer, [Segment(0, 1, known[0]), Segment(1, 2, known[1])], 3)
+
+
+def test_steps_stay_right_while_other_adapters_are_staged() -> None:
+    rng, mixer, done = random.Random(5), Mixer(GROUPS), threading.Event()
+    known, others = ([adapter(seed, 16) for seed in seeds] for seeds in (range(20), range(20, 40)))
+    staged = list[int]()
+
+    def stage() -> None:
+        while not done.is_set():
+            mixer.stage(others[len(staged) % len(others)])
+            staged.append(1)
+
+    thread = threading.Thread(target=stage)
+    thread.start()
+    try:
+        for count in [1, 2, 8, 9, 16, 18] * 10:  # the stack grows under both, and each takes the other's slots
+            weights = rng.sample(known, count)
+            check(mixer, [Segment(n, n + 1, one) for n, one in enumerate(weights)], count)
+    finally:
+        done.set()
+        thread.join()
+    assert len(staged) > 2
 
 
 def test_layers_with_the_same_input_are_found_by_their_names() -> None:
