@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from bench.figures import row
 from services.cli.local import ports
+from services.core import log
 from services.core.models import catalogue, weights
 from services.core.models.prompts import Prompt, completion_prompt
 from services.core.rpc import server
@@ -134,6 +135,7 @@ async def serve(address: str, use: Callable[[LoadedModel], Awaitable[None]], thr
 
 
 def main(threads: int, rounds: int) -> None:
+    log.configure("bench", "warning")
     weights.ensure_weights(catalogue.find(""), Path.home() / ".cache" / "codegraft")
     address = f"{ports.HOST}:{ports.choose(['inference'], {})['inference']}"
     command = [sys.executable, "-m", "bench.callers", address]
