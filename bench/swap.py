@@ -67,9 +67,10 @@ class Load:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
 
-    def within(self, begins: list[float]) -> list[float]:
-        """Gaps that ended within the windows that begin there."""
-        return [gap for at, gap in self.gaps if any(begin <= at < begin + WINDOW for begin in begins)]
+
+def within(values: list[tuple[float, float]], begins: list[float]) -> list[float]:
+    """Values of moments within the windows that begin there."""
+    return [value for at, value in values if any(begin <= at < begin + WINDOW for begin in begins)]
 
 
 class Active:
@@ -201,7 +202,13 @@ def report(load: Load, times: dict[str, list[float]], begins: list[float], notes
     found, usual = pauses(notes)
     said = f"{milliseconds(found)}, between any two steps p50 {percentile(usual, 0.5) * 1e3:.1f} ms"
     row("longest time without a step at a flip", said, "5 ms")
-    around, before = load.within(begins), load.within([begin - WINDOW for begin in begins])
+    earlier = [begin - WINDOW for begin in begins]
+    costs = [(step[0], step[2]) for step in notes["steps"]]
+    around, before = within(costs, begins), within(costs, earlier)
+    for share in (0.5, 0.99, 1.0):
+        ours, theirs = percentile(around, share) * 1e3, percentile(before, share) * 1e3
+        row(f"processor time of a step, p{share * 100:.0f}", f"{ours:.1f} ms around a swap, {theirs:.1f} ms before")
+    around, before = within(load.gaps, begins), within(load.gaps, earlier)
     for share, most in ((0.5, ""), (0.95, ""), (0.99, "1.2 x")):
         ours, theirs = percentile(around, share), percentile(before, share)
         said = f"{ours * 1e3:.1f} ms around a swap, {theirs * 1e3:.1f} ms before: {ours / theirs:.2f} x"
