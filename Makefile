@@ -52,6 +52,11 @@ bench: proto sshd ## Benchmarks against named peers; the figures are in bench/RE
 	@$(BIN)/python -m bench.scanner
 	@$(BIN)/python -m bench.trainer
 	@$(BIN)/python -m bench.speculation
+	@$(BIN)/python -m bench.start
+	@$(BIN)/python -m bench.swap
+	@$(BIN)/python -m bench.keystrokes
+	@$(BIN)/python -m bench.streams
+	@$(BIN)/python -m bench.overload
 	@$(BIN)/python -m bench.proof minio typer rich --seconds 300
 
 FUZZ_INPUTS ?= 100000
