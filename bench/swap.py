@@ -112,6 +112,7 @@ async def measure(on: Replica, bests: list[Checkpoint]) -> tuple[Load, dict[str,
     times: dict[str, list[float]] = {"event to first token": []}
     told = asyncio.create_task(_phases(on, len(bests), times))
     load, active, begins = Load(on), Active(on), list[float]()
+    await asyncio.sleep(1)  # until both follow
     await on.publish(bests[0])
     await active.until(bests[0].sha256)
     load.start()
