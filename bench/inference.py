@@ -3,7 +3,8 @@
 SmolLM2-135M, transformers' ``generate`` in bfloat16 as the peer.
 
 Sides take turns, and each one's best round counts: what else the machine does meets them all, and only slows. Where
-it does much, --cpu-time compares what one thread computes.
+it does much, --cpu-time compares what one thread computes. Each computes in a thread that ends with its turn, so that
+none waits beside another's team of threads (services/inference/engine/cores.py).
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import os
 import queue
 import sysconfig
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,6 +29,7 @@ from transformers import PreTrainedModel
 from services.core.models import catalogue, weights
 from services.core.models.spelling import Spelling, token_bytes
 from services.inference.adapters import lora
+from services.inference.engine.cores import reserve
 from services.inference.engine.engine import Engine
 from services.inference.engine.layers import Kind, speed_up
 from services.inference.engine.runner import Runner
@@ -45,29 +49,28 @@ LONG = 1024
 RANK = 16
 BATCH = 8
 FILES, FILE_TOKENS = 20, 257
+LIMITS = Limits(running=16, waiting=64, step_tokens=256, kv_tokens=16384)
 _numbers = itertools.count()
 clock = time.perf_counter
 
 
 class Side:
-    """An engine over weights of one kind."""
+    """A model on weights of one kind."""
 
-    def __init__(self, base: PreTrainedModel, vocabulary: list[bytes], kind: Kind) -> None:
+    def __init__(self, base: PreTrainedModel, vocabulary: list[bytes], kind: Kind, threads: int) -> None:
         self.model = copy.deepcopy(base)
-        limits = Limits(running=16, waiting=64, step_tokens=256, kv_tokens=16384)
-        runner = Runner(self.model, Sampler(Spelling(vocabulary)), limits.blocks)
+        self._runner = Runner(self.model, Sampler(Spelling(vocabulary)), LIMITS.blocks, threads)
         speed_up(self.model, kind)
         self._vocabulary = vocabulary
-        self.engine = Engine(runner, limits)
-        self.engine.start()
 
     def decode(self, count: int, adapters: list[lora.Weights] | None = None) -> float:
         """Seconds of a step of so many streams once all of them decode; the best half of the steps."""
-        inboxes = []
-        for number in range(count):
-            adapter = adapters[number % len(adapters)] if adapters else None
-            inboxes.append(self._submit(prompt(PROMPT), TOKENS, adapter=adapter))
-        times = [_drain(inbox)[0] for inbox in inboxes]
+        with self._engine() as engine:
+            inboxes = []
+            for number in range(count):
+                adapter = adapters[number % len(adapters)] if adapters else None
+                inboxes.append(self._submit(engine, prompt(PROMPT), TOKENS, adapter=adapter))
+            times = [_drain(inbox)[0] for inbox in inboxes]
         # All of the last ones are in the same steps: the first stream's second half.
         last = times[-1][len(times[-1]) // 4 :]
         gaps = sorted(after - before for before, after in itertools.pairwise(last))
@@ -75,23 +78,32 @@ class Side:
 
     def prefill(self) -> float:
         """Seconds to the first token of a long prompt."""
-        began = clock()
-        times, _ = _drain(self._submit(prompt(LONG), 1))
+        with self._engine() as engine:
+            began = clock()
+            times, _ = _drain(self._submit(engine, prompt(LONG), 1))
         return times[0] - began
 
     def loss(self, documents: list[list[int]]) -> float:
         """Nats per token, as Score computes them."""
         total = count = 0.0
-        for ids in documents:
-            _, outputs = _drain(self._submit(ids[:-1], 1, targets=tuple(ids[1:])))
-            logprobs = [one.logprob for output in outputs for one in output.logprobs]
-            total, count = total - sum(logprobs), count + len(logprobs)
+        with self._engine() as engine:
+            for ids in documents:
+                _, outputs = _drain(self._submit(engine, ids[:-1], 1, targets=tuple(ids[1:])))
+                logprobs = [one.logprob for output in outputs for one in output.logprobs]
+                total, count = total - sum(logprobs), count + len(logprobs)
         return total / count
 
-    def _submit(self, ids: list[int], tokens: int, **fields: Any) -> queue.Queue[tuple[float, Output]]:
+    @contextmanager
+    def _engine(self) -> Iterator[Engine]:
+        engine = Engine(self._runner, LIMITS)
+        engine.start()
+        yield engine
+        engine.stop()
+
+    def _submit(self, engine: Engine, ids: list[int], tokens: int, **fields: Any) -> queue.Queue[tuple[float, Output]]:
         inbox: queue.Queue[tuple[float, Output]] = queue.Queue()
         text = TextStream(self._vocabulary)
-        self.engine.submit(Sequence(ids, tokens, text, lambda output: inbox.put((clock(), output)), **fields))
+        engine.submit(Sequence(ids, tokens, text, lambda output: inbox.put((clock(), output)), **fields))
         return inbox
 
 
@@ -112,19 +124,34 @@ def prompt(count: int) -> list[int]:
     return [int(id) for id in torch.randint(1000, 40000, (count,), generator=generator)]
 
 
-def peer(model: PreTrainedModel, count: int, length: int, tokens: int) -> float:
-    """Seconds that ``generate`` takes."""
-    ids = torch.tensor([prompt(length) for _ in range(count)])
-    began = clock()
-    model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=tokens,
-        min_new_tokens=tokens,
-        do_sample=False,
-        pad_token_id=0,
-    )
-    return clock() - began
+class Peer:
+    """transformers' generate."""
+
+    def __init__(self, model: PreTrainedModel, threads: int) -> None:
+        self.model, self._threads = model, threads
+
+    def seconds(self, count: int, length: int, tokens: int) -> float:
+        """What so many streams take together, from prompts of a length to so many new tokens."""
+        ids = torch.tensor([prompt(length) for _ in range(count)])
+
+        def generate() -> float:
+            began = clock()
+            self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=0,
+            )
+            return clock() - began
+
+        with ThreadPoolExecutor(1, initializer=reserve, initargs=(self._threads,)) as thread:
+            return thread.submit(generate).result()
+
+    def decode(self, count: int) -> float:
+        """Seconds of a step of so many streams."""
+        return (self.seconds(count, PROMPT, TOKENS) - self.seconds(count, PROMPT, 1)) / (TOKENS - 1)
 
 
 def adapter(model: PreTrainedModel, seed: int) -> lora.Weights:
@@ -148,24 +175,20 @@ def best(sides: Mapping[str, Callable[[], float]], rounds: int = ROUNDS) -> dict
     return found
 
 
-def streams(sides: dict[str, Side], base: PreTrainedModel, count: int) -> None:
+def streams(sides: dict[str, Side], peer: Peer, count: int) -> None:
     """Tokens a second of all streams together, decoding."""
-
-    def generate() -> float:
-        return (peer(base, count, PROMPT, TOKENS) - peer(base, count, PROMPT, 1)) / (TOKENS - 1)
-
-    found = best(
-        {"transformers": generate, **{kind: lambda s=side: s.decode(count) for kind, side in sides.items()}}, 2
-    )
+    all_sides = {"transformers": peer, **sides}
+    found = best({name: lambda s=side: s.decode(count) for name, side in all_sides.items()}, 2)
     for name, seconds in found.items():
         print(
             f"{count} streams, {name}: {count / seconds:.0f} tokens/s, {found['transformers'] / seconds:.2f} x the peer"
         )
 
 
-def prefill(sides: dict[str, Side], base: PreTrainedModel) -> None:
+def prefill(sides: dict[str, Side], peer: Peer) -> None:
     """Tokens a second of one prompt."""
-    found = best({"transformers": lambda: peer(base, 1, LONG, 1), **{k: side.prefill for k, side in sides.items()}}, 3)
+    mine = {kind: side.prefill for kind, side in sides.items()}
+    found = best({"transformers": lambda: peer.seconds(1, LONG, 1), **mine}, 3)
     for name, seconds in found.items():
         print(f"prefill, {name}: {LONG / seconds:.0f} tokens/s, {found['transformers'] / seconds:.2f} x the peer")
 
@@ -222,25 +245,24 @@ def main() -> None:
     if asked.cpu_time:
         global clock
         clock, asked.threads = time.process_time, 1
-    torch.set_num_threads(asked.threads)
+    torch.set_num_threads(1)
     folder = weights.ensure_weights(catalogue.find(""), Path.home() / ".cache" / "codegraft")
     base, tokenizer = weights.load_model(folder), weights.load_tokenizer(folder)
     vocabulary = token_bytes(tokenizer)
-    sides = {kind: Side(base, vocabulary, kind) for kind in asked.kind or KINDS}
+    sides = {kind: Side(base, vocabulary, kind, asked.threads) for kind in asked.kind or KINDS}
+    peer = Peer(base, asked.threads)
     for part in asked.parts or PARTS:
         match part:
             case "stream":
-                streams(sides, base, 1)
+                streams(sides, peer, 1)
             case "streams":
-                streams(sides, base, 16)
+                streams(sides, peer, 16)
             case "prefill":
-                prefill(sides, base)
+                prefill(sides, peer)
             case "adapters":
                 adapters(sides)
             case "loss":
                 loss(sides, base, tokenizer, vocabulary)
-    for side in sides.values():
-        side.engine.stop()
 
 
 if __name__ == "__main__":

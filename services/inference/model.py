@@ -93,13 +93,14 @@ def load(
     Raises:
         ModelNotFound, StoreUnavailable …: as :func:`services.core.models.weights.ensure_weights`.
     """
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    torch.set_num_threads(1)  # this thread's: see engine/cores.py
     folder = weights.ensure_weights(spec, cache_dir)
     model = weights.load_model(folder)
     if torch.cuda.is_available():
         model.to("cuda")  # type: ignore[arg-type]
     tokenizer, digest = weights.load_tokenizer(folder), weights.base_digest(folder)
-    return start(model, tokenizer, spec.id, digest, limits, max_rank=max_rank, kind=kind)
+    threads = threads or os.cpu_count() or 1
+    return start(model, tokenizer, spec.id, digest, limits, max_rank=max_rank, kind=kind, threads=threads)
 
 
 def start(
@@ -111,15 +112,17 @@ def start(
     *,
     max_rank: int = 64,
     kind: Kind = "auto",
+    threads: int | None = None,
 ) -> LoadedModel:
     """Starts an engine over a model in memory.
 
     Args:
+        threads: of the engine's arithmetic; None leaves them as they are.
         kind: of its weights, see ``InferenceSettings.inference_weights``.
     """
     fmt, vocabulary = prompts.detect(tokenizer), token_bytes(tokenizer)
     base = Base(model_id, digest, fmt, lora.adaptable(model), max_rank)
-    runner = Runner(model, Sampler(Spelling(vocabulary)), limits.blocks)
+    runner = Runner(model, Sampler(Spelling(vocabulary)), limits.blocks, threads)
     speed_up(model, kind)
     engine = Engine(runner, limits)
     engine.start()

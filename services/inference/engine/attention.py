@@ -51,7 +51,7 @@ def attend(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """One layer's attention.
+    """One layer's attention, called by transformers.
 
     Args:
         query: ``[1, heads, tokens, head_dim]``; key and value have kv_heads instead of heads.
@@ -62,38 +62,63 @@ def attend(
         ``[1, tokens, heads, head_dim]``, and no weights.
     """
     kv = step.kv[module.layer_idx]  # type: ignore[index]
+    keep(torch.cat([key[0], value[0]]).to(kv.dtype), kv, step)
+    seen = look(query[0].to(kv.dtype), kv, step, scaling, sliding_window, softcap)
+    return seen[None].to(query.dtype), None
+
+
+def keep(fresh: torch.Tensor, kv: torch.Tensor, step: Step) -> None:
+    """Puts a step's keys and values into a layer's memory.
+
+    Args:
+        fresh: ``[2 * kv_heads, tokens, head_dim]``, the keys first.
+    """
     if step.begun is not None:
         kv.index_fill_(2, step.begun, 0.0)
-    dtype, query = query.dtype, query.to(kv.dtype)
-    kv[0].index_copy_(1, step.slots, key[0].to(kv.dtype))
-    kv[1].index_copy_(1, step.slots, value[0].to(kv.dtype))
+    kv.flatten(0, 1).index_copy_(1, step.slots, fresh)
+
+
+def look(
+    query: torch.Tensor,
+    kv: torch.Tensor,
+    step: Step,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """What a step's tokens see in a layer's memory.
+
+    Args:
+        query: ``[heads, tokens, head_dim]``.
+
+    Returns:
+        ``[tokens, heads, head_dim]``.
+    """
     if len(step.rows) == 1 and not step.batches:
-        keys, values = step.rows[0].seen(kv[0], sliding_window), step.rows[0].seen(kv[1], sliding_window)
-        return _one(step.rows[0], query, keys, values, scaling, sliding_window, softcap).transpose(1, 2).to(dtype), None
-    by_token = query[0].transpose(0, 1)
+        return _one(step.rows[0], query[None], kv, scaling, window, softcap)[0].transpose(0, 1)
+    by_token = query.transpose(0, 1)
     out = torch.empty_like(by_token, memory_format=torch.contiguous_format)
     for batch in step.batches:
-        keys, values = batch.seen(kv[0], sliding_window), batch.seen(kv[1], sliding_window)
+        keys, values = batch.seen(kv[0], window), batch.seen(kv[1], window)
         queries = by_token.index_select(0, batch.tokens)[:, :, None]
-        attended = _few(queries, keys, values, batch.mask(sliding_window), scaling, softcap)
+        attended = _few(queries, keys, values, batch.mask(window), scaling, softcap)
         out.index_copy_(0, batch.tokens, attended[:, :, 0])
     for row in step.rows:
-        keys, values = row.seen(kv[0], sliding_window), row.seen(kv[1], sliding_window)
         span = slice(row.begin, row.begin + row.count)
-        out[span] = _one(row, query[:, :, span], keys, values, scaling, sliding_window, softcap)[0].transpose(0, 1)
-    return out[None].to(dtype), None
+        out[span] = _one(row, query[None, :, span], kv, scaling, window, softcap)[0].transpose(0, 1)
+    return out
 
 
 def _one(
     row: Row,
     query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    kv: torch.Tensor,
     scaling: float | None,
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """One sequence: ``[1, heads, count, head_dim]``, keys and values ``[1, kv_heads, seen, head_dim]``."""
+    """One sequence: ``[1, heads, count, head_dim]``, both ways."""
+    keys, values = row.seen(kv[0], window), row.seen(kv[1], window)
     if row.count == 1:
         return _few(query, keys, values, None, scaling, softcap)
     heads, kv_heads = query.shape[1], keys.shape[1]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from services.inference.engine.attention import Step, attend
+from services.inference.engine.attention import Step, keep, look
 
 _FAMILY = ("LlamaDecoderLayer", "Qwen2DecoderLayer", "MistralDecoderLayer")
 """Two norms, rotary embeddings by halves, a gated MLP, and nothing else."""
@@ -33,8 +33,8 @@ class Block(nn.Module):
             self._window = attention.sliding_window
         elif "Mistral" in type(layer).__name__:
             self._window = attention.config.sliding_window
-        self._rotated = self._qkv.outs[0] + self._qkv.outs[1]
-        self._query_heads = self._qkv.outs[0] // attention.head_dim
+        self._query_heads, kv_heads, _ = (out // attention.head_dim for out in self._qkv.outs)
+        self._turned = self._query_heads + kv_heads
 
     def forward(
         self,
@@ -50,17 +50,16 @@ class Block(nn.Module):
             position_embeddings: from :class:`Rotary`.
         """
         x, attention = hidden_states[0], self.self_attn
-        size: int = attention.head_dim
         qkv = self._qkv.compute(self.input_layernorm(x))
-        halves = qkv[:, : self._rotated].view(x.shape[0], -1, 2, size // 2)
+        halves = qkv.view(x.shape[0], -1, 2, attention.head_dim // 2)[:, : self._turned]
         cos, sin = position_embeddings
-        rotated = torch.addcmul(halves * cos, halves.flip(2), sin).flatten(2).transpose(0, 1)[None]
-        value = qkv[None, :, self._rotated :].unflatten(2, (-1, size)).transpose(1, 2)
-        query, key = rotated[:, : self._query_heads], rotated[:, self._query_heads :]
-        seen, _none = attend(
-            attention, query, key, value, None, attention.scaling, step=step, sliding_window=self._window
-        )
-        x = self._o.compute(seen.flatten(2)[0]).add_(x)
+        swapped = halves.flip(2)
+        halves.mul_(cos).addcmul_(swapped, sin)
+        kv = step.kv[attention.layer_idx]
+        heads = qkv.to(kv.dtype).view(x.shape[0], -1, attention.head_dim).transpose(0, 1)
+        keep(heads[self._query_heads :], kv, step)
+        seen = look(heads[: self._query_heads], kv, step, attention.scaling, self._window)
+        x = self._o.compute(seen.flatten(1)).add_(x)
         gate_up = self._gate_up.compute(self.post_attention_layernorm(x))
         gate, up = torch.split_with_sizes(gate_up, self._gate_up.outs, 1)
         return self._down.compute(self.mlp.act_fn(gate).mul_(up)).add_(x)[None]  # type: ignore[no-any-return]

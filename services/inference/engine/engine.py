@@ -20,6 +20,8 @@ _log = log.get("inference.engine")
 class StepRunner(Protocol):
     """What the loop needs of the runner."""
 
+    def begin(self) -> None: ...
+
     def step(self, work: list[Work]) -> list[Result | None]: ...
 
     def release(self, sequence: Sequence) -> None: ...
@@ -99,6 +101,7 @@ class Engine:
             self._changed.notify()
 
     def _loop(self) -> None:
+        self._runner.begin()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._stopping or len(self._scheduler))

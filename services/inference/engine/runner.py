@@ -13,6 +13,7 @@ from services.inference.adapters.lora import Segment, Weights, install
 from services.inference.engine.attention import NAME, Step
 from services.inference.engine.block import simplify
 from services.inference.engine.blocks import BLOCK, blocks_for
+from services.inference.engine.cores import reserve
 from services.inference.engine.rows import Row, batches
 from services.inference.engine.sampler import Sampler
 from services.inference.engine.scheduler import Work
@@ -26,11 +27,12 @@ class Runner:
         model: a causal LM in eval mode; its linear layers are made to take adapters.
         sampler: chooses the tokens.
         blocks: of the KV cache; memory is taken when one is first used.
+        threads: of a step's arithmetic; None leaves them as they are.
     """
 
-    def __init__(self, model: PreTrainedModel, sampler: Sampler, blocks: int) -> None:
+    def __init__(self, model: PreTrainedModel, sampler: Sampler, blocks: int, threads: int | None = None) -> None:
         config = model.config
-        self._model, self._sampler = model, sampler
+        self._model, self._sampler, self._threads = model, sampler, threads
         self._active = install(model)
         simplify(model)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -40,6 +42,11 @@ class Runner:
             for _ in range(config.num_hidden_layers)
         ]
         model.set_attn_implementation(NAME)
+
+    def begin(self) -> None:
+        """Called once in the thread that will call :meth:`step`, before it does."""
+        if self._threads is not None:
+            reserve(self._threads)
 
     @torch.inference_mode()
     def step(self, work: list[Work]) -> list[Result | None]:

@@ -47,7 +47,7 @@ class Half:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[0] > self.few:
             return self._many(x)
-        product: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self._few)
+        product: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16(x.float(), self._few)
         return product
 
 
@@ -87,10 +87,13 @@ class Narrow:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[0] > self.few:
             return self._many(x)
-        # The kernel has one scale for all tokens: brought to the same size, a small one is not lost beside a large one.
-        largest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True).clamp_(min=1e-12)
-        product: torch.Tensor = torch.ops.quantized.linear_dynamic(x / largest, self._few, self._reduced)
-        product.mul_(largest)
+        x = x.float()
+        if len(x) == 1:
+            product: torch.Tensor = torch.ops.quantized.linear_dynamic(x, self._few, self._reduced)
+        else:
+            # The kernel has one scale for all tokens: of the same size, a small one is not lost beside a large one.
+            largest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True).clamp_(min=1e-12)
+            product = torch.ops.quantized.linear_dynamic(x / largest, self._few, self._reduced).mul_(largest)
         return product if self._bias is None else product.add_(self._bias)
 
 

@@ -235,6 +235,9 @@ class Failing:
     def __init__(self) -> None:
         self.steps, self.released = 0, 0
 
+    def begin(self) -> None:
+        pass
+
     def step(self, work: list[Work]) -> list[Result | None]:
         self.steps += 1
         if self.steps == 2:

@@ -99,6 +99,9 @@ def test_the_refused_are_told_about_when_there_is_room() -> None:
 class Steady:
     """Steps that take a constant time."""
 
+    def begin(self) -> None:
+        pass
+
     def step(self, work: list[Work]) -> list[Result | None]:
         time.sleep(0.002)
         return [Result((0,)) if item.samples else None for item in work]

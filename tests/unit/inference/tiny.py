@@ -125,10 +125,16 @@ class Heard:
 class Bench:
     """An engine over a copy of the reference model."""
 
-    def __init__(self, reference: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, limits: Limits) -> None:
+    def __init__(
+        self,
+        reference: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        limits: Limits,
+        threads: int | None = None,
+    ) -> None:
         self.vocabulary = token_bytes(tokenizer)
         self.model = copy.deepcopy(reference)
-        self.runner = Runner(self.model, Sampler(Spelling(self.vocabulary)), limits.blocks)
+        self.runner = Runner(self.model, Sampler(Spelling(self.vocabulary)), limits.blocks, threads)
         self.engine = Engine(self.runner, limits)
 
     def make(self, prompt: list[int], max_tokens: int = 16, **fields: Any) -> Heard:

@@ -1,0 +1,47 @@
+"""Threads of arithmetic."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from services.inference.engine.cores import reserve
+from services.inference.engine.engine import Engine
+from services.inference.engine.scheduler import Limits, Work
+from services.inference.engine.sequence import Result
+from tests.unit.inference.tiny import Bench
+
+
+def threads_of_another() -> int:
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(torch.get_num_threads).result()
+
+
+def test_only_who_reserves_them_computes_with_several_threads() -> None:
+    def reserved() -> tuple[int, int]:
+        reserve(2)
+        return torch.get_num_threads(), threads_of_another()
+
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(reserved).result() == (2, 1)
+    assert threads_of_another() == 1
+
+
+def test_the_engines_thread_has_what_its_runner_was_given(
+    reference: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    bench, found = Bench(reference, tokenizer, Limits(), threads=2), list[int]()
+
+    def step(work: list[Work]) -> list[Result | None]:
+        found.append(torch.get_num_threads())
+        return compute(work)
+
+    compute, bench.runner.step = bench.runner.step, step  # type: ignore[method-assign]
+    for _ in range(2):  # a runner may outlive its engine, and then computes in another thread
+        bench.engine = Engine(bench.runner, Limits())
+        bench.engine.start()
+        bench.submit([1, 2, 3], 2).wait()
+        bench.engine.stop()
+    assert set(found) == {2} and threads_of_another() == 1
