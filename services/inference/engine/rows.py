@@ -30,6 +30,7 @@ class Row:
     """Where its keys and values lie."""
     _slots: slice | torch.Tensor | None = None
     _masks: dict[tuple[int | None, int], torch.Tensor] = field(default_factory=dict)
+    _hidden: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     def written(self) -> list[int]:
         """The slots of its tokens in this step."""
@@ -72,6 +73,19 @@ class Row:
                 mask &= keys > queries - window
             mask = self._masks[window, repeated] = mask.repeat(repeated, 1)
         return mask
+
+    def hidden(self, window: int | None, device: torch.device) -> torch.Tensor:
+        """What takes away the scores of what its tokens do not see, made once for all layers.
+
+        ``[count, the last of what is seen]``, bfloat16: 0 or minus infinity. Without a window, all see what was before.
+        """
+        if window not in self._hidden:
+            mask = self.mask(window, device)
+            if window is None:
+                mask = mask[:, self.past :]
+            zeros = torch.zeros(mask.shape, dtype=torch.bfloat16, device=device)
+            self._hidden[window] = zeros.masked_fill_(~mask, -torch.inf)
+        return self._hidden[window]
 
     def _first(self, window: int | None) -> int:
         return 0 if window is None else max(0, self.past + 1 - window)
