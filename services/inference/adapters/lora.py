@@ -28,7 +28,10 @@ class Weights:
     """One adapter version, ready to run."""
 
     layers: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-    """By module path: A ``[rank, in]`` and B ``[out, rank]`` with the scale in it."""
+    """By module path: A ``[rank, in]`` and B ``[out, rank]`` with the scale in it. They lie in memory transposed, which
+    their products with few tokens want."""
+    joints: Mapping[Paths, torch.Tensor]
+    """Of layers with the same input: their A side by side, ``[in, sum of ranks]``; those of ``layers`` lie in it."""
     rank: int
     size: int
     """Bytes."""
@@ -189,14 +192,17 @@ def prepare(
     """
     if device.type == "cpu":
         dtype = torch.float32
-    layers = {
-        # B's columns lie together: products with them are twice as fast, and they go into a stack as they are.
-        path: (a.to(device, dtype).contiguous(), (b.T.float() * scale).to(device, dtype).contiguous().T)
-        for path, (a, b) in pairs.items()
-    }
+    layers, joints = dict[str, tuple[torch.Tensor, torch.Tensor]](), dict[Paths, torch.Tensor]()
+    for paths in siblings(pairs):
+        ranks = [pairs[path][0].shape[0] for path in paths]
+        joints[paths] = torch.cat([pairs[path][0].to(device, dtype).T for path in paths], 1)
+        for path, a in zip(paths, torch.split_with_sizes(joints[paths], ranks, 1), strict=True):
+            b = (pairs[path][1].float() * scale).to(device, dtype)
+            layers[path] = a.T, b.T.contiguous().T
     size = sum(t.numel() * t.element_size() for pair in layers.values() for t in pair)
     return Weights(
         layers=layers,
+        joints=joints,
         rank=max((a.shape[0] for a, _ in layers.values()), default=0),
         size=size,
         digest=f"{sha256} x {scale!r}",  # the scale is not in the file

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import gcd
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,6 +34,16 @@ class Shape:
     outs: tuple[int, ...]
     """Of their outputs."""
 
+    @property
+    def piece(self) -> int:
+        """The largest size into pieces of which all outputs can be cut."""
+        return gcd(*self.outs)
+
+    @property
+    def owners(self) -> list[int]:
+        """The layer of each piece, as an index."""
+        return [layer for layer, out in enumerate(self.outs) for _ in range(out // self.piece)]
+
 
 class Stack:
     """Slots of adapters up to a rank; those that were not mixed for longest give way.
@@ -44,9 +55,11 @@ class Stack:
     def __init__(self, rank: int, groups: Mapping[Paths, Shape]) -> None:
         self._rank, self._groups = rank, groups
         self.a: dict[Paths, torch.Tensor] = {}
-        """``[slots, layers * rank, in]``: rows as an adapter has them, which copies at once and multiplies as fast."""
-        self.b: dict[Paths, list[torch.Tensor]] = {}
-        """``[slots, rank, out]`` for each layer: the other way round products would take twice as long."""
+        """``[slots, in, layers * rank]``"""
+        self.b: dict[Paths, torch.Tensor] = {}
+        """``[slots, pieces, rank, piece]``: in pieces of one size, all layers are one batched product."""
+        self.owners: dict[Paths, torch.Tensor | None] = {}
+        """The layer of each piece, int64; None where a layer is a piece."""
         self._slots: dict[str, int] = {}
         """By digest, the longest unmixed first."""
         self._size = 0
@@ -113,37 +126,38 @@ class Stack:
         """Twice the slots; memory is only taken when one is filled. The step in progress goes on with the old ones."""
         first = next(iter(like.layers.values()))[0]
         before, self._size = self._size, max(8, 2 * self._size)
-        grown_a, grown_b = dict[Paths, torch.Tensor](), dict[Paths, list[torch.Tensor]]()
+        grown_a, grown_b = dict[Paths, torch.Tensor](), dict[Paths, torch.Tensor]()
         for paths, shape in self._groups.items():
-            a = first.new_empty(self._size, len(paths) * self._rank, shape.width)
-            b = [first.new_empty(self._size, self._rank, out) for out in shape.outs]
+            owners = torch.tensor(shape.owners, device=first.device)
+            a = first.new_empty(self._size, shape.width, len(paths) * self._rank)
+            b = first.new_empty(self._size, len(owners), self._rank, shape.piece)
             if before:
-                a[:before] = self.a[paths]
-                for new, old in zip(b, self.b[paths], strict=True):
-                    new[:before] = old
+                a[:before], b[:before] = self.a[paths], self.b[paths]
             grown_a[paths], grown_b[paths] = a, b
+            self.owners[paths] = owners if len(owners) > len(paths) else None
         self.a, self.b = grown_a, grown_b
 
 
 def _fill(
     groups: Mapping[Paths, Shape],
     a: Mapping[Paths, torch.Tensor],
-    b: Mapping[Paths, list[torch.Tensor]],
+    b: Mapping[Paths, torch.Tensor],
     slot: int,
     weights: Weights,
 ) -> None:
     """Copies an adapter into a slot of a stack's memory."""
-    for paths in groups:
-        stack_rank = b[paths][0].shape[1]
-        for part, path in enumerate(paths):
-            to_a = a[paths][slot, part * stack_rank : (part + 1) * stack_rank]
-            to_b = b[paths][part][slot]
+    for paths, shape in groups.items():
+        stack_rank = b[paths].shape[2]
+        pieces = torch.split_with_sizes(b[paths][slot], [out // shape.piece for out in shape.outs])
+        for part, (path, to_b) in enumerate(zip(paths, pieces, strict=True)):
+            to_a = a[paths][slot, :, part * stack_rank : (part + 1) * stack_rank]
             rank = 0
             if (pair := weights.layers.get(path)) is not None:
                 rank = pair[0].shape[0]
-                to_a[:rank], to_b[:rank] = pair[0], pair[1].T
+                to_a[:, :rank] = pair[0].T
+                to_b[:, :rank] = pair[1].T.view(rank, -1, shape.piece).transpose(0, 1)
             if rank < stack_rank:
-                to_a[rank:], to_b[rank:] = 0.0, 0.0
+                to_a[:, rank:], to_b[:, rank:] = 0.0, 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,10 +180,14 @@ class Stacked:
         """See :meth:`Mix.add`."""
         a = self.stack.a[paths][self.slots]
         gathered = x.index_select(0, self.sources) if self.span is None else x[self.span]
-        inputs = gathered.view(a.shape[0], -1, a.shape[2])
-        ranks = torch.bmm(inputs.to(a.dtype), a.mT).chunk(len(paths), -1)
-        outs = [torch.bmm(h, b[self.slots]) for h, b in zip(ranks, self.stack.b[paths], strict=True)]
-        out = (outs[0] if len(outs) == 1 else torch.cat(outs, -1)).flatten(0, 1)
+        inputs = gathered.view(a.shape[0], -1, a.shape[1])
+        count, longest = inputs.shape[:2]
+        ranks = torch.bmm(inputs.to(a.dtype), a).view(count, longest, len(paths), -1).transpose(1, 2)
+        if (owners := self.stack.owners[paths]) is not None:
+            ranks = ranks.index_select(1, owners)
+        b = self.stack.b[paths][self.slots]
+        pieces = torch.bmm(ranks.flatten(0, 1), b.flatten(0, 1)).view(count, b.shape[1], longest, -1)
+        out = pieces.transpose(1, 2).reshape(count * longest, -1)
         if self.span is not None:
             y[self.span] += out
             return
@@ -191,14 +209,28 @@ class Mix:
             y: the outputs of the layers at these paths side by side, ``[tokens, sum of outs]``.
         """
         for segment in self.alone:
-            part, begin = x[segment.begin : segment.end], 0
-            for path, out in zip(paths, outs, strict=True):
-                if (pair := segment.weights.layers.get(path)) is not None:
-                    a, b = pair
-                    y[segment.begin : segment.end, begin : begin + out] += (part.to(a.dtype) @ a.T) @ b.T
-                begin += out
+            add_one(segment.weights, paths, x[segment.begin : segment.end], y[segment.begin : segment.end], outs)
         for stacked in self.stacked:
             stacked.add(paths, x, y)
+
+
+def add_one(weights: Weights, paths: Paths, x: torch.Tensor, y: torch.Tensor, outs: tuple[int, ...]) -> None:
+    """Adds what one adapter gives to all of these tokens; see :meth:`Mix.add`."""
+    pairs, begin = [weights.layers.get(path) for path in paths], 0
+    joint = weights.joints.get(paths)
+    if joint is None:  # it has some of these layers only
+        ranks = [x.to(pair[0].dtype) @ pair[0].T for pair in pairs if pair]
+    else:
+        sizes = [pair[0].shape[0] for pair in pairs if pair]
+        ranks = list(torch.split_with_sizes(x.to(joint.dtype) @ joint, sizes, 1))
+    for pair, out in zip(pairs, outs, strict=True):
+        if pair is not None:
+            h, b, part = ranks.pop(0), pair[1].T, y[:, begin : begin + out]
+            if part.dtype == b.dtype:
+                part.addmm_(h, b)
+            else:
+                part += h @ b
+        begin += out
 
 
 class Mixer:
