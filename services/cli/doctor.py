@@ -23,12 +23,12 @@ from minio.error import MinioException
 from nats.errors import Error as NatsError
 from urllib3.exceptions import HTTPError
 
-from services.cli.local import health
 from services.cli.local.files import Credentials, DataFolder, StackState
 from services.cli.local.stack import BUCKET, SERVICES
 from services.cli.output import ExitCode, Json, out, print_json
 from services.cli.stack import Data
 from services.client.addresses import default_data
+from services.core.rpc import probe
 
 GIB = 1024**3
 NEEDED_MEMORY = 4 * GIB
@@ -155,8 +155,8 @@ def running(folder: DataFolder) -> Iterator[Check]:
         if process.crash:
             problem = process.crash
         elif process.name in SERVICES:
-            state = health.check(process.address)
-            problem = "" if state == health.SERVING else state
+            state = probe.check(process.address)
+            problem = "" if state == probe.SERVING else state
         elif process.name == "nats":
             problem = asyncio.run(nats_problem(process.address, credentials))
         else:

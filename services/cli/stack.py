@@ -9,11 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from services.cli.local import health, supervisor
+from services.cli.local import supervisor
 from services.cli.local.files import DataFolder, StackInfo, StackState
 from services.cli.local.stack import SERVICES
 from services.cli.output import ExitCode, Json, err, print_json, print_table
 from services.client.addresses import default_data
+from services.core.rpc import probe
 
 Data = Annotated[
     Path | None,
@@ -76,7 +77,7 @@ def _announce(folder: DataFolder, info: StackInfo, as_json: bool) -> None:
 def _show(folder: DataFolder, info: StackInfo, as_json: bool) -> bool:
     """Prints what runs; True when the stack is ready and every process is well."""
     states = {name: _state(info, name) for name in info.processes}
-    healthy = info.state is StackState.READY and all(state in {"running", health.SERVING} for state in states.values())
+    healthy = info.state is StackState.READY and all(state in {"running", probe.SERVING} for state in states.values())
     if as_json:
         print_json(describe(folder, info, states))
         return healthy
@@ -108,4 +109,4 @@ def _state(info: StackInfo, name: str) -> str:
     process = info.processes[name]
     if process.crash:
         return process.crash
-    return health.check(process.address) if name in SERVICES else "running"
+    return probe.check(process.address) if name in SERVICES else "running"

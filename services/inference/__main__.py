@@ -10,7 +10,7 @@ from services.core.models import catalogue
 from services.core.rpc import server
 from services.core.rpc.client import channel
 from services.core.runtime import Runtime, run
-from services.inference.assembly import Replica, limits
+from services.inference.assembly import COMPLETION_SERVICE, Replica, limits
 from services.inference.config import InferenceSettings
 from services.inference.peers import IngestProjects, TrainerBests
 
@@ -50,6 +50,7 @@ async def main(settings: InferenceSettings) -> None:
                 keys=runtime.state(keyring.BUCKET),
                 audit=runtime.audit,
                 background=[replica.run],
+                serving_after={COMPLETION_SERVICE: replica.model},
             )
         finally:
             replica.stop()

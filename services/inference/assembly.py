@@ -32,6 +32,7 @@ from services.inference.serving import ServingDesk
 if TYPE_CHECKING:
     from services.inference.model import LoadedModel
 
+COMPLETION_SERVICE = "codegraft.inference.v1.CompletionService"
 _MB = 1_000_000
 _log = log.get("inference")
 
@@ -94,7 +95,7 @@ class Replica:
             (
                 completion_pb2_grpc.add_CompletionServiceServicer_to_server,
                 CompletionServicer(completions, spec),
-                "codegraft.inference.v1.CompletionService",
+                COMPLETION_SERVICE,
             ),
             (
                 serving_pb2_grpc.add_ServingServiceServicer_to_server,

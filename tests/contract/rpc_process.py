@@ -21,6 +21,9 @@ from services.core.rpc.server import serve
 class Slow(grpc.GenericRpcHandler):
     """Answers after a while, or never stops."""
 
+    def __init__(self) -> None:
+        self.has_answered = asyncio.Event()
+
     def service(self, details: Any) -> Any:
         match details.method.rpartition("/")[2]:
             case "Second":
@@ -32,6 +35,7 @@ class Slow(grpc.GenericRpcHandler):
 
     async def second(self, request: bytes, context: Any) -> bytes:
         await asyncio.sleep(1)
+        self.has_answered.set()
         return b"done"
 
     async def twenty(self, request: bytes, context: Any) -> AsyncIterator[bytes]:
@@ -62,7 +66,9 @@ def add(servicer: Slow, server: grpc.aio.Server) -> None:
 
 
 async def main(settings: CoreSettings) -> None:
-    await serve(settings, [(add, Slow(), "test.Slow")], background=[background])
+    slow = Slow()
+    after = {"test.Slow": slow.has_answered.wait()} if os.environ.get("CODEGRAFT_TEST_SERVING_AFTER") else {}
+    await serve(settings, [(add, slow, "test.Slow")], background=[background], serving_after=after)
 
 
 if __name__ == "__main__":

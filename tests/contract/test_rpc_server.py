@@ -98,6 +98,16 @@ def test_it_serves_health_by_service_and_reflection_on_a_port_it_names() -> None
         assert process.line("serving")["services"] == [NAME]
 
 
+def test_a_service_that_is_not_quick_yet_is_called_but_not_balanced_to() -> None:
+    with running(test_serving_after=1) as process, grpc.insecure_channel(process.address) as channel:
+        assert (health(channel), health(channel, NAME)) == (SERVING, NOT_SERVING)
+        assert channel.unary_unary(f"/{NAME}/Second")(b"", timeout=5) == b"done"
+        process.line("serving at last")
+        assert health(channel, NAME) == SERVING
+        process.signal(signal.SIGTERM)
+        assert process.end(10) == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_idle_server_ends_at_once_and_well(number: int) -> None:
     with running(drain_seconds=20) as process:

@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 
-from services.cli.local import health, nats, permissions, ports, s3
+from services.cli.local import nats, permissions, ports, s3
 from services.cli.local.files import Credentials, DataFolder, ProcessInfo, StackInfo, StackState
 from services.cli.local.process import Child, tail
 from services.core.errors import Unavailable
+from services.core.rpc import probe
 
 SERVICES = tuple(permissions.SERVICES)
 STARTUP = timedelta(seconds=60)
@@ -159,7 +160,7 @@ class Stack:
                     hint=f"Its whole log is {process.log}.",
                 )
             for name in list(waiting):
-                if health.check(addresses[name], timedelta(milliseconds=500)) == health.SERVING:
+                if probe.check(addresses[name], timedelta(milliseconds=500)) == probe.SERVING:
                     waiting.remove(name)
                     self._report(f"{name} serves on {addresses[name]}")
             if waiting and time.monotonic() > deadline:

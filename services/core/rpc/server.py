@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import grpc
@@ -44,6 +46,7 @@ _OPTIONS: list[tuple[str, Any]] = [
 _LAST_WORD = 0.1
 """Seconds between health's NOT_SERVING and the end of watches and of the listening socket, for the word to arrive."""
 
+_Health = health_pb2.HealthCheckResponse
 logger = log.get(__name__)
 
 
@@ -54,6 +57,7 @@ async def serve(
     keys: StateStore | None = None,
     audit: AuditLog | None = None,
     background: Sequence[Background] = (),
+    serving_after: Mapping[str, Awaitable[Any]] = MappingProxyType({}),
     ready: Callable[[str], None] | None = None,
 ) -> None:
     """Serves until SIGTERM or SIGINT, then drains: health says NOT_SERVING, background work is cancelled, streams of
@@ -66,6 +70,9 @@ async def serve(
         audit: takes a record of every call that changes something.
         background: work beside the server (workers, followers), on which no running call may depend. When one
             fails, the process ends with its error: a service that only looks alive is worse than one that is restarted.
+        serving_after: what has to be there before a service's own health entry says SERVING, by the service's full name;
+            calls are answered before, and the entry "" does not wait. For balancers that shall pass a replica by until
+            it is quick.
         ready: called with the bound address once calls are answered.
 
     Raises:
@@ -86,7 +93,8 @@ async def serve(
     stopped = _stop_signal()
     tasks = [asyncio.create_task(make()) for make in (gate.run, *background)]
     for name in ("", *names):
-        await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+        await checks.set(name, _Health.NOT_SERVING if name in serving_after else _Health.SERVING)
+    opening = [asyncio.create_task(_open_after(checks, name, awaited)) for name, awaited in serving_after.items()]
     logger.info("serving", address=address, services=names)
     if ready is not None:
         ready(address)
@@ -99,7 +107,8 @@ async def serve(
             for task in done - {waiting}:
                 task.result()
     finally:
-        waiting.cancel()
+        for task in (waiting, *opening):
+            task.cancel()
         logger.info("draining", seconds=settings.drain_seconds)
         await checks.enter_graceful_shutdown()
         running = [task for task in tasks if not task.done()]
@@ -113,6 +122,14 @@ async def serve(
             if isinstance(outcome, Exception):
                 logger.warning("background work ended with an error", exc_info=outcome)
         logger.info("stopped")
+
+
+async def _open_after(checks: health.aio.HealthServicer, name: str, awaited: Awaitable[Any]) -> None:
+    # A failure is told by whoever makes what is awaited; and others may wait for the same, so it is not cancelled here.
+    with contextlib.suppress(Exception):
+        await asyncio.shield(awaited)
+        await checks.set(name, _Health.SERVING)
+        logger.info("serving at last", services=[name])
 
 
 def _bind(server: grpc.aio.Server, settings: CoreSettings) -> str:
