@@ -1,4 +1,4 @@
-"""What an image has in /opt/codegraft: a virtual environment with one service in it, every version as constraints.txt says.
+"""What an image has in /opt/codegraft: a virtual environment with one service, every version as constraints.txt says.
 
 Two steps, so that a change of our code does not install the dependencies again:
 

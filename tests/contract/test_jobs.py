@@ -668,6 +668,16 @@ async def test_the_job_of_a_killed_process_goes_on_elsewhere(world: World, nats_
     assert (status.epoch, status.attempt, (await world.table.get(NAME)).step) == (2, 2, 8)
 
 
+async def test_what_waits_is_counted_before_there_is_any_worker(nats_server: NatsServer) -> None:
+    """What scales workers from none asks the consumer that workers would share."""
+    connection = await connect(nats_server.url, user=nats_server.user, password=nats_server.password)
+    queue, kind = NatsQueue(connection), uuid.uuid4().hex
+    await queue.submit(kind, "projects/p/jobs/one")
+    await queue.submit(kind, "projects/p/jobs/two")
+    assert (await connection.js.consumer_info(STREAM, f"workers-{kind}")).num_pending == 2
+    await connection.close()
+
+
 async def test_jobs_go_on_over_a_restart_of_the_server(own_nats_server: NatsServer) -> None:
     connection = await connect(own_nats_server.url, user=own_nats_server.user, password=own_nats_server.password)
     table = Table(NatsState(connection, "jobs"), Run, missing=errors.RunNotFound)

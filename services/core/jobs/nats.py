@@ -33,6 +33,11 @@ _SUBJECT_FULL = 10077
 """JetStream's error code for a subject that holds its maximum of messages."""
 
 
+def durable(kind: str) -> str:
+    """Name of the consumer of that kind of jobs; deployments scale workers by it."""
+    return f"workers-{kind}"
+
+
 class NatsQueue:
     """See :class:`~services.core.jobs.queue.JobQueue`. Streams and consumers are made at their first use.
 
@@ -44,11 +49,14 @@ class NatsQueue:
         self._connection = connection
         self._ack_wait = ack_wait
         self._ready = False
+        self._consumers: set[str] = set()
         self._subscriptions: dict[str, JetStreamContext.PullSubscription] = {}
 
     async def submit(self, kind: str, name: str) -> None:
         try:
             await self._ensure()
+            # Where there is no worker, and so nobody else has made it: what scales workers from none looks at its lag.
+            await self._ensure_consumer(kind)
             with translated(f"queue {name}"):
                 await self._connection.js.publish(f"jobs.{kind}.{encode(name)}", name.encode())
         except errors.StateUnavailable as error:
@@ -77,9 +85,15 @@ class NatsQueue:
 
     async def _bind(self, kind: str) -> JetStreamContext.PullSubscription:
         await self._ensure()
-        durable = f"workers-{kind}"
+        await self._ensure_consumer(kind)
+        with translated(f"take {kind} jobs"):
+            return await self._connection.js.pull_subscribe_bind(durable(kind), STREAM)
+
+    async def _ensure_consumer(self, kind: str) -> None:
+        if kind in self._consumers:
+            return
         config = api.ConsumerConfig(
-            durable_name=durable,
+            durable_name=durable(kind),
             ack_policy=api.AckPolicy.EXPLICIT,
             ack_wait=self._ack_wait.total_seconds(),
             max_deliver=-1,
@@ -88,7 +102,7 @@ class NatsQueue:
         )
         with translated(f"take {kind} jobs"):
             await self._connection.js.add_consumer(STREAM, config)
-            return await self._connection.js.pull_subscribe_bind(durable, STREAM)
+        self._consumers.add(kind)
 
     async def _leave(self, kind: str, msg: Msg | None) -> None:
         self._ready = False
@@ -102,6 +116,7 @@ class NatsQueue:
     async def _ensure(self) -> None:
         if self._ready:
             return
+        self._consumers.clear()  # what was lost with the stream
         await self._connection.ensure_stream(
             api.StreamConfig(
                 name=STREAM,
