@@ -14,7 +14,7 @@ pin = $(shell grep '^$(1)==' constraints.txt)
 # Named by what it was made from: a change of either file makes the set-up run again, nothing else does.
 STAMP := $(VENV)/.set-up-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 
-.PHONY: help setup proto proto-image demo test chaos bench fuzz sshd lint format types clean
+.PHONY: help setup proto proto-image demo test chaos bench fuzz sshd lint format types deploy-check clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -82,6 +82,9 @@ format: setup ## Let ruff put things right
 
 types: proto ## mypy, strict
 	$(BIN)/mypy --strict services hatch_build.py
+
+deploy-check: proto ## Images, compose and the Helm chart: linted, rendered, held against schemas; no engine, no cluster
+	@$(BIN)/python -m pytest --quiet tests/unit/deploy $(ARGS)
 
 clean: ## Remove what the build made; .venv stays
 	rm -rf gen dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
