@@ -70,7 +70,7 @@ async def serve(
         audit: takes a record of every call that changes something.
         background: work beside the server (workers, followers), on which no running call may depend. When one
             fails, the process ends with its error: a service that only looks alive is worse than one that is restarted.
-        serving_after: what has to be there before a service's own health entry says SERVING, by the service's full name;
+        serving_after: by a service's full name, what has to be there before its own health entry says SERVING; its
             calls are answered before, and the entry "" does not wait. For balancers that shall pass a replica by until
             it is quick.
         ready: called with the bound address once calls are answered.
