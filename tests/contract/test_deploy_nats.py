@@ -24,7 +24,8 @@ from services.core.nats_connection import NatsConnection, connect
 from services.core.state.nats import NatsState
 from tests.unit.deploy.chart import container, of_kind, rendered, workloads
 
-USER, PASSWORD = "codegraft", "1e5+looks/like=a(number)"
+USER, PASSWORD = "codegraft", "20261126"
+"""A password that the server would read as a number, were it not quoted."""
 SERVERS = 3
 PROGRAM = str(Path(sysconfig.get_path("scripts"), "nats-server"))
 
