@@ -124,14 +124,6 @@ async def serve(
         logger.info("stopped")
 
 
-async def _open_after(checks: health.aio.HealthServicer, name: str, awaited: Awaitable[Any]) -> None:
-    # A failure is told by whoever makes what is awaited; and others may wait for the same, so it is not cancelled here.
-    with contextlib.suppress(Exception):
-        await asyncio.shield(awaited)
-        await checks.set(name, _Health.SERVING)
-        logger.info("serving at last", services=[name])
-
-
 def _bind(server: grpc.aio.Server, settings: CoreSettings) -> str:
     listen, credentials = settings.listen, tls.server_credentials(settings)
     host = listen.rpartition(":")[0]
@@ -161,3 +153,11 @@ def _stop_signal() -> asyncio.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
     return stopped
+
+
+async def _open_after(checks: health.aio.HealthServicer, name: str, awaited: Awaitable[Any]) -> None:
+    # A failure is told by whoever makes what is awaited; and others may wait for the same, so it is not cancelled here.
+    with contextlib.suppress(Exception):
+        await asyncio.shield(awaited)
+        await checks.set(name, _Health.SERVING)
+        logger.info("serving at last", services=[name])
