@@ -24,8 +24,7 @@ from services.core.nats_connection import NatsConnection, connect
 from services.core.state.nats import NatsState
 from tests.unit.deploy.chart import container, of_kind, rendered, workloads
 
-USER, PASSWORD = "codegraft", "20261126"
-"""A password that the server would read as a number, were it not quoted."""
+USER = "trainer"
 SERVERS = 3
 PROGRAM = str(Path(sysconfig.get_path("scripts"), "nats-server"))
 
@@ -57,12 +56,19 @@ class Server:
             return False
 
 
+def password(user: str) -> str:
+    """Of a user; the trainer's would be read as a number, were it not quoted."""
+    return "20261126" if user == USER else f"password-of-{user}"
+
+
 def environment(pod: str) -> dict[str, str]:
     """The container's variables, put together as Kubernetes does: references to earlier ones in $(…)."""
-    given = {"POD_NAME": pod, "USER_GIVEN": USER, "PASSWORD_GIVEN": PASSWORD}
+    given = {"POD_NAME": pod}
     for one in container(workloads(rendered("ha"))["nats"])["env"]:
         if "value" in one:
             given[one["name"]] = re.sub(r"\$\((\w+)\)", lambda match: given[match[1]], one["value"])
+        elif one["name"] != "POD_NAME":
+            given[one["name"]] = password(one["name"].removeprefix("GIVEN_").lower())
     return given
 
 
@@ -103,9 +109,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
         server.process.wait()
 
 
-async def connected(servers: list[Server], password: str = PASSWORD) -> NatsConnection:
+async def connected(servers: list[Server], user: str, password: str) -> NatsConnection:
     url = ",".join(f"nats://127.0.0.1:{server.client}" for server in servers)
-    return await connect(url, user=USER, password=password, replicas=SERVERS)
+    return await connect(url, user=user, password=password, replicas=SERVERS)
 
 
 async def eventually(attempt: Any) -> Any:
@@ -123,13 +129,14 @@ async def eventually(attempt: Any) -> Any:
 async def test_three_copies_of_everything_and_one_server_may_go(cluster: list[Server]) -> None:
     """Written to three, read after one has gone as it does in an upgrade; and what KEDA reads is there."""
     with pytest.raises(StateUnavailable):
-        await connected(cluster, password="another")
-    connection = await connected(cluster)
-    state, queue = NatsState(connection, "ingest"), NatsQueue(connection)
+        await connected(cluster, USER, password("scanner"))
+    connection = await connected(cluster, USER, password(USER))
+    operator = await connected(cluster, "operator", password("operator"))
+    state, queue = NatsState(connection, USER), NatsQueue(connection)
     revision = await eventually(lambda: state.create("projects/p", b"one"))
     await eventually(lambda: queue.submit("run", "projects/p/runs/one"))
-    for stream in ("KV_ingest", STREAM):
-        info = await connection.js.stream_info(stream)
+    for stream in (f"KV_{USER}", STREAM):
+        info = await operator.js.stream_info(stream)
         assert info.config.num_replicas == SERVERS and info.cluster is not None
         copies = {info.cluster.leader, *(peer.name for peer in info.cluster.replicas or [])}
         assert copies == {server.name for server in cluster}
@@ -151,3 +158,16 @@ async def test_three_copies_of_everything_and_one_server_may_go(cluster: list[Se
     assert delivery is not None and delivery.name == "projects/p/runs/one"
     await delivery.ack()
     await connection.close()
+    await operator.close()
+
+
+async def test_a_service_keeps_to_its_own_bucket(cluster: list[Server]) -> None:
+    scanner = await connected(cluster, "scanner", password("scanner"))
+    operator = await connected(cluster, "operator", password("operator"))
+    await eventually(lambda: NatsState(scanner, "scanner").create("projects/p", b"one"))
+    await eventually(lambda: NatsState(operator, USER).get("projects/q"))  # the bucket is there
+    with pytest.raises((StateUnavailable, TimeoutError)):
+        await asyncio.wait_for(NatsState(scanner, USER).create("projects/q", b"of the trainer"), 1)
+    assert await eventually(lambda: NatsState(operator, USER).get("projects/q")) is None
+    await scanner.close()
+    await operator.close()

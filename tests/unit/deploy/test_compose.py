@@ -12,11 +12,15 @@ import sysconfig
 import tomllib
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import kubernetes_validate
 import pytest
 
-from services.ingest.config import IngestSettings
-from tests.unit.deploy.chart import ROOT, Object
+from services.cli.local import permissions
+from services.core.auth.keys import ApiKey
+from tests.unit.deploy.chart import ROOT, Object, container, rendered, workloads
+from tests.unit.deploy.test_settings import CLASSES
 
 FILE = ROOT / "deploy/compose.yaml"
 THIRD_PARTIES = {"nats", "minio"}
@@ -89,19 +93,53 @@ def test_no_secret_is_in_the_environment() -> None:
             assert not variable.endswith(("PASSWORD", "SECRET_KEY", "ACCESS_KEY", "CREDENTIAL_KEYS")), value
 
 
-def test_new_secrets_open_what_they_should(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    new_secrets = runpy.run_path(str(ROOT / "deploy/new_secrets.py"))
-    made = new_secrets["make"](tmp_path / "secrets")
-    assert stat.S_IMODE((tmp_path / "secrets").stat().st_mode) == 0o700
+def new_secrets() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "deploy/new_secrets.py"))
+
+
+@pytest.mark.parametrize("service", sorted(SERVICES))
+def test_new_secrets_open_what_they_should(service: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "secrets"
+    script = new_secrets()
+    made = script["write"](folder, script["credentials"]())
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     files = {Path(one["file"]).name for one in config("cpu")["secrets"].values()}
-    assert {path.name for path in made} == files
-    monkeypatch.setenv("CODEGRAFT_CONFIG", str(tmp_path / "secrets/ingest.toml"))
-    settings = IngestSettings()
-    assert settings.vault is not None and settings.nats_user == "codegraft"
-    shared = tomllib.loads((tmp_path / "secrets/services.toml").read_text())
-    assert "ingest_credential_keys" not in shared, "only ingest opens credentials"
-    assert shared["s3_secret_key"] == (tmp_path / "secrets/s3-secret-key").read_text()
-    assert shared["nats_password"] in (tmp_path / "secrets/nats-auth.conf").read_text()
+    assert {path.name for path in made} == files | {"operator.key"}
+    told = tomllib.loads((folder / f"{service}.toml").read_text())
+    assert set(told) <= set(CLASSES[service].model_fields)
+    monkeypatch.setenv("CODEGRAFT_CONFIG", str(folder / f"{service}.toml"))
+    settings = CLASSES[service]()
+    assert settings.nats_user == service
+    assert json.dumps(settings.nats_password.get_secret_value()) in (folder / "nats-auth.conf").read_text()
+    assert settings.s3_secret_key.get_secret_value() == (folder / "s3-secret-key").read_text()
+    assert bool(settings.api_key.get_secret_value()) == (service in permissions.CALLS)
+    if service == "ingest":
+        seeds = {seed["key"]: seed["role"] for seed in told["ingest_seed_keys"]}
+        assert seeds.pop((folder / "operator.key").read_text().strip()) == "operator"
+        callers = {name: tomllib.loads((folder / f"{name}.toml").read_text())["api_key"] for name in permissions.CALLS}
+        assert seeds == {callers[name]: role for name, role in permissions.CALLS.items()}
+        assert all(ApiKey.parse(key) for key in seeds)
+    else:
+        assert not [name for name in told if name.startswith("ingest")], "only ingest opens credentials"
+
+
+def test_new_secrets_for_the_chart_are_those_that_its_pods_name() -> None:
+    script = new_secrets()
+    made = {one["metadata"]["name"]: one for one in json.loads(script["kubernetes"](script["credentials"]()))["items"]}
+    for one in made.values():
+        kubernetes_validate.validate(one, kubernetes_validate.latest_version(), strict=True)
+    for name in ("trial", "ha"):
+        for workload in workloads(rendered(name)).values():
+            for variable in container(workload).get("env", []):
+                if reference := variable.get("valueFrom", {}).get("secretKeyRef"):
+                    assert made[reference["name"]]["stringData"][reference["key"]], variable
+
+
+def test_keys_of_a_store_that_is_there_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("S3_ACCESS_KEY", "given")
+    monkeypatch.setenv("S3_SECRET_KEY", "given-too")
+    made = new_secrets()["credentials"]()
+    assert (made["ingest"]["s3-access-key"], made["inference"]["s3-secret-key"]) == ("given", "given-too")
 
 
 def test_secrets_are_never_replaced(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import pytest
 import yaml
 from cryptography.fernet import Fernet
 
+from services.cli.local import permissions
+from services.core.auth.keys import ApiKey
 from services.core.config import PREFIX, CoreSettings
 from services.inference.config import InferenceSettings
 from services.ingest.config import IngestSettings
@@ -26,7 +28,7 @@ CLASSES: dict[str, type[CoreSettings]] = {
     "gateway": CoreSettings,
 }
 MADE_BY_THE_CHART = {
-    "ingest": {"ingest_credential_keys"},  # out of the Secret
+    "ingest": {"ingest_credential_keys", "ingest_seed_keys"},  # out of the Secret
     "scanner": {
         "scanner_model",
         "scanner_workers",
@@ -39,6 +41,7 @@ MADE_BY_THE_CHART = {
 }
 PLACEHOLDERS = {
     "CODEGRAFT_INGEST_CREDENTIAL_KEYS": json.dumps([Fernet.generate_key().decode()]),
+    "CODEGRAFT_INGEST_SEED_KEYS": json.dumps([{"key": ApiKey.new("operator").text, "role": "operator"}]),
     "CODEGRAFT_INFERENCE_THREADS": "4",
     "CODEGRAFT_SCANNER_THREADS": "4",
     "CODEGRAFT_TRAINER_THREADS": "4",
@@ -50,6 +53,10 @@ def check(service: str, variables: dict[str, str], monkeypatch: pytest.MonkeyPat
     """Reads the settings as the service would, after making sure that it knows each variable."""
     settings = CLASSES[service]
     ours = {name: value for name, value in variables.items() if name.startswith(PREFIX) and name != "CODEGRAFT_CONFIG"}
+    for name in ours:
+        if name.startswith("CODEGRAFT_TLS_"):
+            assert ours[name].startswith("/etc/codegraft/tls/")
+            ours[name] = __file__  # any file that is there
     unknown = {name for name in ours if name.removeprefix(PREFIX).lower() not in settings.model_fields}
     assert not unknown, f"{service} has no such settings"
     for name, value in ours.items():
@@ -116,17 +123,47 @@ def test_plans_are_made_as_runs_will_be() -> None:
     assert dict(chart_environments("trial"))["trainer"]["CODEGRAFT_TRAINER_DEVICE"] == "cpu"
 
 
+def test_tls_is_for_both_ends() -> None:
+    for component, variables in chart_environments("external"):
+        files = {name for name in variables if name.startswith("CODEGRAFT_TLS_")}
+        server = {"CODEGRAFT_TLS_CLIENT_CA_FILE"} if component != "gateway" else set()
+        assert files == {f"CODEGRAFT_TLS_{one}_FILE" for one in ("CA", "CERT", "KEY")} | server, component
+    assert not [one for _, found in chart_environments("ha") for one in found if "TLS" in one]
+
+
+def test_tokens_of_an_issuer_mean_what_the_values_say() -> None:
+    found = dict(chart_environments("external"))["scanner"]
+    assert json.loads(found["CODEGRAFT_AUTH_ROLES"]) == {"dev-team": "contributor", "ml-ops": "operator"}
+    assert "CODEGRAFT_AUTH_ISSUER" not in dict(chart_environments("ha"))["scanner"]
+
+
+def test_at_nats_every_service_may_do_what_the_table_says() -> None:
+    """To mend: python -m services.cli.local.permissions > deploy/helm/codegraft/files/nats-users.conf"""
+    made = permissions.nats_users({name: f"${name.upper()}_PASSWORD" for name in permissions.SERVICES})
+    assert (CHART / "files/nats-users.conf").read_text() == made + "\n"
+    for component, variables in chart_environments("ha"):
+        if component != "gateway":
+            assert variables["CODEGRAFT_NATS_USER"] == component.removesuffix("-worker")
+
+
 def test_secrets_are_named_not_told_and_only_to_those_who_use_them() -> None:
     found = workloads(rendered("ha"))
     for component, workload in found.items():
         secrets = {one["name"] for one in container(workload).get("env", []) if "secretKeyRef" in str(one)}
-        sealing = "CODEGRAFT_INGEST_CREDENTIAL_KEYS" in secrets
+        service = component.removesuffix("-worker")
+        sealing = {"CODEGRAFT_INGEST_CREDENTIAL_KEYS", "CODEGRAFT_INGEST_SEED_KEYS"} <= secrets
         assert sealing == (component == "ingest"), component
         assert ("CODEGRAFT_S3_SECRET_KEY" in secrets) == (component not in ("gateway", "nats")), component
+        assert ("CODEGRAFT_API_KEY" in secrets) == (service in permissions.CALLS), component
+        if component != "nats":
+            named = {
+                one["valueFrom"]["secretKeyRef"]["name"]
+                for one in container(workload)["env"]
+                if "secretKeyRef" in str(one)
+            }
+            assert named <= {f"codegraft-{service}"}, "of others it knows nothing"
     for one in of_kind(rendered("ha"), "ConfigMap"):
-        assert not re.search(
-            r"password|secret", str(one["data"]).replace("$NATS_PASSWORD", "").split("authorization")[0]
-        )
+        assert not re.search(r"password|secret", re.sub(r"password: \$[A-Z]+_PASSWORD", "", str(one["data"])))
 
 
 @pytest.mark.parametrize("part", MADE_BY_THE_CHART)

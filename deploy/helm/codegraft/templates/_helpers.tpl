@@ -73,11 +73,11 @@ capabilities: {drop: [ALL]}
 {{- end }}
 {{- end }}
 
-{{/* A variable out of the Secret; (dict "root" . "variable" "CODEGRAFT_…" "key" "…"). */}}
+{{/* A variable out of a service's Secret; (dict "root" . "of" "ingest" "variable" "CODEGRAFT_…" "key" "…"). */}}
 {{- define "codegraft.secret" -}}
 - name: {{ .variable }}
   valueFrom:
-    secretKeyRef: {name: {{ .root.Values.credentials.existingSecret }}, key: {{ .key }}}
+    secretKeyRef: {name: {{ index .root.Values.credentials .of }}, key: {{ .key }}}
 {{- end }}
 
 {{/* host:port of the four services, each over all its ready replicas; the argument is the root. */}}

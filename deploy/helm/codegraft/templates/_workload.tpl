@@ -8,7 +8,7 @@ A Deployment with its ServiceAccount and disruption budget, and for what is call
   settings       settings that the component is made by; values.settings are laid over them
   threads        setting that takes the processor limit: Python counts the node's cores, not the container's
   readyService   gRPC service whose health makes it ready; the whole server's otherwise
-  credentialKeys true for ingest, which seals credentials
+  secrets        further variables out of its Secret, where their keys are CODEGRAFT_INGEST_SEED_KEYS -> seed-keys
   jobs           the trainer's values.jobs
 */}}
 {{- define "codegraft.workload" -}}
@@ -20,6 +20,9 @@ A Deployment with its ServiceAccount and disruption budget, and for what is call
 {{- $tls := $root.Values.tls.existingSecret }}
 {{- $jobs := and .jobs .jobs.enabled }}
 {{- $http := eq .component "gateway" }}
+{{- $of := .image }}
+{{- $secrets := dict "CODEGRAFT_NATS_PASSWORD" "nats-password" "CODEGRAFT_S3_ACCESS_KEY" "s3-access-key" "CODEGRAFT_S3_SECRET_KEY" "s3-secret-key" }}
+{{- range .secrets }}{{ $secrets = merge $secrets (dict . (. | trimPrefix "CODEGRAFT_" | trimPrefix (printf "%s_" (upper $of)) | lower | replace "_" "-")) }}{{ end }}
 apiVersion: v1
 kind: ServiceAccount
 metadata: {{- include "codegraft.metadata" . | nindent 2 }}
@@ -84,13 +87,24 @@ spec:
             - {name: CODEGRAFT_DRAIN_SECONDS, value: {{ $values.drainSeconds | quote }}}
             - {name: CODEGRAFT_CACHE_DIR, value: {{ ternary "/var/lib/codegraft" "/cache" (not (not $jobs)) }}}
             {{- if .stores }}
-            {{- include "codegraft.secret" (dict "root" $root "variable" "CODEGRAFT_NATS_USER" "key" "nats-user") | nindent 12 }}
-            {{- include "codegraft.secret" (dict "root" $root "variable" "CODEGRAFT_NATS_PASSWORD" "key" "nats-password") | nindent 12 }}
-            {{- include "codegraft.secret" (dict "root" $root "variable" "CODEGRAFT_S3_ACCESS_KEY" "key" "s3-access-key") | nindent 12 }}
-            {{- include "codegraft.secret" (dict "root" $root "variable" "CODEGRAFT_S3_SECRET_KEY" "key" "s3-secret-key") | nindent 12 }}
+            # A service is a user of its own name at NATS, which lets it do what it has to and no more.
+            - {name: CODEGRAFT_NATS_USER, value: {{ .image }}}
+            {{- range $variable, $key := $secrets }}
+            {{- include "codegraft.secret" (dict "root" $root "of" $of "variable" $variable "key" $key) | nindent 12 }}
             {{- end }}
-            {{- if .credentialKeys }}
-            {{- include "codegraft.secret" (dict "root" $root "variable" "CODEGRAFT_INGEST_CREDENTIAL_KEYS" "key" "ingest-credential-keys") | nindent 12 }}
+            {{- end }}
+            {{- if $tls }}
+            - {name: CODEGRAFT_TLS_CA_FILE, value: /etc/codegraft/tls/ca.crt}
+            {{- if not $http }}
+            - {name: CODEGRAFT_TLS_CERT_FILE, value: /etc/codegraft/tls/tls.crt}
+            - {name: CODEGRAFT_TLS_KEY_FILE, value: /etc/codegraft/tls/tls.key}
+            {{- if $root.Values.tls.mutual }}
+            - {name: CODEGRAFT_TLS_CLIENT_CA_FILE, value: /etc/codegraft/tls/ca.crt}
+            {{- end }}
+            {{- else if $root.Values.tls.mutual }}
+            - {name: CODEGRAFT_TLS_CERT_FILE, value: /etc/codegraft/tls/tls.crt}
+            - {name: CODEGRAFT_TLS_KEY_FILE, value: /etc/codegraft/tls/tls.key}
+            {{- end }}
             {{- end }}
             {{- if and .threads (not (hasKey $settings .threads)) }}
             - name: CODEGRAFT_{{ upper .threads }}
@@ -180,7 +194,7 @@ spec:
   {{- end }}
   selector: {{- include "codegraft.selector" . | nindent 4 }}
   ports:
-    - {name: {{ ternary "http" "grpc" $http }}, port: {{ .port }}, targetPort: {{ .port }}, appProtocol: {{ ternary "http" "kubernetes.io/h2c" $http }}}
+    - {name: {{ ternary "http" "grpc" $http }}, port: {{ .port }}, targetPort: {{ .port }}, appProtocol: {{ if $http }}http{{ else if $tls }}https{{ else }}kubernetes.io/h2c{{ end }}}
 {{- end }}
 {{- end }}
 
@@ -190,7 +204,7 @@ spec:
 tcpSocket: {port: {{ .port }}}
 {{- else if .root.Values.tls.existingSecret }}
 exec:
-  command: [python, -m, services.core.rpc.probe{{ with .service }}, --service, {{ . }}{{ end }}]
+  command: [python, -m, services.core.rpc.probe, --name, {{ include "codegraft.fullname" .root }}-{{ .image }}.{{ .root.Release.Namespace }}.svc{{ with .service }}, --service, {{ . }}{{ end }}]
 {{- else }}
 grpc:
   port: {{ .port }}
