@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import typer
 
 from services.cli import (
+    acceptance,
     adapters,
     audit,
     complete,
@@ -58,6 +59,7 @@ for name, group in (
     app.add_typer(group, name=name, rich_help_panel="From code to completions", epilog=EXIT_CODES)
 app.command(rich_help_panel="From code to completions", epilog=EXIT_CODES)(complete.complete)
 app.command(rich_help_panel="From code to completions", epilog=EXIT_CODES)(audit.audit)
+app.command(rich_help_panel="From code to completions", epilog=EXIT_CODES)(acceptance.acceptance)
 
 
 app.command(rich_help_panel="From code to completions", epilog=EXIT_CODES)(demo)

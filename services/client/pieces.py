@@ -22,6 +22,8 @@ class Piece:
     """In the last piece: why it ended, tokens used, timings."""
     index: int = 0
     """Which of the n completions."""
+    tokens: int = 0
+    """Tokens that the text stands for."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """Of the text's tokens, when ``sampling.logprobs`` is set."""
 
@@ -35,4 +37,4 @@ class Piece:
                 return cls(finished=message.finished, index=message.finished.index)
             case _:
                 delta = message.delta
-                return cls(text=delta.text, index=delta.index, logprobs=tuple(delta.logprobs))
+                return cls(delta.text, index=delta.index, tokens=delta.tokens, logprobs=tuple(delta.logprobs))

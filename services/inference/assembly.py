@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from codegraft.inference.v1 import completion_pb2_grpc, serving_pb2_grpc
+from codegraft.inference.v1 import completion_pb2_grpc, feedback_pb2_grpc, serving_pb2_grpc
+from codegraft.inference.v1.feedback_pb2 import FeedbackHour
 from codegraft.inference.v1.serving_pb2 import Serving
 from services.core import log
-from services.core.errors import CodegraftError, ServingNotFound
+from services.core.errors import CodegraftError, NotFound, ServingNotFound
 from services.core.models import stored
 from services.core.models.catalogue import ModelSpec
 from services.core.rpc.server import Registration
@@ -24,6 +25,8 @@ from services.inference.adapters.registry import Registry
 from services.inference.completions import Completions
 from services.inference.config import InferenceSettings
 from services.inference.engine.scheduler import Limits
+from services.inference.feedback import Feedback
+from services.inference.feedback_servicer import FeedbackServicer
 from services.inference.policy import BestSource, Policies, Projects
 from services.inference.prompter import Prompter
 from services.inference.servicer import CompletionServicer, ServingServicer
@@ -91,6 +94,7 @@ class Replica:
             model_id=spec.id,
             replica=settings.inference_replica,
         )
+        feedback = Feedback(Table(runtime.state("inference"), FeedbackHour, missing=NotFound))
         self.services: list[Registration] = [
             (
                 completion_pb2_grpc.add_CompletionServiceServicer_to_server,
@@ -101,6 +105,11 @@ class Replica:
                 serving_pb2_grpc.add_ServingServiceServicer_to_server,
                 ServingServicer(desk),
                 "codegraft.inference.v1.ServingService",
+            ),
+            (
+                feedback_pb2_grpc.add_FeedbackServiceServicer_to_server,
+                FeedbackServicer(feedback, projects, self.registry),
+                "codegraft.inference.v1.FeedbackService",
             ),
         ]
 

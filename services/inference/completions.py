@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ from services.core.errors import (
     Unavailable,
 )
 from services.core.models.prompts import Prompt, PromptFormat
+from services.inference import completion_id
 from services.inference.adapters.follower import Follower
 from services.inference.adapters.loader import Loader
 from services.inference.adapters.registry import Pin, Registry
@@ -65,8 +65,8 @@ class Request:
     """This checkpoint answers, whatever the policy says."""
     session: str = ""
     """Of an editor: a newer request takes the older one's place, and a split sends all of them to one side."""
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    """Of the completion."""
+    id: str = field(default_factory=completion_id.draw)
+    """Of the completion, without the version that will answer."""
     deadline: float | None = None
     """On the monotonic clock, seconds; the text so far is delivered when it passes."""
 
@@ -174,7 +174,7 @@ class Completions:
                 if not started:  # also for one that was superseded in the queue
                     started = True
                     yield Started(
-                        completion_id=request.id,
+                        completion_id=completion_id.complete(request.id, version.sha256 if version else ""),
                         model=model.base.model,
                         adapter_sha256=version.sha256 if version else "",
                         checkpoint=version.checkpoint if version else "",

@@ -13,6 +13,7 @@ from services.client.addresses import Addresses
 from services.client.aio.access import Audit, Keys
 from services.client.aio.adapters import Adapters
 from services.client.aio.caller import Caller
+from services.client.aio.feedback import Feedback
 from services.client.aio.inference import Completions, Serving
 from services.client.aio.ingest import Credentials, Projects, Snapshots, Sources
 from services.client.aio.scanner import Datasets, Scans
@@ -41,6 +42,7 @@ class AsyncCodegraft:
         serving: which adapter answers.
         keys: API keys, and who the caller is.
         audit: who changed what.
+        feedback: what became of completions in editors.
     """
 
     def __init__(self, addresses: Addresses, *, access: Access = NONE, timeout: float = rpc.DEFAULT_DEADLINE) -> None:
@@ -86,6 +88,7 @@ class AsyncCodegraft:
         self.serving = Serving(inference, caller)
         self.keys = Keys(ingest, caller)
         self.audit = Audit(ingest, caller)
+        self.feedback = Feedback(inference, caller)
 
     @classmethod
     def local(cls, data: Path | None = None) -> AsyncCodegraft:

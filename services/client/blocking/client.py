@@ -14,6 +14,7 @@ from services.client.addresses import Addresses
 from services.client.blocking.access import Audit, Keys
 from services.client.blocking.adapters import Adapters
 from services.client.blocking.caller import Caller
+from services.client.blocking.feedback import Feedback
 from services.client.blocking.inference import Completions, Serving
 from services.client.blocking.ingest import Credentials, Projects, Snapshots, Sources
 from services.client.blocking.scanner import Datasets, Scans
@@ -42,6 +43,7 @@ class Codegraft:
         serving: which adapter answers.
         keys: API keys, and who the caller is.
         audit: who changed what.
+        feedback: what became of completions in editors.
     """
 
     def __init__(self, addresses: Addresses, *, access: Access = NONE, timeout: float = rpc.DEFAULT_DEADLINE) -> None:
@@ -87,6 +89,7 @@ class Codegraft:
         self.serving = Serving(inference, caller)
         self.keys = Keys(ingest, caller)
         self.audit = Audit(ingest, caller)
+        self.feedback = Feedback(inference, caller)
 
     @classmethod
     def local(cls, data: Path | None = None) -> Codegraft:

@@ -16,7 +16,7 @@ import pytest
 from codegraft.common.v1.job_pb2 import Failure, JobState, JobStatus, Progress
 from codegraft.common.v1.model_pb2 import Model
 from codegraft.common.v1.split_pb2 import Split
-from codegraft.inference.v1 import completion_pb2, serving_pb2
+from codegraft.inference.v1 import completion_pb2, feedback_pb2, serving_pb2
 from codegraft.ingest.v1 import project_pb2, snapshot_pb2, source_pb2, upload_pb2
 from codegraft.scanner.v1 import scan_pb2, verdict_pb2
 from codegraft.trainer.v1 import checkpoint_pb2, hyperparameters_pb2, model_pb2, run_event_pb2, run_pb2
@@ -527,6 +527,24 @@ def test_every_error_has_an_exit_code_and_no_trace(fake: Any, codegraft: Codegra
         assert done.code in {1, 2, 3, 4, 5, 6, 130}, error
         assert "what went wrong" in done.err and "the way out" in done.err, error
         assert "Traceback" not in done.err, error
+
+
+def test_acceptance_sets_versions_side_by_side(fake: Any, codegraft: Codegraft) -> None:
+    best = feedback_pb2.AdapterAcceptance(
+        adapter_sha256="a" * 64, checkpoint=f"{RUN}/checkpoints/20", shown=1200, accepted=300, rate=0.25, rate_low=0.2
+    )
+    other = feedback_pb2.AdapterAcceptance(adapter_sha256="b" * 64, shown=3)
+    base = feedback_pb2.AdapterAcceptance(shown=100, accepted=7, rate=0.07)
+    fake.answers["GetAcceptance"] = feedback_pb2.GetAcceptanceResponse(adapters=[best, base, other])
+    done = codegraft("acceptance", "-p", "acme", "--days", "30")
+    lines = done.out.splitlines()
+    assert fake.last("GetAcceptance").window.seconds == 30 * 86400
+    assert [line.split()[0] for line in lines[1:]] == [f"{RUN.rpartition('/')[2]}/20", "base", "b" * 12]
+    assert "25.0%" in lines[1] and "7.0%" in lines[2]
+    listed = json.loads(codegraft("acceptance", "-p", "acme", "--json").out)
+    assert listed["adapters"][1]["accepted"] == "7" and not listed["adapters"][1]["adapter_sha256"]
+    fake.answers["GetAcceptance"] = feedback_pb2.GetAcceptanceResponse()
+    assert "no feedback" in codegraft("acceptance", "-p", "acme").err
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from google.protobuf import descriptor_pool
 
 from codegraft.access.v1 import access_pb2
 from codegraft.inference.v1 import completion_pb2, serving_pb2
+from codegraft.inference.v1.feedback_pb2 import FEEDBACK_EVENT_SHOWN
 from codegraft.ingest.v1 import credential_pb2, project_pb2, source_pb2
 from codegraft.trainer.v1.adapter_pb2 import DownloadCheckpointResponse, DownloadHeader
 from services.client import AsyncCodegraft, Codegraft, make_blocking
@@ -23,8 +25,8 @@ SERVICES = [
     "ingest.v1.ProjectService", "ingest.v1.SourceService", "ingest.v1.UploadService", "ingest.v1.SnapshotService",
     "ingest.v1.CredentialService",
     "scanner.v1.ScanService", "trainer.v1.RunService", "trainer.v1.ModelService", "trainer.v1.AdapterService",
-    "inference.v1.CompletionService", "inference.v1.ServingService", "access.v1.AccessService",
-    "access.v1.AuditService",
+    "inference.v1.CompletionService", "inference.v1.ServingService", "inference.v1.FeedbackService",
+    "access.v1.AccessService", "access.v1.AuditService",
 ]  # fmt: skip
 P, S, R = "projects/p", "projects/p/scans/s", "projects/p/runs/r"
 ADAPTER = Path(tempfile.mkdtemp())
@@ -78,6 +80,8 @@ CALLS: list[Callable[[Any], Any]] = [
     lambda c: c.keys.rotate("k"),
     lambda c: c.keys.revoke("k"),
     lambda c: c.keys.whoami(),
+    lambda c: c.feedback.record("p", "id", FEEDBACK_EVENT_SHOWN),
+    lambda c: c.feedback.acceptance("p", timedelta(days=1)),
 ]
 ITERATIONS: list[Callable[[Any], Any]] = [
     lambda c: c.projects.list(),
@@ -138,6 +142,7 @@ GROUPS = [
     "serving",
     "keys",
     "audit",
+    "feedback",
 ]
 
 
