@@ -82,7 +82,8 @@ async def worlds(
 
         running.append(stop)
         completions = completion_pb2_grpc.CompletionServiceStub(channel)
-        return World(runtime, peers, replica, completions, serving_pb2_grpc.ServingServiceStub(channel), reference)
+        serving = serving_pb2_grpc.ServingServiceStub(channel)
+        return World(runtime, peers, replica, completions, serving, reference, f"127.0.0.1:{port}")
 
     yield make
     for stop in running:

@@ -108,6 +108,7 @@ class World:
     completions: Any
     serving: Any
     reference: LlamaForCausalLM
+    address: str
     adapters: dict[str, bytes] = field(default_factory=dict)
 
     def complete(self, prefix: str = "def main():\n", max_tokens: int = 24, **fields: Any) -> Stream:

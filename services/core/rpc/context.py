@@ -12,6 +12,7 @@ import time
 from contextvars import ContextVar
 
 REQUEST_ID = "x-request-id"
+AUTHORIZATION = "authorization"
 TRACEPARENT = "traceparent"
 """W3C trace context, https://www.w3.org/TR/trace-context/."""
 
@@ -20,6 +21,8 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 traceparent: ContextVar[str] = ContextVar("traceparent", default="")
+authorization: ContextVar[str] = ContextVar("authorization", default="")
+"""Credentials of the person for whom calls are made, where somebody else checks them: only the gateway sets it."""
 _deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
 
 MARGIN = 0.05
@@ -46,8 +49,12 @@ def shortened(timeout: float | None) -> float | None:
 
 
 def outgoing() -> tuple[tuple[str, str | bytes], ...]:
-    """Metadata for calls made now: request id and trace of the call being served; empty outside of one."""
-    values = ((REQUEST_ID, request_id.get()), (TRACEPARENT, traceparent.get()))
+    """Metadata for calls made now: request id, trace and credentials of the call being served; empty outside of one."""
+    values = (
+        (REQUEST_ID, request_id.get()),
+        (TRACEPARENT, traceparent.get()),
+        (AUTHORIZATION, authorization.get()),
+    )
     return tuple((key, value) for key, value in values if value)
 
 

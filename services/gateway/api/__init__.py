@@ -1,0 +1,1 @@
+"""What there is for editors: OpenAI's completions and chat, llama.cpp's infill, models, feedback."""

@@ -1,0 +1,50 @@
+"""/health: whether requests can be answered now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import grpc
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from starlette.requests import Request
+from starlette.responses import Response
+
+from services.core.errors import Unavailable
+from services.core.rpc.client import channel
+from services.core.rpc.status import from_rpc
+from services.gateway.api import desk
+
+_TIMEOUT = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Answer of /health, as llama.cpp's server gives it."""
+
+    status: Literal["ok"]
+
+
+class HealthDesk:
+    """The operation.
+
+    Args:
+        address: of inference.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._check = channel(address).unary_unary(  # the generated stub has no types
+            "/grpc.health.v1.Health/Check",
+            request_serializer=HealthCheckRequest.SerializeToString,
+            response_deserializer=HealthCheckResponse.FromString,
+        )
+
+    async def health(self, request: Request) -> Response:
+        """GET /health; 503 while inference does not serve."""
+        try:
+            found = await self._check(HealthCheckRequest(), timeout=_TIMEOUT)
+        except grpc.aio.AioRpcError as error:
+            raise Unavailable(f"inference does not answer: {from_rpc(error).message}", retry_after=1.0) from None
+        if found.status != HealthCheckResponse.SERVING:
+            raise Unavailable("inference does not serve now", retry_after=1.0)
+        return desk.answer(Health("ok"))

@@ -1,0 +1,62 @@
+"""The parts of the gateway, put together as one ASGI application."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import orjson
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route, Router
+from starlette.types import ASGIApp
+
+from services.client import Addresses, AsyncCodegraft
+from services.gateway.api.desk import PROJECT_HEADER, SESSION_HEADER, Desk
+from services.gateway.api.models import ModelNames
+from services.gateway.api.openapi import describe
+from services.gateway.api.operations import operations
+from services.gateway.config import GatewaySettings
+from services.gateway.edge.call import Edge
+
+PREFIX = "/projects/{project}"
+"""What may stand before every address: for clients that have a base address to set and no model."""
+_READABLE = ("x-request-id", "x-codegraft-adapter", "x-codegraft-checkpoint", "retry-after")
+"""Headers of responses that pages of the named origins may read."""
+
+
+def connect(settings: GatewaySettings) -> AsyncCodegraft:
+    """The client of the services behind it; within the event loop that uses it."""
+    addresses = Addresses(
+        settings.ingest_address, settings.scanner_address, settings.trainer_address, settings.inference_address
+    )
+    return AsyncCodegraft(addresses)
+
+
+def application(settings: GatewaySettings, client: AsyncCodegraft) -> ASGIApp:
+    """The application; the client stays the caller's."""
+    router: ASGIApp = Router(_routes(Desk(client, ModelNames(client), settings)), redirect_slashes=False)
+    if settings.gateway_origins:
+        router = CORSMiddleware(
+            router,
+            allow_origins=settings.gateway_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "x-request-id", PROJECT_HEADER, SESSION_HEADER],
+            expose_headers=_READABLE,
+        )
+    return Edge(router, settings)
+
+
+def _routes(desk: Desk) -> Sequence[BaseRoute]:
+    table = operations(desk)
+    described = orjson.dumps(describe(table))
+
+    async def openapi(request: Request) -> Response:
+        return Response(described, media_type="application/json")
+
+    routes = [Route("/openapi.json", openapi, methods=["GET"])]
+    for prefix in ("", PREFIX):
+        for operation in table:
+            path = prefix + operation.path.replace("{model}", "{model:path}")
+            routes.append(Route(path, operation.endpoint, methods=[operation.method]))
+    return routes

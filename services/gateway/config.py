@@ -1,0 +1,25 @@
+"""Settings of the gateway."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from services.core.config import CoreSettings
+
+
+class GatewaySettings(CoreSettings):
+    """What the gateway needs beyond the core's settings. NATS and the object store are none of its business."""
+
+    gateway_hosts: tuple[str, ...] = ()
+    """Names under which it is reached, as the Host header has them, without port. Empty: any, unless it listens on
+    loopback; then only loopback's own, so that no web page gets to it by a name that it points there."""
+    gateway_origins: tuple[str, ...] = ()
+    """Origins (https://editor.example) whose web pages may call it. None by default."""
+    gateway_body_bytes: int = Field(default=2 << 20, ge=1 << 10, le=3 << 20)
+    """Largest body of a request; the services take messages of 4 MiB."""
+    gateway_body_seconds: float = Field(default=10, gt=0)
+    """Longest time for a request's body to arrive."""
+    gateway_timeout_seconds: float = Field(default=120, gt=0)
+    """Longest time for an answer; a completion then ends with the text so far."""
+    gateway_connections: int = Field(default=2000, ge=1)
+    """Most connections and requests at once; more get 503."""

@@ -1,0 +1,134 @@
+"""The outermost layer: identity and deadline of a request, headers of every response, errors, one log line."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from services.core import log
+from services.core.errors import CodegraftError, InternalError
+from services.core.rpc import context as call_context
+from services.gateway.config import GatewaySettings
+from services.gateway.edge import problems
+from services.gateway.edge.attending import ClientGone
+from services.gateway.edge.guard import Guard
+from services.gateway.edge.problems import Refused
+
+_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    # For what a browser might take for a page. A console's pages bring a policy of their own.
+    "content-security-policy": "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "cache-control": "no-store",
+}
+_CREDENTIALS = re.compile(r"[\x21-\x7e][\x20-\x7e]{0,4095}")
+"""What gRPC takes as metadata."""
+_CLIENT_GONE = 499
+"""What nginx calls a request whose client did not wait; only the log sees it."""
+_QUIET = frozenset({"/health"})
+_logger = log.get("gateway")
+
+
+class Edge:
+    """ASGI middleware; see the module's docstring.
+
+    The caller's Authorization header goes on to the services as it is: they decide, the gateway does not.
+    """
+
+    def __init__(self, app: ASGIApp, settings: GatewaySettings) -> None:
+        self._app, self._guard, self._timeout = app, Guard(settings), settings.gateway_timeout_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one request."""
+        if scope["type"] != "http":
+            return
+        call, headers = _Call(scope, receive, send), Headers(scope=scope)
+        call_context.request_id.set(call.request_id)
+        call_context.traceparent.set(call_context.accept_traceparent(headers.get(call_context.TRACEPARENT, "")))
+        call_context.set_deadline(self._timeout)
+        structlog.contextvars.bind_contextvars(request_id=call.request_id, trace_id=call_context.trace_id())
+        try:
+            self._guard.check(headers)
+            call_context.authorization.set(_credentials(headers.get("authorization", "")))
+            # With an "app" the router raises for what it cannot route; without it would answer in a shape of its own.
+            await self._app({**scope, "app": self}, call.receive, call.send)
+        except ClientGone:
+            call.status = _CLIENT_GONE
+        except HTTPException as error:  # no such route, or not with this method
+            refused = Refused(error.status_code, _ROUTING.get(error.status_code, "BAD_REQUEST"), error.detail)
+            await call.failed(refused, dict(error.headers or {}))
+        except (CodegraftError, Refused) as error:
+            await call.failed(error)
+        except Exception as error:
+            _logger.error("unexpected error", path=scope["path"], exc_info=error)
+            message = f"internal error; look for request id {call.request_id} in the logs"
+            await call.failed(InternalError(message, request_id=call.request_id))
+        finally:
+            call.ended()
+
+
+_ROUTING = {404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}
+
+
+class _Call:
+    """One request on its way."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._scope, self._receive, self._send = scope, receive, send
+        self._began, self._reason = time.monotonic(), ""
+        headers = Headers(scope=scope)
+        self.request_id = call_context.accept_request_id(headers.get(call_context.REQUEST_ID, ""))
+        self._is_unread = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+        self.status = 0
+        """HTTP's; 0 until the response has begun."""
+
+    async def receive(self) -> Message:
+        """Receives, and notes when the body has come."""
+        message = await self._receive()
+        if message["type"] == "http.request" and not message.get("more_body"):
+            self._is_unread = False
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Sends with what every response has in its head."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers[call_context.REQUEST_ID] = self.request_id
+            for name, value in _HEADERS.items():
+                headers.setdefault(name, value)
+            if self._is_unread:  # nobody will read the rest of the body, however long it is
+                headers["connection"] = "close"
+        await self._send(message)
+
+    async def failed(self, error: CodegraftError | Refused, headers: dict[str, str] | None = None) -> None:
+        """Answers with the error, if nothing was sent yet."""
+        self._reason = error.code if isinstance(error, Refused) else error.reason
+        if self.status:
+            return
+        response = problems.response(error)
+        response.headers.update(headers or {})
+        await response(self._scope, self.receive, self.send)
+
+    def ended(self) -> None:
+        """The one log line."""
+        path: str = self._scope["path"]
+        tell = _logger.debug if path in _QUIET else _logger.info
+        details: dict[str, Any] = {"reason": self._reason} if self._reason else {}
+        seconds = round(time.monotonic() - self._began, 4)
+        tell("request", method=self._scope["method"], path=path[:200], status=self.status, seconds=seconds, **details)
+
+
+def _credentials(header: str) -> str:
+    if header and not _CREDENTIALS.fullmatch(header):
+        raise Refused(401, "UNAUTHENTICATED", "The Authorization header cannot be read. Send Bearer and the API key.")
+    return header

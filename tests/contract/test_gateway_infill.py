@@ -1,0 +1,128 @@
+"""llama.cpp's editor plugins against the gateway: their own requests, as their sources have them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+from codegraft.inference.v1 import completion_pb2 as pb
+from codegraft.inference.v1.completion_pb2 import CodePrompt, ContextChunk
+from tests.contract.gateway_world import Gateway
+from tests.contract.inference_world import World
+
+pytest_plugins = ["tests.contract.gateway_fixtures"]
+
+PREFIX, LINE, SUFFIX = "import os\n\n\ndef main():\n", "    retu", "\n\nmain()\n"
+CHUNKS = [
+    {"text": "def one():\n    return 1\n", "time": 1719, "filename": "one.py"},
+    {"text": "def two():\n    return 2\n", "time": 1723, "filename": "two.py"},
+]
+
+
+def vscode(**fields: Any) -> dict[str, Any]:
+    """https://github.com/ggml-org/llama.vscode/blob/6d61ecf8/src/llama-server.ts: getLlamaCompletion."""
+    return {
+        "input_prefix": PREFIX,
+        "input_suffix": SUFFIX,
+        "input_extra": CHUNKS,
+        "prompt": LINE,
+        "n_predict": 128,
+        "top_k": 40,
+        "top_p": 0.99,
+        "stream": False,
+        "samplers": ["top_k", "top_p", "infill"],
+        "cache_prompt": True,
+        "t_max_prompt_ms": 500,
+        "t_max_predict_ms": 2500,
+        **fields,
+    }
+
+
+def vim(**fields: Any) -> dict[str, Any]:
+    """https://github.com/ggml-org/llama.vim/blob/ae3cb006/autoload/llama.vim: llama#fim."""
+    names = ["prompt_n", "prompt_ms", "prompt_per_token_ms", "prompt_per_second"]
+    names += ["predicted_n", "predicted_ms", "predicted_per_token_ms", "predicted_per_second"]
+    return vscode(
+        stop=[],
+        n_indent=4,
+        top_p=0.90,
+        t_max_predict_ms=250,
+        response_fields=["content", *(f"timings/{name}" for name in names), "truncated", "tokens_cached"],
+        **fields,
+    )
+
+
+async def test_llama_vscode_gets_what_it_reads(world: World, gateway: Gateway) -> None:
+    """Its ``LlamaResponse``; the endpoint that a person sets may name the project."""
+    answer = await gateway.post("/projects/demo/infill", vscode(n_predict=24))
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    others = [ContextChunk(path=str(chunk["filename"]), text=str(chunk["text"])) for chunk in reversed(CHUNKS)]
+    prompt = CodePrompt(prefix=PREFIX + LINE, suffix=SUFFIX, context=others)
+    direct = await world.complete(prompt=prompt, max_tokens=24).end()
+    assert body["content"] == direct.text
+    assert body["tokens_evaluated"] == direct.started.prompt_tokens and body["tokens_cached"] == 0
+    assert body["truncated"] is direct.started.prompt_truncated and body["stop"] is True
+    assert body["stop_type"] == "limit" and body["generation_settings"]["n_predict"] == 24
+    timings = body["timings"]
+    assert timings["prompt_n"] == body["tokens_evaluated"] and timings["predicted_n"] == body["tokens_predicted"]
+    assert timings["prompt_ms"] > 0 < timings["predicted_ms"] and timings["predicted_per_second"] > 0
+    again = await gateway.post("/projects/demo/infill", vscode(n_predict=24))
+    assert again.json()["tokens_cached"] > 0 and again.headers["x-codegraft-adapter"] == "base"
+
+
+async def test_llama_vim_gets_the_fields_it_names(gateway: Gateway) -> None:
+    answer = (await gateway.post("/infill", vim(n_predict=8))).json()
+    assert set(answer) == set(vim()["response_fields"])
+    assert answer["content"] and answer["timings/predicted_n"] > 0
+
+
+async def test_warming_up_generates_nothing(world: World, gateway: Gateway) -> None:
+    """prepareLlamaForNextCompletion; newer plugins send n_predict 0."""
+    for body in (
+        vscode(input_prefix="", input_suffix="", prompt="", n_predict=1, t_max_predict_ms=1, samplers=["temperature"]),
+        vscode(n_predict=0),
+    ):
+        answer = await gateway.post("/infill", body)
+        assert answer.status_code == 200 and answer.json()["content"] == "" and answer.json()["stop_type"] == "none"
+
+
+async def test_a_stream_is_llama_cpps(gateway: Gateway) -> None:
+    whole = (await gateway.post("/infill", vscode(n_predict=24))).json()
+    async with gateway.http.stream("POST", "/infill", json=vscode(n_predict=24, stream=True)) as response:
+        lines = [json.loads(line.removeprefix("data: ")) async for line in response.aiter_lines() if line]
+    assert "".join(line["content"] for line in lines) == whole["content"]
+    assert [line["stop"] for line in lines] == [False] * (len(lines) - 1) + [True]
+    assert lines[-1]["tokens_predicted"] == whole["tokens_predicted"] and "timings" in lines[-1]
+
+
+async def test_the_time_limit_holds_once_there_is_a_line(gateways: Callable[..., Any]) -> None:
+    gateway: Gateway = await gateways()
+
+    def text(value: str) -> Any:
+        return pb.CompleteResponse(delta=pb.Delta(text=value, tokens=1))
+
+    async def later(value: str) -> Any:
+        await asyncio.sleep(0.05)
+        return text(value)
+
+    started = pb.CompleteResponse(started=pb.Started(completion_id="c", prompt_tokens=9))
+    slow = [started, text("a"), lambda _: later("b"), text("\n"), lambda _: later("c"), lambda _: asyncio.sleep(60)]
+    gateway.neighbours.scripts["Complete"] = [slow]  # type: ignore[list-item]
+    answer = (await gateway.post("/infill", vscode(t_max_predict_ms=20))).json()
+    assert (answer["content"], answer["stop_type"], answer["tokens_predicted"]) == ("ab\n", "limit", 3)
+    assert answer["timings"]["predicted_ms"] >= 50
+    await asyncio.wait_for(gateway.neighbours.cancelled.wait(), 5)
+
+
+async def test_temperature_samples_and_its_absence_does_not(gateway: Gateway) -> None:
+    async def text(**fields: Any) -> str:
+        return str((await gateway.post("/infill", vscode(n_predict=16, **fields))).json()["content"])
+
+    greedy = await text()
+    assert await text(seed=7) == greedy == await text(temperature=0)
+    one, same = await text(temperature=1.5, seed=7), await text(temperature=1.5, seed=7)
+    assert one == same != greedy
+    assert await text(temperature=1.5, seed=-1) != await text(temperature=1.5, seed=-1)
