@@ -24,7 +24,7 @@ from nats.errors import Error as NatsError
 from urllib3.exceptions import HTTPError
 
 from services.cli.local.files import Credentials, DataFolder, StackState
-from services.cli.local.stack import BUCKET, SERVICES
+from services.cli.local.stack import BUCKET, SERVICES, check
 from services.cli.output import ExitCode, Json, out, print_json
 from services.cli.stack import Data
 from services.client.addresses import default_data
@@ -155,7 +155,7 @@ def running(folder: DataFolder) -> Iterator[Check]:
         if process.crash:
             problem = process.crash
         elif process.name in SERVICES:
-            state = probe.check(process.address)
+            state = check(process.name, process.address)
             problem = "" if state == probe.SERVING else state
         elif process.name == "nats":
             problem = asyncio.run(nats_problem(process.address, credentials))

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from services.cli.local import supervisor
+from services.cli.local import gateway, supervisor
 from services.cli.local.files import DataFolder, StackInfo, StackState
-from services.cli.local.stack import SERVICES
+from services.cli.local.stack import SERVICES, check
 from services.cli.output import ExitCode, Json, err, print_json, print_table
 from services.client.addresses import default_data
 from services.core.rpc import probe
@@ -29,7 +29,7 @@ def up(
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Return once everything serves.")] = False,
     json: Json = False,
 ) -> None:
-    """Start NATS, S3 and the four services on this machine, on loopback.
+    """Start NATS, S3, the four services and the gateway on this machine, on loopback.
 
     Everything is kept in the data folder: a restart continues where the last one stopped, on the same addresses where
     possible. Without --detach it runs until Ctrl-C. When the stack runs already, says so and does nothing.
@@ -87,6 +87,8 @@ def _show(folder: DataFolder, info: StackInfo, as_json: bool) -> bool:
     if info.processes:
         rows = [[p.name, states[p.name], p.address, str(p.pid)] for p in info.processes.values()]
         print_table(["NAME", "STATE", "ADDRESS", "PID"], rows, empty="")
+    if healthy:
+        err.print(f"for editors: {gateway.url(info.processes[gateway.NAME].address)}/v1 (OpenAI), …/infill (llama.cpp)")
     return healthy
 
 
@@ -109,4 +111,4 @@ def _state(info: StackInfo, name: str) -> str:
     process = info.processes[name]
     if process.crash:
         return process.crash
-    return probe.check(process.address) if name in SERVICES else "running"
+    return check(name, process.address) if name in SERVICES else "running"

@@ -144,7 +144,8 @@ async def test_bodies_are_bounded_in_size_time_and_type(gateways: Callable[..., 
         answer = await gateway.http.post("/v1/completions", content=content, headers=json)
         assert answer.status_code == 400 and answer.json()["error"]["code"] == "INVALID_ARGUMENT", content
     head = {"authorization": "Bearer " + "x" * 70_000}
-    assert (await gateway.http.get("/v1/models", headers=head)).status_code in (400, 401, 431)
+    with contextlib.suppress(httpx2.NetworkError):
+        assert (await gateway.http.get("/v1/models", headers=head)).status_code == 400
     assert gateway.neighbours.requests == {}
 
 

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 CODEGRAFT = [sys.executable, "-m", "services.cli.main"]
-NAMES = {"nats", "s3", "ingest", "scanner", "trainer", "inference"}
+NAMES = {"nats", "s3", "ingest", "scanner", "trainer", "inference", "gateway"}
 
 
 def codegraft(*arguments: str, data: Path, expect: int = 0) -> subprocess.CompletedProcess[str]:

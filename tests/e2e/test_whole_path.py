@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -12,10 +13,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
+
+from tests.e2e import editors
 
 HERE = Path(__file__).parent
 CODEGRAFT = [sys.executable, "-m", "services.cli.main"]
+SERVICES = ("ingest", "scanner", "trainer", "inference")
 PACKAGE_FILES = ["signer.py", "time.py", "tagging.py", "select.py", "retention.py", "error.py", "lifecycleconfig.py"]
 
 
@@ -54,7 +59,7 @@ def make_archive(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Addresses of the four services of a stack of its own, and its operator's key."""
+    """Addresses of the services of a stack of its own, and its operator's key."""
     data = tmp_path_factory.mktemp("stack")
     command = [*CODEGRAFT, "up", "--detach", "--json", "--data", str(data)]
     up = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -71,7 +76,7 @@ def seen(stack: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dic
     """What the foreign client saw on its way."""
     folder = tmp_path_factory.mktemp("client")
     config = {
-        "addresses": {name: stack[name] for name in ("ingest", "scanner", "trainer", "inference")},
+        "addresses": {name: stack[name] for name in SERVICES},
         "bundle": str(make_bundle(folder)),
         "archive": str(make_archive(folder)),
         "held_out": str(package() / "commonconfig.py"),
@@ -186,3 +191,30 @@ def test_policies_choose_the_version(seen: dict[str, Any]) -> None:
 def test_a_bad_pin_is_refused_and_the_old_version_serves(seen: dict[str, Any]) -> None:
     assert seen["bad_pin"] == ["NOT_FOUND", "CHECKPOINT_NOT_FOUND"]
     assert seen["after_bad_pin"] == seen["run"]["bests"][-1]
+
+
+async def test_an_editor_gets_the_new_adapter_over_http(stack: dict[str, str], seen: dict[str, Any]) -> None:
+    url, best = f"http://{stack['gateway']}", seen["run"]["bests"][-1]
+    asked = await asyncio.to_thread(editors.ask_blocking, url, "demo")
+    again = await editors.ask_without_blocking(url, "demo")
+    assert asked["text"] == asked["streamed"] == again["text"] and asked["text"].strip()
+    assert asked["usage"] == again["usage"] == 16
+    assert asked["fingerprints"] == [f"smollm2-135m+{best}", "smollm2-135m+base"]
+    assert {"smollm2-135m", "demo", "demo@base"} < set(asked["models"]) and len(asked["models"]) > 3
+    assert asked["errors"] == {
+        "no such model": ["NotFoundError", "PROJECT_NOT_FOUND"],
+        "nothing to complete": ["BadRequestError", "EMPTY_PROMPT"],
+        "chat": ["BadRequestError", "CHAT_UNSUPPORTED"],
+    }
+    assert again["adapter"] == best and again["infill"]["tokens_predicted"] > 0
+    async with httpx2.AsyncClient(base_url=url) as http:
+        for event in ("shown", "accepted"):
+            told = {"completion_id": asked["id"], "event": event, "accepted_characters": 9, "model": "demo"}
+            assert (await http.post("/v1/feedback", json=told)).json() == {"recorded": True}
+    environment = {**os.environ, **{f"CODEGRAFT_{name.upper()}_ADDRESS": stack[name] for name in SERVICES}}
+    command = [*CODEGRAFT, "acceptance", "-p", "demo", "--json"]
+    counted = await asyncio.to_thread(
+        subprocess.run, command, env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    (entry,) = json.loads(counted.stdout)["adapters"]
+    assert (entry["adapter_sha256"], entry["accepted"], entry["accepted_characters"]) == (best, "1", "9")

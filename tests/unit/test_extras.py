@@ -14,7 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 
 SERVICES = Path(__file__).parents[2] / "services"
-ROOMS = {"ingest": "ingest", "scanner": "scanner", "trainer": "trainer", "inference": "inference", "client": ""}
+ROOMS = {room: room for room in ("ingest", "scanner", "trainer", "inference", "gateway")} | {"client": ""}
 
 WITHOUT = """
 import importlib, pkgutil, sys
@@ -89,6 +89,6 @@ def test_a_room_loads_with_its_extra_alone(room: str) -> None:
     assert loaded.returncode == 0, loaded.stderr[-2000:]
 
 
-@pytest.mark.parametrize("extra", ["", "ingest", "cli"])
+@pytest.mark.parametrize("extra", ["", "ingest", "gateway", "cli"])
 def test_no_torch_where_none_is_needed(extra: str) -> None:
     assert "torch" not in closure(extra)

@@ -1,1 +1,1 @@
-"""The local stack: NATS, S3 and the four services as processes of this machine, on loopback."""
+"""The local stack: NATS, S3, the four services and the gateway as processes of this machine, on loopback."""

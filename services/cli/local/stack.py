@@ -1,4 +1,4 @@
-"""Starts, watches and stops the processes of a local stack: NATS, S3, then the four services."""
+"""Starts, watches and stops the processes of a local stack: NATS, S3, then the services and the gateway."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 
-from services.cli.local import nats, permissions, ports, s3
+from services.cli.local import gateway, nats, permissions, ports, s3
 from services.cli.local.files import Credentials, DataFolder, ProcessInfo, StackInfo, StackState
 from services.cli.local.process import Child, tail
 from services.core.errors import Unavailable
 from services.core.rpc import probe
 
-SERVICES = tuple(permissions.SERVICES)
+BEHIND = tuple(permissions.SERVICES)
+"""Those that speak gRPC."""
+SERVICES = (*BEHIND, gateway.NAME)
 STARTUP = timedelta(seconds=60)
 DRAIN = timedelta(seconds=5)
 """How long a stopping service lets running calls end."""
@@ -104,7 +106,9 @@ class Stack:
                     name,
                     [sys.executable, "-m", f"services.{name}"],
                     log=self._folder.log(name),
-                    env={**service_environment(os.environ, addresses, credentials, name), **own.get(name, {})},
+                    env=gateway.environment(os.environ, addresses)
+                    if name == gateway.NAME
+                    else {**service_environment(os.environ, addresses, credentials, name), **own.get(name, {})},
                     cwd=self._folder.root,  # not the caller's folder: it may have a package of the name `services`
                 ),
                 addresses[name],
@@ -160,9 +164,10 @@ class Stack:
                     hint=f"Its whole log is {process.log}.",
                 )
             for name in list(waiting):
-                if probe.check(addresses[name], timedelta(milliseconds=500)) == probe.SERVING:
+                if check(name, addresses[name], timedelta(milliseconds=500)) == probe.SERVING:
                     waiting.remove(name)
-                    self._report(f"{name} serves on {addresses[name]}")
+                    where = gateway.url(addresses[name]) if name == gateway.NAME else addresses[name]
+                    self._report(f"{name} serves on {where}")
             if waiting and time.monotonic() > deadline:
                 child = self._children[waiting[0]]
                 raise Unavailable(
@@ -178,6 +183,11 @@ def seeds(credentials: Credentials) -> list[dict[str, str]]:
     return keys + [
         {"key": credentials.services[name].api_key, "role": role} for name, role in permissions.CALLS.items()
     ]
+
+
+def check(name: str, address: str, timeout: timedelta = timedelta(seconds=2)) -> str:
+    """A service's health as a word."""
+    return (gateway.check if name == gateway.NAME else probe.check)(address, timeout)
 
 
 def service_environment(
@@ -201,5 +211,5 @@ def service_environment(
         "CODEGRAFT_S3_BUCKET": BUCKET,
         "CODEGRAFT_S3_SECURE": "false",
         "CODEGRAFT_DRAIN_SECONDS": f"{DRAIN.total_seconds():.0f}",
-        **{f"CODEGRAFT_{name.upper()}_ADDRESS": addresses[name] for name in SERVICES},
+        **{f"CODEGRAFT_{name.upper()}_ADDRESS": addresses[name] for name in BEHIND},
     }
