@@ -32,12 +32,16 @@ def ask_blocking(url: str, model: str) -> dict[str, Any]:
             "usage": answer.usage.completion_tokens if answer.usage else 0,
             "models": [model.id for model in client.models.list()],
             "id": answer.id,
+            "chat": client.chat.completions.create(
+                model=model, messages=[{"role": "user", "content": "Say hello."}], max_tokens=8
+            )
+            .choices[0]
+            .message.content,
             "errors": {},
         }
         mistakes = {
             "no such model": lambda: client.completions.create(model="nobody", prompt="x"),
             "nothing to complete": lambda: client.completions.create(model=model, prompt=""),
-            "chat": lambda: client.chat.completions.create(model=model, messages=[{"role": "user", "content": "hi"}]),
         }
         for name, make in mistakes.items():
             try:
