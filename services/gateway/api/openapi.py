@@ -73,7 +73,8 @@ def describe(operations: Sequence[Operation]) -> dict[str, Any]:
 def _operation(operation: Operation) -> dict[str, Any]:
     content = {"application/json": {"schema": _ref(operation.answer)}}
     if operation.event:
-        content["text/event-stream"] = {"schema": {"type": "string", "description": "Events: see the schema's name."}}
+        each = f"With stream: events, the data of each a {operation.event.__name__}. OpenAI's end with [DONE]."
+        content["text/event-stream"] = {"schema": {"type": "string", "description": each}}
     described: dict[str, Any] = {
         "operationId": f"{operation.method.lower()}{re.sub(r'[^A-Za-z0-9]+', '_', operation.path)}".rstrip("_"),
         "summary": operation.summary,
