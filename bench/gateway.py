@@ -28,6 +28,7 @@ from bench.http import Connection
 from codegraft.inference.v1 import completion_pb2 as pb
 from codegraft.inference.v1 import completion_pb2_grpc
 from services.client import Addresses, AsyncCodegraft
+from services.core import log
 from services.core.models.catalogue import find
 from services.core.rpc.interceptors import CallInterceptor
 
@@ -59,6 +60,7 @@ class Instant(completion_pb2_grpc.CompletionServiceServicer):
 
 async def instant() -> None:
     """Serves it until its input ends; tells the port."""
+    log.configure("bench")  # to stderr: what nobody reads must not fill the pipe
     server = grpc.aio.server(interceptors=[CallInterceptor()])
     completion_pb2_grpc.add_CompletionServiceServicer_to_server(Instant(), server)
     print(server.add_insecure_port("127.0.0.1:0"), flush=True)
