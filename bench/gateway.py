@@ -223,7 +223,7 @@ async def _ask(
                 waits.append(clock() - began)
         else:
             outcome = f"{status} {answer['error']['code']}"
-            assert status != 429 or "retry-after" in head
+            assert "retry-after" in head, answer
     except OSError as error:
         outcome = type(error).__name__
     finally:

@@ -21,5 +21,5 @@ class GatewaySettings(CoreSettings):
     """Longest time for a request's body to arrive."""
     gateway_timeout_seconds: float = Field(default=120, gt=0)
     """Longest time for an answer; a completion then ends with the text so far."""
-    gateway_connections: int = Field(default=2000, ge=1)
-    """Most connections and requests at once; more get 503."""
+    gateway_requests: int = Field(default=1000, ge=1)
+    """Most requests at once; more get OVERLOADED at once, with the time after which to come back."""

@@ -17,6 +17,8 @@ from services.gateway.config import GatewaySettings
 
 _HEAD_BYTES = 32 << 10
 """Longest head of a request."""
+_CONNECTIONS = 8
+"""Connections for each request that may be answered at once: editors keep theirs between two keys."""
 _IDLE = 60
 """Seconds for which a connection without requests stays: editors come back with the next key."""
 _logger = log.get("gateway")
@@ -52,7 +54,7 @@ async def serving(settings: GatewaySettings, app: ASGIApp) -> AsyncIterator[str]
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                limit_concurrency=settings.gateway_connections,
+                limit_concurrency=_CONNECTIONS * settings.gateway_requests,
                 timeout_keep_alive=_IDLE,
                 timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
                 h11_max_incomplete_event_size=_HEAD_BYTES,

@@ -17,6 +17,7 @@ from codegraft.common.v1.model_pb2 import Model
 from codegraft.inference.v1 import completion_pb2 as pb
 from services.core import errors
 from tests.contract.gateway_world import Gateway
+from tests.contract.inference_world import until
 
 pytest_plugins = ["tests.contract.gateway_fixtures"]
 
@@ -177,6 +178,23 @@ async def test_an_outage_is_503_and_a_break_is_told_within_the_stream(scripted: 
     assert got == ["1"]
     broken = await scripted.post("/v1/completions", CODE)
     assert broken.status_code == 503 and broken.json()["error"]["code"] == "SHUTTING_DOWN"
+
+
+async def test_too_many_requests_at_once_are_told_when_to_come_back(gateways: Callable[..., Any]) -> None:
+    gateway: Gateway = await gateways(gateway_requests=2)
+    gateway.neighbours.scripts["ListModels"] = [pb.ListModelsResponse(models=[Model(id="m")])]
+    gateway.neighbours.scripts["Complete"] = [[ANSWER[0], lambda _: asyncio.sleep(60)]]  # type: ignore[list-item]
+    running = [asyncio.create_task(gateway.post("/v1/completions", CODE)) for _ in range(2)]
+    await until(lambda: gateway.neighbours.count("Complete") == 2)
+    refused = await gateway.post("/v1/completions", CODE)
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+    assert refused.json()["error"]["code"] == "OVERLOADED"
+    for task in running:
+        task.cancel()
+    await asyncio.wait(running)
+    await asyncio.wait_for(gateway.neighbours.cancelled.wait(), 5)
+    gateway.neighbours.scripts["Complete"] = [ANSWER]  # type: ignore[list-item]
+    assert (await gateway.post("/v1/completions", CODE)).status_code == 200
 
 
 async def test_health_is_inferences(scripted: Gateway, gateways: Callable[..., Any]) -> None:

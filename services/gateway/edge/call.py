@@ -46,6 +46,7 @@ class Edge:
 
     def __init__(self, app: ASGIApp, settings: GatewaySettings) -> None:
         self._app, self._guard, self._timeout = app, Guard(settings), settings.gateway_timeout_seconds
+        self._running, self._most = 0, settings.gateway_requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request."""
@@ -56,7 +57,10 @@ class Edge:
         call_context.traceparent.set(call_context.accept_traceparent(headers.get(call_context.TRACEPARENT, "")))
         call_context.set_deadline(self._timeout)
         structlog.contextvars.bind_contextvars(request_id=call.request_id, trace_id=call_context.trace_id())
+        self._running += 1
         try:
+            if self._running > self._most:
+                raise Refused(503, "OVERLOADED", "Too many requests are being answered.", retry_after=1.0)
             self._guard.check(headers)
             call_context.authorization.set(_credentials(headers.get("authorization", "")))
             # With an "app" the router raises for what it cannot route; without it would answer in a shape of its own.
@@ -73,6 +77,7 @@ class Edge:
             message = f"internal error; look for request id {call.request_id} in the logs"
             await call.failed(InternalError(message, request_id=call.request_id))
         finally:
+            self._running -= 1
             call.ended()
 
 

@@ -23,7 +23,8 @@ _STATUS = {
     Code.ALREADY_EXISTS: 409,
     Code.ABORTED: 409,
     Code.RESOURCE_EXHAUSTED: 429,
-    Code.CANCELLED: 499,
+    # Not by the client, who is there to read it: the service gave the call up.
+    Code.CANCELLED: 503,
     Code.UNIMPLEMENTED: 501,
     Code.UNAVAILABLE: 503,
     Code.DEADLINE_EXCEEDED: 504,
@@ -73,11 +74,15 @@ class Refused(Exception):
     Args:
         status: HTTP's.
         code: as services/core/errors.py spells reasons.
+        retry_after: seconds after which the same request may succeed.
     """
 
-    def __init__(self, status: int, code: str, message: str, *, param: str | None = None) -> None:
+    def __init__(
+        self, status: int, code: str, message: str, *, param: str | None = None, retry_after: float | None = None
+    ) -> None:
         super().__init__(message)
         self.status, self.code, self.message, self.param = status, code, message, param
+        self.retry_after = retry_after
 
 
 def status_of(error: CodegraftError | Refused) -> int:
@@ -99,7 +104,7 @@ def problem(error: CodegraftError | Refused) -> Problem:
 def response(error: CodegraftError | Refused) -> Response:
     """The response that tells of an error; with Retry-After where the service said when to come back."""
     headers = {}
-    if isinstance(error, CodegraftError) and error.retry_after is not None:
+    if error.retry_after is not None:
         headers["retry-after"] = str(math.ceil(error.retry_after))
     status = status_of(error)
     if status == 401:
