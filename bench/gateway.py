@@ -28,6 +28,7 @@ from bench.http import Connection
 from codegraft.inference.v1 import completion_pb2 as pb
 from codegraft.inference.v1 import completion_pb2_grpc
 from services.client import Addresses, AsyncCodegraft
+from services.client.access import Access
 from services.core import log
 from services.core.models.catalogue import find
 from services.core.rpc.interceptors import CallInterceptor
@@ -142,29 +143,30 @@ def editors() -> None:
         up = [*CODEGRAFT, "up", "--detach", "--json", "--data", folder]
         described = json.loads(subprocess.run(up, capture_output=True, text=True, check=True).stdout)
         try:
-            asyncio.run(_against({service["name"]: service["address"] for service in described["services"]}))
+            key = json.loads((Path(folder) / "credentials.json").read_text())["api_key"]
+            asyncio.run(_against({service["name"]: service["address"] for service in described["services"]}, key))
         finally:
             subprocess.run([*CODEGRAFT, "down", "--data", folder], check=True, stderr=subprocess.DEVNULL)
             print(f"  errors in the gateway's log: {_errors(Path(folder) / 'logs' / 'gateway.log')}", flush=True)
 
 
-async def _against(addresses: dict[str, str]) -> None:
+async def _against(addresses: dict[str, str], key: str) -> None:
     port = int(addresses.pop("gateway").rpartition(":")[2])
-    async with AsyncCodegraft(Addresses(**addresses)) as client:
+    async with AsyncCodegraft(Addresses(**addresses), access=Access(key)) as client:
         await client.projects.create("demo")
         async for _ in client.completions.complete("demo", prefix="x", max_tokens=1):
             pass  # the model is loaded from here on
-        await _type(port)
+        await _type(port, key)
         streams = dict((await client.serving.get("demo")).status.streams)
         print(f"  running streams a second after the last key: {sum(streams.values())}")
 
 
-async def _type(port: int) -> None:
+async def _type(port: int, key: str) -> None:
     outcomes: Counter[str] = Counter()
     texts: dict[str, set[str]] = {}
     waits: list[float] = []
     began = clock()
-    typing = [_session(number, port, outcomes, texts, waits) for number in range(SESSIONS)]
+    typing = [_session(number, port, key, outcomes, texts, waits) for number in range(SESSIONS)]
     late = sum(await asyncio.gather(*typing))
     seconds = clock() - began
     sent = sum(outcomes.values())
@@ -180,23 +182,23 @@ async def _type(port: int) -> None:
 
 
 async def _session(
-    number: int, port: int, outcomes: Counter[str], texts: dict[str, set[str]], waits: list[float]
+    number: int, port: int, key: str, outcomes: Counter[str], texts: dict[str, set[str]], waits: list[float]
 ) -> int:
     """Types through the code, once over and then anew. Every second session hangs up on the request before."""
     draw = random.Random(number)
     await asyncio.sleep(draw.random() / KEYS_A_SECOND)
-    hangs_up, late, keys = number % 2 == 0, 0, int(SECONDS * KEYS_A_SECOND)
+    hangs_up, late, presses = number % 2 == 0, 0, int(SECONDS * KEYS_A_SECOND)
     running: set[asyncio.Task[None]] = set()
     begin, start = clock(), draw.randrange(10, 30)
-    for key in range(keys):
-        due = begin + key / KEYS_A_SECOND
+    for press in range(presses):
+        due = begin + press / KEYS_A_SECOND
         late += clock() > due + 1 / KEYS_A_SECOND
         await asyncio.sleep(max(0.0, due - clock()))
-        prefix = CODE[: start + key % (len(CODE) - start)]
+        prefix = CODE[: start + press % (len(CODE) - start)]
         if hangs_up:
             for task in running:
                 task.cancel()
-        task = asyncio.create_task(_ask(number, port, prefix, outcomes, texts, waits))
+        task = asyncio.create_task(_ask(number, port, key, prefix, outcomes, texts, waits))
         running.add(task)
         task.add_done_callback(running.discard)
     await asyncio.gather(*running, return_exceptions=True)
@@ -204,14 +206,21 @@ async def _session(
 
 
 async def _ask(
-    number: int, port: int, prefix: str, outcomes: Counter[str], texts: dict[str, set[str]], waits: list[float]
+    number: int,
+    port: int,
+    key: str,
+    prefix: str,
+    outcomes: Counter[str],
+    texts: dict[str, set[str]],
+    waits: list[float],
 ) -> None:
     began, outcome = clock(), "hung up"
     try:
         connection = await Connection.open(port)
         try:
             body = {"model": "demo", "prompt": prefix, "path": "a.py", "max_tokens": TOKENS}
-            status, head, data = await connection.post("/v1/completions", body, {"X-Codegraft-Session": f"s{number}"})
+            headers = {"X-Codegraft-Session": f"s{number}", "Authorization": f"Bearer {key}"}
+            status, head, data = await connection.post("/v1/completions", body, headers)
         finally:
             connection.close()
         answer = json.loads(data)

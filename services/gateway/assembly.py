@@ -12,6 +12,8 @@ from starlette.routing import BaseRoute, Route, Router
 from starlette.types import ASGIApp
 
 from services.client import Addresses, AsyncCodegraft
+from services.client.access import Access
+from services.core.rpc.tls import ClientFiles
 from services.gateway.api.desk import PROJECT_HEADER, SESSION_HEADER, Desk
 from services.gateway.api.models import ModelNames
 from services.gateway.api.openapi import describe
@@ -26,11 +28,13 @@ _READABLE = ("x-request-id", "x-codegraft-adapter", "x-codegraft-checkpoint", "r
 
 
 def connect(settings: GatewaySettings) -> AsyncCodegraft:
-    """The client of the services behind it; within the event loop that uses it."""
+    """The client of the services behind it; within the event loop that uses it. It has no key: callers bring theirs."""
     addresses = Addresses(
         settings.ingest_address, settings.scanner_address, settings.trainer_address, settings.inference_address
     )
-    return AsyncCodegraft(addresses)
+    files = (settings.tls_cert_file, settings.tls_key_file)
+    tls = ClientFiles(settings.tls_ca_file, *files) if settings.tls_ca_file else None
+    return AsyncCodegraft(addresses, access=Access(tls=tls))
 
 
 def application(settings: GatewaySettings, client: AsyncCodegraft) -> ASGIApp:

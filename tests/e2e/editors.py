@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import httpx2
@@ -14,9 +15,13 @@ CODE: dict[str, Any] = {
 }
 
 
-def ask_blocking(url: str, model: str) -> dict[str, Any]:
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def ask_blocking(url: str, key: str, model: str) -> dict[str, Any]:
     """Whole and streamed completions of one prompt, the models, and errors, as openai's blocking client sees them."""
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) as client:
         answer = client.completions.create(model=model, **CODE)
         streamed = "".join(
             choice.text
@@ -37,23 +42,28 @@ def ask_blocking(url: str, model: str) -> dict[str, Any]:
             )
             .choices[0]
             .message.content,
-            "errors": {},
         }
-        mistakes = {
+        mistakes: dict[str, Callable[[], object]] = {
             "no such model": lambda: client.completions.create(model="nobody", prompt="x"),
             "nothing to complete": lambda: client.completions.create(model=model, prompt=""),
         }
-        for name, make in mistakes.items():
-            try:
-                make()
-            except openai.APIStatusError as error:
-                seen["errors"][name] = [type(error).__name__, error.code]
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="cg_nobody_nothing", max_retries=0) as stranger:
+            mistakes["no such key"] = lambda: stranger.completions.create(model=model, prompt="x")
+            seen["errors"] = {name: _error(make) for name, make in mistakes.items()}
     return seen
 
 
-async def ask_without_blocking(url: str, model: str) -> dict[str, Any]:
+def _error(make: Callable[[], object]) -> list[str | None]:
+    try:
+        make()
+    except openai.APIStatusError as error:
+        return [type(error).__name__, error.code]
+    return []
+
+
+async def ask_without_blocking(url: str, key: str, model: str) -> dict[str, Any]:
     """The same completion, streamed by openai's asynchronous client, and what a fill-in-the-middle client gets."""
-    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) as client:
         text, usage = "", 0
         async for chunk in await client.completions.create(
             model=model, **CODE, stream=True, stream_options={"include_usage": True}
@@ -61,6 +71,6 @@ async def ask_without_blocking(url: str, model: str) -> dict[str, Any]:
             text += "".join(choice.text for choice in chunk.choices)
             usage = chunk.usage.completion_tokens if chunk.usage else usage
     infill = {"input_prefix": CODE["prompt"], "prompt": "", "input_suffix": "\n", "n_predict": 16}
-    async with httpx2.AsyncClient(base_url=url, timeout=60) as http:
+    async with httpx2.AsyncClient(base_url=url, timeout=60, headers=bearer(key)) as http:
         llama = await http.post(f"/projects/{model}/infill", json=infill)
     return {"text": text, "usage": usage, "infill": llama.json(), "adapter": llama.headers["x-codegraft-adapter"]}

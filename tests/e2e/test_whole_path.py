@@ -195,8 +195,8 @@ def test_a_bad_pin_is_refused_and_the_old_version_serves(seen: dict[str, Any]) -
 
 async def test_an_editor_gets_the_new_adapter_over_http(stack: dict[str, str], seen: dict[str, Any]) -> None:
     url, best = f"http://{stack['gateway']}", seen["run"]["bests"][-1]
-    asked = await asyncio.to_thread(editors.ask_blocking, url, "demo")
-    again = await editors.ask_without_blocking(url, "demo")
+    asked = await asyncio.to_thread(editors.ask_blocking, url, stack["key"], "demo")
+    again = await editors.ask_without_blocking(url, stack["key"], "demo")
     assert asked["text"] == asked["streamed"] == again["text"] and asked["text"].strip()
     assert asked["usage"] == again["usage"] == 16
     assert asked["fingerprints"] == [f"smollm2-135m+{best}", "smollm2-135m+base"]
@@ -204,14 +204,16 @@ async def test_an_editor_gets_the_new_adapter_over_http(stack: dict[str, str], s
     assert asked["errors"] == {
         "no such model": ["NotFoundError", "PROJECT_NOT_FOUND"],
         "nothing to complete": ["BadRequestError", "EMPTY_PROMPT"],
+        "no such key": ["AuthenticationError", "UNAUTHENTICATED"],
     }
     assert asked["chat"].strip(), "the local model has a chat template"
     assert again["adapter"] == best and again["infill"]["tokens_predicted"] > 0
-    async with httpx2.AsyncClient(base_url=url) as http:
+    async with httpx2.AsyncClient(base_url=url, headers=editors.bearer(stack["key"])) as http:
         for event in ("shown", "accepted"):
             told = {"completion_id": asked["id"], "event": event, "accepted_characters": 9, "model": "demo"}
             assert (await http.post("/v1/feedback", json=told)).json() == {"recorded": True}
     environment = {**os.environ, **{f"CODEGRAFT_{name.upper()}_ADDRESS": stack[name] for name in SERVICES}}
+    environment["CODEGRAFT_API_KEY"] = stack["key"]
     command = [*CODEGRAFT, "acceptance", "-p", "demo", "--json"]
     counted = await asyncio.to_thread(
         subprocess.run, command, env=environment, capture_output=True, text=True, timeout=60, check=True

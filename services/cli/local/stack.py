@@ -106,7 +106,7 @@ class Stack:
                     name,
                     [sys.executable, "-m", f"services.{name}"],
                     log=self._folder.log(name),
-                    env=gateway.environment(os.environ, addresses)
+                    env=gateway.environment(os.environ, {each: addresses[each] for each in SERVICES})
                     if name == gateway.NAME
                     else {**service_environment(os.environ, addresses, credentials, name), **own.get(name, {})},
                     cwd=self._folder.root,  # not the caller's folder: it may have a package of the name `services`

@@ -154,6 +154,10 @@ POLICY: dict[str, dict[str, Rule]] = {
         "LoadAdapter": named(O, "checkpoint"),
         "UnloadAdapter": named(O, "checkpoint"),
     },
+    "codegraft.inference.v1.FeedbackService": {
+        "RecordFeedback": named(C, "parent"),
+        "GetAcceptance": named(R, "parent"),
+    },
 }
 
 
@@ -163,8 +167,21 @@ def rule_of(method: str) -> Rule | None:
     return POLICY.get(service, {}).get(name)
 
 
-_READING = ("Get", "List", "Watch", "Check", "Server", "Complete", "Chat", "Score", "Plan", "Diff", "Download")
-"""How the names of RPCs begin that change nothing."""
+_READING = (
+    "Get",
+    "List",
+    "Watch",
+    "Check",
+    "Server",
+    "Complete",
+    "Chat",
+    "Score",
+    "Plan",
+    "Diff",
+    "Download",
+    "Record",
+)
+"""How the names of RPCs begin that change nothing. What is recorded are counts, at every suggestion of every editor."""
 
 
 def changes(method: str) -> bool:

@@ -14,6 +14,7 @@ from services.core.errors import Unavailable
 from services.core.rpc.client import channel
 from services.core.rpc.status import from_rpc
 from services.gateway.api import desk
+from services.gateway.config import GatewaySettings
 
 _TIMEOUT = 2.0
 
@@ -26,14 +27,10 @@ class Health:
 
 
 class HealthDesk:
-    """The operation.
+    """The operation."""
 
-    Args:
-        address: of inference.
-    """
-
-    def __init__(self, address: str) -> None:
-        self._check = channel(address).unary_unary(  # the generated stub has no types
+    def __init__(self, settings: GatewaySettings) -> None:
+        self._check = channel(settings.inference_address, settings).unary_unary(  # the generated stub has no types
             "/grpc.health.v1.Health/Check",
             request_serializer=HealthCheckRequest.SerializeToString,
             response_deserializer=HealthCheckResponse.FromString,

@@ -43,7 +43,7 @@ class Operation:
 def operations(desk: Desk) -> Sequence[Operation]:
     """All of them."""
     completing, infilling, listing = Completing(desk), Infilling(desk), Listing(desk)
-    feedback, health = FeedbackDesk(desk), HealthDesk(desk.settings.inference_address)
+    feedback, health = FeedbackDesk(desk), HealthDesk(desk.settings)
     return (
         Operation(
             "POST",
