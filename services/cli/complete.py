@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from codegraft.inference.v1 import completion_pb2
-from services.cli import location
-from services.cli.connect import Project, connect, full_name, id_of
-from services.cli.output import Json, err, print_json
-from services.client import Piece
+from services.cli import completed, location
+from services.cli.connect import Project, connect, full_name
+from services.cli.output import Json, print_json
 from services.core import names
 from services.core.errors import EmptyPrompt
 
@@ -36,6 +34,10 @@ def complete(
     temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus of this probability.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same completion.")] = None,
+    n: Annotated[int | None, typer.Option("--n", help="So many completions of the prompt, 1 to 8.")] = None,
+    logprobs: Annotated[
+        int | None, typer.Option(help="Log-probability of every token, and so many of the likeliest, 0 to 5.")
+    ] = None,
     adapter: Annotated[
         str, typer.Option(metavar="base|RUN/STEP", help="Version that answers; the project's policy if left out.")
     ] = "",
@@ -43,9 +45,14 @@ def complete(
 ) -> None:
     """Complete code: stream the new text to stdout; with --json every message on a line of its own.
 
+    Several completions (--n) are printed one below the other, each once it is whole; without --temperature they are all
+    alike. With --logprobs a table of the tokens follows each.
+
     Examples: codegraft complete -p acme src/app.py:40
 
     codegraft complete -p acme --prefix 'def main(' --path app.py --adapter base
+
+    codegraft complete -p acme src/app.py:40 --n 3 --temperature 0.8 --logprobs 2
     """
     if place:
         cursor = location.read(place)
@@ -66,27 +73,16 @@ def complete(
             max_tokens=max_tokens,
             single_line=single_line,
             stop=stop or (),
-            sampling=completion_pb2.Sampling(temperature=temperature, top_p=top_p, seed=seed),
+            sampling=completion_pb2.Sampling(temperature=temperature, top_p=top_p, seed=seed, n=n, logprobs=logprobs),
             adapter=_choice(adapter, project),
         )
-        for line in show(pieces, json):
-            err.print(line, style="dim")
-
-
-def show(pieces: Iterable[Piece], as_json: bool) -> Iterator[str]:
-    """Writes a completion to stdout as it arrives; yields the closing line for people."""
-    started = completion_pb2.Started()
-    for piece in pieces:
-        started = piece.started or started
-        if as_json:
-            print_json({"text": piece.text, "started": piece.started, "finished": piece.finished})
-        elif piece.finished:
-            sys.stdout.write("\n")
-            sys.stdout.flush()
-            yield _summary(started, piece.finished)
+        if json:
+            for piece in pieces:
+                print_json(completed.as_json(piece))
+        elif (n or 1) == 1 and logprobs is None:
+            completed.stream(pieces)
         else:
-            sys.stdout.write(piece.text)
-            sys.stdout.flush()
+            completed.one_by_one(pieces, headed=(n or 1) > 1)
 
 
 def _choice(adapter: str, project: str) -> completion_pb2.AdapterChoice:
@@ -101,12 +97,3 @@ def _choice(adapter: str, project: str) -> completion_pb2.AdapterChoice:
     if not step:
         raise typer.BadParameter("give base or RUN/STEP", param_hint="--adapter")
     return completion_pb2.AdapterChoice(checkpoint=f"{full_name(names.RUN, run, project)}/checkpoints/{step}")
-
-
-def _summary(started: completion_pb2.Started, finished: completion_pb2.Finished) -> str:
-    version = (
-        f"{started.checkpoint.partition('/runs/')[2].replace('checkpoints/', '')}" if started.checkpoint else "base"
-    )
-    reason = completion_pb2.FinishReason.Name(finished.reason).removeprefix("FINISH_REASON_").lower().replace("_", " ")
-    tokens, seconds = finished.usage.completion_tokens, finished.timings.total_seconds
-    return f"{id_of(started.model)}, {version}: {tokens} tokens in {seconds:.2f} s, ended by {reason}"

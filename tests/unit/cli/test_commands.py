@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -419,6 +420,55 @@ def test_complete_reads_stdin_and_files(
     request = inference.last("Complete")
     assert (request.prompt.prefix, request.prompt.suffix) == ("def g(", "\n    pass\n")
     assert request.adapter.checkpoint == f"{RUN}/checkpoints/20"
+
+
+@pytest.fixture
+def several(inference: Any) -> Any:
+    """Two completions of a prompt whose parts come mixed, with the probabilities of their tokens."""
+
+    def logprob(text: bytes, share: float, *top: tuple[bytes, float]) -> Any:
+        likeliest = [completion_pb2.TopLogprob(text=text, logprob=math.log(share)) for text, share in top]
+        return completion_pb2.TokenLogprob(text=text, logprob=math.log(share), top=likeliest)
+
+    def delta(index: int, text: str, *logprobs: Any) -> Any:
+        made = completion_pb2.Delta(index=index, text=text, logprobs=logprobs, tokens=len(logprobs))
+        return completion_pb2.CompleteResponse(delta=made)
+
+    def finished(index: int) -> Any:
+        made = completion_pb2.Finished(index=index, reason=completion_pb2.FINISH_REASON_LENGTH)
+        return completion_pb2.CompleteResponse(finished=made)
+
+    inference.answers["Complete"] = [
+        completion_pb2.CompleteResponse(started=completion_pb2.Started(model="smollm2-135m")),
+        delta(0, "a", logprob(b"a", 0.5, (b"a", 0.5), (b" b", 0.25))),
+        delta(1, "x", logprob(b"x", 0.125)),
+        delta(0, "\né", logprob(b"\n\xc3", 0.25), logprob(b"\xa9", 1.0)),
+        finished(0),
+        finished(1),
+    ]
+    return inference
+
+
+def test_several_completions_are_printed_one_below_the_other(several: Any, codegraft: Codegraft) -> None:
+    done = codegraft("complete", "-p", "acme", "--prefix", "x", "--n", "2", "--temperature", "1")
+    assert done.code == 0 and done.out.startswith("--- 1\na\né\n") and "--- 2\nx\n" in done.out
+    assert done.err.count("ended by length") == 2
+    sampling = several.last("Complete").sampling
+    assert sampling.n == 2 and not sampling.HasField("logprobs")
+
+
+def test_log_probabilities_are_a_table_of_the_tokens(several: Any, codegraft: Codegraft) -> None:
+    done = codegraft("complete", "-p", "acme", "--prefix", "x", "--n", "2", "--logprobs", "2")
+    assert several.last("Complete").sampling.logprobs == 2
+    lines = [line.split() for line in done.out.splitlines()]
+    assert ["'a'", "-0.6931", "50.0%", "'a'", "50.0%", "'", "b'", "25.0%"] in lines
+    assert [r"'\n\\xc3'", "-1.3863", "25.0%", "-"] in lines, "half a character, shown as bytes"
+    done = codegraft("complete", "-p", "acme", "--prefix", "x", "--n", "2", "--logprobs", "2", "--json")
+    found = [json.loads(line) for line in done.out.splitlines()]
+    assert [(one["index"], one["text"]) for one in found] == [(0, ""), (0, "a"), (1, "x"), (0, "\né"), (0, ""), (1, "")]
+    assert [item["bytes"] for item in found[3]["logprobs"]] == [[10, 0xC3], [0xA9]]
+    assert found[1]["logprobs"][0]["top"][1]["text"] == " b"
+    assert found[4]["finished"]["reason"] == "FINISH_REASON_LENGTH"
 
 
 @pytest.mark.parametrize(
