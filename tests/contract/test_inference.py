@@ -233,6 +233,23 @@ async def test_score_refuses_what_it_cannot_score(world: World) -> None:
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
+async def test_a_project_does_not_see_what_another_one_has_sent(world: World) -> None:
+    best = await world.store(1, seed=1)
+    sent = "secret = 'of one project only'\n" * 2
+    one, other = PROJECT, "projects/other"
+    for adapter in (pb.AdapterChoice(base=True), pb.AdapterChoice(checkpoint=best.checkpoint)):
+        first = await world.complete(sent, adapter=adapter).end()
+        again = await world.complete(sent, adapter=adapter).end()
+        assert (first.started.cached_tokens, again.started.cached_tokens) == (0, 64) and first.text == again.text
+    for expected in (0, 64):  # nor is anything lost within a project
+        stream = await world.complete(sent, parent=other, adapter=pb.AdapterChoice(base=True)).end()
+        assert stream.started.cached_tokens == expected
+    imported = await world.store(1, seed=1, run=f"{other}/runs/r")  # the very same adapter
+    assert imported.sha256 == best.sha256 and one != other
+    stream = await world.complete(sent, parent=other, adapter=pb.AdapterChoice(checkpoint=imported.checkpoint)).end()
+    assert stream.started.adapter_sha256 == best.sha256 and stream.started.cached_tokens == 0
+
+
 # --- swaps ---
 
 

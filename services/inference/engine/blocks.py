@@ -4,7 +4,8 @@ Keys and values lie in blocks of 16 tokens (PagedAttention, arXiv:2309.06180), s
 grows, and sequences that begin alike share blocks without a copy:
 
 1. A full block is named by a hash of its tokens and of the name before it; the first name is the root, which stands for
-   the weights. So one name means the same tokens after the same tokens under the same weights, and nothing else.
+   the weights and the project. So one name means the same tokens after the same tokens under the same weights, for the
+   same project, and nothing else.
 2. Only full blocks are shared; what is written to is held by one sequence only.
 3. A block that nobody holds keeps its keys and values until its memory is wanted: the longest unused goes first, and of
    a sequence its end before its begin, which more others begin with.
@@ -33,7 +34,7 @@ class Table:
     """The blocks of one sequence."""
 
     root: bytes
-    """Stands for the weights that the sequence runs on; at most 64 bytes."""
+    """Stands for the weights that the sequence runs on, and for whose it is; at most 64 bytes."""
     blocks: list[int] = field(default_factory=list)
     """In the order of its tokens; the last ones may be part empty."""
     names: list[bytes] = field(default_factory=list)
