@@ -101,6 +101,8 @@ def _tell(serving: Serving, status: ServingStatus | None) -> None:
     err.print(f"policy   {mode}")
     loss = f", test loss {serving.wanted_test_loss:.4f}" if serving.HasField("wanted_test_loss") else ""
     err.print(f"wanted   {serving.wanted_checkpoint or 'the base model'}{loss}")
+    if serving.previous_checkpoint:
+        err.print(f"before   {serving.previous_checkpoint}")
     if serving.HasField("split"):
         err.print(f"split    {_split(serving.split)}")
     if serving.waiting_checkpoint:

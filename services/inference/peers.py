@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import time
+from datetime import timedelta
 
 import grpc
 
@@ -62,7 +65,13 @@ class TrainerBests:
 
     async def keep(self, checkpoint: str) -> None:
         """See :class:`services.inference.policy.BestSource`."""
-        request = run_pb2.KeepCheckpointRequest(name=checkpoint, kept=True)
+        await self._keep(run_pb2.KeepCheckpointRequest(name=checkpoint, kept=True))
+
+    async def hold(self, checkpoint: str, time: timedelta) -> None:
+        """See :class:`services.inference.policy.BestSource`."""
+        await self._keep(run_pb2.KeepCheckpointRequest(name=checkpoint, hold_seconds=int(time.total_seconds())))
+
+    async def _keep(self, request: run_pb2.KeepCheckpointRequest) -> None:
         try:
             await self._stub.KeepCheckpoint(request, timeout=_TIMEOUT)
         except grpc.aio.AioRpcError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Protocol
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -52,6 +53,10 @@ class BestSource(Protocol):
             CheckpointNotFound: there is none, or it was deleted.
             Unavailable, DeadlineExceeded: the trainer does not answer.
         """
+        ...
+
+    async def hold(self, checkpoint: str, time: timedelta) -> None:
+        """Has a checkpoint kept for so long from now; raises what :meth:`keep` does."""
         ...
 
 
@@ -119,6 +124,8 @@ BASE = Choice()
 
 def want(serving: Serving, choice: Choice | Best) -> None:
     """Sets what a policy resolves to; nothing waits any more."""
+    if serving.wanted_checkpoint not in ("", choice.checkpoint):
+        serving.previous_checkpoint = serving.wanted_checkpoint
     serving.wanted_checkpoint, serving.wanted_sha256 = choice.checkpoint, choice.sha256
     serving.wanted_test_set = choice.test_set
     serving.ClearField("wanted_test_loss")
@@ -126,6 +133,12 @@ def want(serving: Serving, choice: Choice | Best) -> None:
         serving.wanted_test_loss = choice.test_loss
     for name in ("waiting_checkpoint", "waiting_sha256", "waiting_test_loss"):
         serving.ClearField(name)
+
+
+def named(serving: Serving) -> set[str]:
+    """The checkpoints that replicas may have to load for a policy, also those of the next word by a person."""
+    wanted = (serving.wanted_checkpoint, serving.previous_checkpoint, serving.waiting_checkpoint)
+    return {*wanted, serving.split.checkpoint} - {""}
 
 
 def set_mode(serving: Serving, mode: ServingMode, pinned: Choice, best: Best | None, split: Split | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from codegraft.trainer.v1.checkpoint_pb2 import Checkpoint
 from codegraft.trainer.v1.run_event_pb2 import RunEvent
@@ -57,6 +58,15 @@ class Tables:
 
         def change(record: Checkpoint) -> None:
             record.kept = kept
+
+        return await self.checkpoints.mutate(name, change)
+
+    async def hold(self, name: str, until: datetime) -> Checkpoint:
+        """Has retention leave a checkpoint alone for a time, or for longer where somebody asked for that."""
+
+        def change(record: Checkpoint) -> None:
+            if record.hold_expire_time.ToDatetime(tzinfo=UTC) < until:
+                record.hold_expire_time.FromDatetime(until)
 
         return await self.checkpoints.mutate(name, change)
 

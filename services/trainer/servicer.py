@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import grpc
@@ -42,6 +43,7 @@ from services.trainer.records import BEST, Tables
 KIND = "run"
 """Of its jobs."""
 LATEST = "latest"
+_LONGEST_HOLD = timedelta(days=30)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -152,7 +154,16 @@ class RunServicer(RunServiceServicer):
         return pb.GetCheckpointResponse(checkpoint=await self._tables.find_checkpoint(request.name))
 
     async def KeepCheckpoint(self, request: pb.KeepCheckpointRequest, context: Context) -> pb.KeepCheckpointResponse:
+        if not 0 <= request.hold_seconds <= _LONGEST_HOLD.total_seconds():
+            raise InvalidArgument(
+                f"hold_seconds is {request.hold_seconds}",
+                field="hold_seconds",
+                hint=f"Use 1 to {_LONGEST_HOLD.total_seconds():.0f}, or set kept for as long as it takes.",
+            )
         found = await self._tables.find_checkpoint(request.name)
+        if request.hold_seconds:
+            until = datetime.now(UTC) + timedelta(seconds=request.hold_seconds)
+            return pb.KeepCheckpointResponse(checkpoint=await self._tables.hold(found.name, until))
         return pb.KeepCheckpointResponse(checkpoint=await self._tables.keep(found.name, kept=request.kept))
 
     async def GetBestCheckpoint(

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import grpc
@@ -45,6 +46,7 @@ class Peers:
     down: bool = False
     asked: int = 0
     kept: list[str] = field(default_factory=list)
+    held: list[str] = field(default_factory=list)
 
     async def exists(self, project: str) -> bool:
         return project != "projects/none"
@@ -59,6 +61,12 @@ class Peers:
         if self.down:
             raise errors.Unavailable("no trainer")
         self.kept.append(checkpoint)
+
+    async def hold(self, checkpoint: str, time: timedelta) -> None:
+        if self.down:
+            raise errors.Unavailable("no trainer")
+        assert time > timedelta(hours=1)
+        self.held.append(checkpoint)
 
 
 @dataclass

@@ -434,7 +434,7 @@ async def test_a_bad_adapter_never_serves(world: World, case: str) -> None:
     assert state.status.failure.reason == reason and state.serving.wanted_sha256 == good.sha256
     answer = await refused_call(world.serving.LoadAdapter(serving_pb2.LoadAdapterRequest(checkpoint=bad.checkpoint)))
     assert answer.reason == reason
-    assert world.peers.kept == [good.checkpoint], "it is no longer the trainer's best one"
+    assert world.peers.held == [good.checkpoint], "it is no longer the trainer's best one"
     await world.publish(await world.store(3, seed=3))  # the next good one is taken as if nothing had been
     await until(lambda: not world.replica.follower.standing(PROJECT).failure)
 

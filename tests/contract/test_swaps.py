@@ -145,6 +145,28 @@ async def test_a_best_that_is_worse_on_the_same_test_set_waits_for_a_word(worlds
     await world.until_active(three.sha256)
 
 
+# --- what the trainer must not delete ---
+
+
+async def test_what_serves_and_the_way_back_are_held_at_the_trainer(worlds: Callable[..., Any]) -> None:
+    world: World = await worlds(inference_reconcile_seconds=0.05)
+    one, two, three = [await world.store(step, seed=step) for step in (1, 2, 3)]
+    for best in (one, two):
+        await world.publish(best)
+        await world.until_active(best.sha256)
+    assert (await world.status()).serving.previous_checkpoint == one.checkpoint
+    await until(lambda: world.peers.held == [one.checkpoint, two.checkpoint])
+    await asyncio.sleep(0.2)
+    assert len(world.peers.held) == 2, "a hold lasts; it is not asked for at every reconcile"
+    world.peers.down = True
+    await world.set("PINNED", three.checkpoint)
+    await asyncio.sleep(0.2)
+    world.peers.down = False
+    await until(lambda: world.peers.held[2:] == [three.checkpoint])
+    cold: World = await worlds(runtime=world.runtime, peers=Peers(), inference_reconcile_seconds=0.05)
+    await until(lambda: set(cold.peers.held) == {two.checkpoint, three.checkpoint})
+
+
 # --- places ---
 
 

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,15 @@ async def test_old_checkpoints_go_but_for_the_best_and_the_kept(world: World) ->
     assert any(event.note.startswith("deleted the checkpoint of step ") for event in events)
     released = (await world.runs.KeepCheckpoint(pb.KeepCheckpointRequest(name=name, kept=False))).checkpoint
     assert not released.kept
+    hold = pb.KeepCheckpointRequest(name=name, hold_seconds=3600)
+    held = (await world.runs.KeepCheckpoint(hold)).checkpoint
+    until = held.hold_expire_time.ToDatetime(tzinfo=UTC) - datetime.now(UTC)
+    assert not held.kept and timedelta(minutes=59) < until <= timedelta(hours=1)
+    hold.hold_seconds = 10
+    assert (await world.runs.KeepCheckpoint(hold)).checkpoint == held, "the longer one counts"
+    for hold.hold_seconds in (-1, 31 * 86400):
+        error = await refused(world.runs.KeepCheckpoint(hold))
+        assert isinstance(error, errors.InvalidArgument) and error.field == "hold_seconds" and error.hint
     error = await refused(world.runs.KeepCheckpoint(pb.KeepCheckpointRequest(name=f"{run.name}/checkpoints/999")))
     assert isinstance(error, errors.CheckpointNotFound)
 

@@ -30,13 +30,14 @@ from services.core.errors import BaseModelMismatch, CheckpointNotFound, Codegraf
 from services.core.events import Event, EventBus
 from services.core.state import Table
 from services.inference.adapters.bests import Bests
+from services.inference.adapters.holds import Holds
 from services.inference.adapters.loader import Device, Loaded, Loader
 from services.inference.adapters.manifests import Manifests
 from services.inference.adapters.news import News
 from services.inference.adapters.registry import Registry
 from services.inference.adapters.standing import Standing, Standings
 from services.inference.adapters.swapper import Swapper
-from services.inference.policy import BASE, Best, BestSource, Choice, Policies, approve, follow_best, set_mode
+from services.inference.policy import BASE, Best, BestSource, Choice, Policies, approve, follow_best, named, set_mode
 
 BEST = "codegraft.trainer.checkpoint.best.v1"
 
@@ -76,6 +77,7 @@ class Follower:
         self._events, self._manifests, self._loader, self._trainer = events, manifests, loader, bests
         self._news, self._standings = News(events, replica), Standings()
         self._swapper = Swapper(loader, registry, self._standings, self._news)
+        self._holds = Holds(bests)
         self._bests = Bests(bests, manifests, loader, self._policies, self._standings, self._swapper, self._news)
         self._reconcile = reconcile
         self._device: asyncio.Future[Device] = asyncio.get_running_loop().create_future()
@@ -249,7 +251,7 @@ class Follower:
                 serving = await self._policies.get(project)
                 if serving.mode == SERVING_MODE_LATEST_BEST:
                     serving, ready = await self._bests.take(serving, project, await self._device, began, announced)
-                await self._keep_what_serves(project, serving)
+                await self._keep_what_serves(serving)
                 if serving.etag:
                     self._standings.see(serving, project)
             except CodegraftError as error:  # the policy as it was last seen stands
@@ -257,13 +259,12 @@ class Follower:
             if self._standings[project].serving:
                 await self._converge(project, began, ready)
 
-    async def _keep_what_serves(self, project: str, serving: Serving) -> None:
-        """Asks again for what a person chose: the trainer may have been away then. When the trainer's best is refused,
-        the version before is no longer its best one, and replicas that start later want it."""
-        refused = self._standings[project].refused
-        for named in (serving.pinned_checkpoint, serving.split.checkpoint, refused and serving.wanted_checkpoint):
-            if named:
-                await self._keep(named)
+    async def _keep_what_serves(self, serving: Serving) -> None:
+        """Holds what the policy names, and asks again for what a person chose: the trainer may have been away then."""
+        await self._holds.renew(named(serving))
+        for chosen in (serving.pinned_checkpoint, serving.split.checkpoint):
+            if chosen:
+                await self._keep(chosen)
 
     async def _converge(self, project: str, began: float, ready: Loaded | None = None, patience: float = 0.0) -> None:
         """Swaps if need be. The caller holds the project's lock."""

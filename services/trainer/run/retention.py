@@ -1,12 +1,14 @@
 """Which checkpoints of a run stay: the best and the one before it, the last, those that somebody keeps, and a few more.
 
-The trainer does not know what serves. It knows what may: a pinned checkpoint is kept, and who follows the best one is
-at the run's best or, while the new one is on its way or where it is refused, at the one before.
+The trainer does not know what serves. It knows what may: a pinned checkpoint is kept; who follows the best one is at
+the run's best, at the one before while the new one is on its way, or at an older one that it holds: inference asks for
+what its policies name, long before two more bests are there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 
 from codegraft.trainer.v1.checkpoint_pb2 import Checkpoint
 from codegraft.trainer.v1.run_pb2 import Run
@@ -15,7 +17,7 @@ from services.core.state import Table
 from services.core.store import ObjectStore
 
 
-def surplus(run: Run, checkpoints: Sequence[Checkpoint], keep: int) -> list[Checkpoint]:
+def surplus(run: Run, checkpoints: Sequence[Checkpoint], keep: int, now: datetime) -> list[Checkpoint]:
     """Those that go, by step.
 
     Args:
@@ -25,9 +27,18 @@ def surplus(run: Run, checkpoints: Sequence[Checkpoint], keep: int) -> list[Chec
     """
     last = max((checkpoint.step for checkpoint in checkpoints), default=0)
     named = {run.best_checkpoint, run.previous_best_checkpoint}
-    others = [one for one in checkpoints if not (one.best or one.kept or one.step == last or one.name in named)]
+    others = [
+        one
+        for one in checkpoints
+        if not (one.best or one.kept or is_held(one, now) or one.step == last or one.name in named)
+    ]
     others.sort(key=lambda checkpoint: checkpoint.step)
     return others[: max(0, len(others) - keep)]
+
+
+def is_held(checkpoint: Checkpoint, now: datetime) -> bool:
+    """Whether somebody holds it."""
+    return checkpoint.hold_expire_time.ToDatetime(tzinfo=UTC) > now
 
 
 async def delete_surplus(checkpoints: Table[Checkpoint], store: ObjectStore, run: Run, keep: int) -> list[int]:
@@ -41,7 +52,7 @@ async def delete_surplus(checkpoints: Table[Checkpoint], store: ObjectStore, run
     """
     found = await checkpoints.all(f"{run.name}/")
     steps = []
-    for one in surplus(run, found, keep):
+    for one in surplus(run, found, keep, datetime.now(UTC)):
         try:
             await checkpoints.delete(one.name, etag=one.etag)
         except (EtagMismatch, NotFound):

@@ -17,7 +17,7 @@ from codegraft.inference.v1.serving_pb2 import (
 from services.core.errors import FailedPrecondition, ServingNotFound
 from services.core.state import MemoryState, Table
 from services.inference.adapters.route import Route, Version, share
-from services.inference.policy import BASE, Best, Choice, Policies, approve, follow_best, set_mode
+from services.inference.policy import BASE, Best, Choice, Policies, approve, follow_best, named, set_mode
 
 SERVED = "projects/p/runs/a/checkpoints/10"
 
@@ -99,6 +99,19 @@ def test_modes() -> None:
     assert off.split == split and off.wanted_sha256 == ""
     set_mode(off, SERVING_MODE_OFF, BASE, None, None)
     assert not off.HasField("split")
+
+
+def test_the_way_back_is_remembered() -> None:
+    made = serving()
+    assert made.previous_checkpoint == ""
+    follow_best(made, best("a", 20, 1.9))
+    assert made.previous_checkpoint == SERVED and named(made) == {SERVED, made.wanted_checkpoint}
+    set_mode(made, SERVING_MODE_OFF, BASE, None, None)
+    assert made.previous_checkpoint.endswith("/20"), "from the base model, too"
+    follow_best(made, best("a", 30, 1.8))
+    assert made.previous_checkpoint.endswith("/20")
+    set_mode(made, SERVING_MODE_PINNED, Choice(SERVED, "x"), None, Split(checkpoint="s", percent=5))
+    assert named(made) == {SERVED, "s", made.previous_checkpoint}, "nothing lies between"
 
 
 async def test_replicas_that_hear_of_bests_in_any_order_agree() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +31,31 @@ def made(step: int, **fields: Any) -> Checkpoint:
     return Checkpoint(name=f"{RUN}/checkpoints/{step}", step=step, **fields)
 
 
-@given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=12), st.integers(0, 5), st.data())
+NOW = datetime(2026, 11, 1, tzinfo=UTC)
+
+
+@given(
+    st.lists(st.tuples(st.booleans(), st.booleans(), st.sampled_from([None, -1, 1])), max_size=12),
+    st.integers(0, 5),
+    st.data(),
+)
 def test_what_may_serve_the_last_and_the_kept_stay_with_the_newest_of_the_others(
-    marks: list[tuple[bool, bool]], keep: int, data: st.DataObject
+    marks: list[tuple[bool, bool, int | None]], keep: int, data: st.DataObject
 ) -> None:
-    found = [made(n + 1, best=best, kept=kept) for n, (best, kept) in enumerate(marks)]
+    found = []
+    for n, (best, kept, hold) in enumerate(marks):
+        found.append(made(n + 1, best=best, kept=kept))
+        if hold:
+            found[-1].hold_expire_time.FromDatetime(NOW + timedelta(seconds=hold))
     names = st.sampled_from(["", *(one.name for one in found)])
     run = Run(name=RUN, best_checkpoint=data.draw(names), previous_best_checkpoint=data.draw(names))
 
     def has_to_stay(one: Checkpoint) -> bool:
         serves = one.name in (run.best_checkpoint, run.previous_best_checkpoint)
-        return serves or one.best or one.kept or one.step == len(found)
+        held = marks[one.step - 1][2] == 1
+        return serves or one.best or one.kept or held or one.step == len(found)
 
-    gone = surplus(run, found, keep)
+    gone = surplus(run, found, keep, NOW)
     assert not any(has_to_stay(one) for one in gone)
     plain = [one for one in found if one not in gone and not has_to_stay(one)]
     assert len(plain) == min(keep, len(plain) + len(gone))
@@ -137,6 +149,23 @@ async def test_keeping_none_keeps_what_may_serve(tmp_path: Path) -> None:
     await run.tables.keep(f"{RUN}/checkpoints/14", kept=True)  # as pinning it does
     assert await run.commit(16) == [8, 12, 14, 16]
     assert await run.marked() == [12] and run.teller.run.previous_best_checkpoint == f"{RUN}/checkpoints/8"
+
+
+async def test_what_is_held_stays_two_bests_later(tmp_path: Path) -> None:
+    run = Going(tmp_path)
+    await run.begin()
+    await run.commit(4, 1.5, best=True)
+    await run.tables.hold(f"{RUN}/checkpoints/4", datetime.now(UTC) + timedelta(hours=1))  # by a replica that serves it
+    await run.tables.hold(f"{RUN}/checkpoints/4", datetime.now(UTC) + timedelta(seconds=1))  # the longer one counts
+    for step in (8, 12, 16):
+        await run.commit(step, 1.5 - step / 100, best=True)
+    assert await run.commit(18) == [4, 12, 16, 18]
+
+    def end(record: Checkpoint) -> None:
+        record.hold_expire_time.FromDatetime(datetime.now(UTC) - timedelta(seconds=1))
+
+    await run.tables.checkpoints.mutate(f"{RUN}/checkpoints/4", end)
+    assert await run.commit(20) == [12, 16, 20]
 
 
 async def test_the_best_stays_although_it_is_measured_again_and_worse(tmp_path: Path) -> None:
