@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import torch
 from safetensors import torch as safetensors
 from transformers import PreTrainedModel
 
-from services.core.errors import ResourceExhausted
-from services.core.models import prompts, weights
+from services.core.errors import AdapterRejected, ResourceExhausted
+from services.core.models import probe, prompts, weights
 from services.core.models.catalogue import ModelSpec
 from services.core.models.spelling import Spelling, token_bytes
 from services.inference.adapters import lora
@@ -23,10 +24,6 @@ from services.inference.engine.layers import Kind, speed_up
 from services.inference.engine.runner import Runner
 from services.inference.engine.sampler import Sampler
 from services.inference.engine.scheduler import Limits
-
-_PROBE = "def main():\n    return"
-_PROBE_TOKENS = 8
-"""Enough for every layer to attend to something; more would slow the steps beside it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +46,7 @@ class LoadedModel:
     runner: Runner
     """The engine's."""
     probe_ids: list[int]
-    """The prompt of :meth:`probe`."""
+    """The prompt of :meth:`probe` for an adapter that has none of its own."""
 
     def read(self, data: bytes) -> Mapping[str, torch.Tensor]:
         """The tensors of a safetensors file, on the CPU."""
@@ -74,9 +71,27 @@ class LoadedModel:
                 retry_after=1.0,
             ) from None
 
-    def probe(self, weights: lora.Weights) -> bool:
-        """Whether a short prompt gets finite logits through the adapter; beside the engine, which goes on."""
-        return bool(self.runner.probe(weights, self.probe_ids).isfinite().all())
+    def probe(self, weights: lora.Weights, ids: Sequence[int] = ()) -> list[float]:
+        """What the adapter makes of a short prompt; beside the engine, which goes on.
+
+        Args:
+            ids: the prompt, at least two tokens; the model's own when there are none.
+
+        Returns:
+            The loss of each token after the first, in nats; NaN for all when a logit is no finite number.
+
+        Raises:
+            AdapterRejected: the prompt has a token that the vocabulary has not.
+        """
+        prompt = list(ids) or self.probe_ids
+        if not all(0 <= id < len(self.vocabulary) for id in prompt):
+            raise AdapterRejected("its probe has tokens that the base model does not have")
+        logits = self.runner.probe(weights, prompt)[:, : len(self.vocabulary)].float()
+        if not bool(logits.isfinite().all()):
+            return [math.nan] * (len(prompt) - 1)
+        targets = torch.tensor(prompt[1:], device=logits.device)
+        losses: list[float] = torch.nn.functional.cross_entropy(logits[:-1], targets, reduction="none").tolist()
+        return losses
 
 
 def load(
@@ -127,5 +142,5 @@ def start(
     engine = Engine(runner, limits)
     engine.start()
     context_length = int(model.config.max_position_embeddings)
-    probe_ids = tokenizer.encode(_PROBE, add_special_tokens=False)[:_PROBE_TOKENS]
+    probe_ids = probe.prompt(tokenizer)
     return LoadedModel(model, base, tokenizer, fmt, vocabulary, context_length, engine, runner, probe_ids)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from codegraft.trainer.v1.checkpoint_pb2 import AdapterProbe
 from services.core.errors import AdapterRejected
+from services.core.models import probe
+from services.trainer.corpus.data import Row
 from services.trainer.model.lora import CONFIG, WEIGHTS, Trainee
 from services.trainer.proving.proof import Measures
 from services.trainer.state import State
@@ -49,16 +53,37 @@ def save_adapter(
     Args:
         weights: a copy of it that is written instead of what it is now, see :meth:`Trainee.weights`.
     """
-    if weights is not None:
-        trainee.wear(weights)
-    try:
+    with _wearing(trainee, weights):
         trainee.save(folder, base_model)
-    finally:
-        if weights is not None:
-            trainee.publish()
     files = {name: folder / name for name in (WEIGHTS, CONFIG)}
     with files[WEIGHTS].open("rb") as file:
         return files, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def probe_adapter(
+    trainee: Trainee, ids: Sequence[int], weights: Mapping[str, torch.Tensor] | None = None
+) -> AdapterProbe:
+    """What the adapter makes of a prompt: who loads it later compares.
+
+    Args:
+        ids: the prompt, at least two tokens.
+        weights: as of :func:`save_adapter`.
+    """
+    with _wearing(trainee, weights):
+        (losses,) = trainee.losses([Row(list(ids[:-1]), list(ids[1:]), list(range(len(ids) - 1)))])
+    return AdapterProbe(ids=ids, losses=losses.tolist(), tolerance=probe.TOLERANCE)
+
+
+@contextmanager
+def _wearing(trainee: Trainee, weights: Mapping[str, torch.Tensor] | None) -> Iterator[None]:
+    """Computes with a copy of the adapter for a while; None for what it is now."""
+    if weights is not None:
+        trainee.wear(weights)
+    try:
+        yield
+    finally:
+        if weights is not None:
+            trainee.publish()
 
 
 def load_adapter(trainee: Trainee, folder: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest
 from codegraft.trainer.v1.hyperparameters_pb2 import Hyperparameters, Plan
 from services.core.errors import BaseModelMismatch, EmptyDataset, InvalidHyperparameter, JobCancelled
-from services.core.models import catalogue, prompts, weights
+from services.core.models import catalogue, probe, prompts, weights
 from services.core.models.catalogue import ModelSpec
 from services.core.models.prompts import PromptFormat, Tokenizer
 from services.trainer import checkpoint, loop
@@ -55,6 +55,8 @@ class Loaded:
     ranks: Ranks
     sharded: bool
     """Whether the base is spread over the ranks."""
+    probe_ids: list[int]
+    """Prompt on which checkpoints are compared with what was trained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +213,7 @@ def load(
         put_initial=None if initial is None else lambda: checkpoint.load_adapter(trainee, initial.folder),
         ranks=ranks,
         sharded=sharded,
+        probe_ids=probe.prompt(tokenizer),
     )
 
 

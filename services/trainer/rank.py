@@ -175,6 +175,8 @@ class _RankZero:
         adapter, state = self._folder.adapter_path(due.step), self._folder.state_path(due.step)
         weights = loaded.state.best_weights if due.is_best else None
         _, sha256 = checkpoint.save_adapter(loaded.trainee, adapter, self._spec.base_model, weights)
+        # A forward pass over shards needs all ranks, and the others are not here.
+        probe = None if loaded.sharded else checkpoint.probe_adapter(loaded.trainee, loaded.probe_ids, weights)
         if due.step:
             checkpoint.save_state(loaded.trainee, loaded.optimizer, loaded.state, state, owner=self._spec.run)
         self._kept_step = due.step
@@ -187,6 +189,7 @@ class _RankZero:
             state_path=str(state) if due.step else "",
             last=bool(loaded.state.ended),
             strength=loaded.state.best_strength if due.is_best else 1.0,
+            probe=probe,
         )
         self._folder.write(TrainingMessage(checkpoint=written))
 

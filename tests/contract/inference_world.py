@@ -146,6 +146,7 @@ class World:
             "extra": {},
             "dataset": "",
             "dataset_digest": "",
+            "probe": None,
         }
         if change:
             change(parts)
@@ -160,6 +161,7 @@ class World:
             lora_r=parts["lora_r"],
             dataset=parts["dataset"],
             dataset_digest=parts["dataset_digest"],
+            probe=parts["probe"],
         )
         files = {WEIGHTS: data, CONFIG: json.dumps(parts["config"]).encode(), **parts["extra"]}
         await self.runtime.artifacts.commit(name, manifest, files)

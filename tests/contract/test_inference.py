@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 import time
 from collections.abc import Callable
@@ -18,8 +19,10 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from codegraft.event.v1 import events_pb2
 from codegraft.inference.v1 import completion_pb2 as pb
 from codegraft.inference.v1 import serving_pb2
+from codegraft.trainer.v1.checkpoint_pb2 import AdapterProbe
 from services.core import errors
-from services.core.models import prompts
+from services.core.models import probe, prompts
+from services.inference.adapters import lora
 from services.inference.engine.scheduler import Limits
 from tests.contract.inference_world import PROJECT, RUN, Peers, Stream, World, refused, refused_call, until
 
@@ -437,6 +440,55 @@ async def test_a_bad_adapter_never_serves(world: World, case: str) -> None:
     assert world.peers.held == [good.checkpoint], "it is no longer the trainer's best one"
     await world.publish(await world.store(3, seed=3))  # the next good one is taken as if nothing had been
     await until(lambda: not world.replica.follower.standing(PROJECT).failure)
+
+
+def trained(parts: dict[str, Any], reference: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> AdapterProbe:
+    """What the trainer says of an adapter, by its definition: the base's weights plus the adapter's products."""
+    model = copy.deepcopy(reference)
+    for path in lora.adaptable(model):
+        a, b = (parts["tensors"][f"base_model.model.{path}.lora_{half}.weight"] for half in "AB")
+        model.get_submodule(path).weight.data += 2.0 * b @ a
+    ids = probe.prompt(tokenizer)
+    with torch.inference_mode():
+        logits = model(torch.tensor([ids])).logits[0]
+    losses = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="none").tolist()
+    return AdapterProbe(ids=ids, losses=losses, tolerance=probe.TOLERANCE)
+
+
+async def test_weights_that_are_not_those_that_were_trained_are_refused(
+    world: World, reference: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    def told(parts: dict[str, Any]) -> None:
+        parts["probe"] = trained(parts, reference, tokenizer)
+
+    def altered(parts: dict[str, Any]) -> None:
+        told(parts)
+        for name, tensor in parts["tensors"].items():
+            if "lora_B" in name and "layers.1." in name:
+                tensor.neg_()  # and the digests are made to fit
+
+    good = await world.store(1, 1, told)
+    await world.publish(good)
+    await world.until_active(good.sha256)
+    bad = await world.store(2, 2, altered)
+    await world.publish(bad)
+    await until(lambda: bool(world.told("codegraft.inference.adapter.rejected.v1")))
+    event = world.told("codegraft.inference.adapter.rejected.v1")[0].unpack(events_pb2.AdapterRejected)
+    assert (event.reason, event.checkpoint, event.active_sha256) == ("ADAPTER_REJECTED", bad.checkpoint, good.sha256)
+    assert "not the adapter that was trained" in event.message
+    assert (await world.complete(max_tokens=2).end()).started.adapter_sha256 == good.sha256
+
+    def strange(**fields: Any) -> Callable[[dict[str, Any]], None]:
+        return lambda parts: parts.update(
+            probe=AdapterProbe(**{"ids": [1, 2], "losses": [1], "tolerance": 1, **fields})
+        )
+
+    for step, fields in enumerate(
+        ({"ids": [1]}, {"losses": [1, 2]}, {"losses": [float("nan")]}, {"tolerance": float("nan")}, {"ids": [1, 10**6]})
+    ):
+        best = await world.store(10 + step, 3, strange(**fields))
+        request = serving_pb2.LoadAdapterRequest(checkpoint=best.checkpoint)
+        assert type(await refused_call(world.serving.LoadAdapter(request))) is errors.AdapterRejected, fields
 
 
 async def test_a_pin_that_is_not_there_or_does_not_fit_is_refused(world: World) -> None:

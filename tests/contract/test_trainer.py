@@ -35,8 +35,10 @@ from services.core.models import prompts, weights
 from services.core.rpc.interceptors import CallInterceptor
 from services.core.rpc.status import from_rpc
 from services.core.runtime import Runtime
+from services.inference import model as inference_model
 from services.inference.adapters import lora, verify
 from services.inference.adapters.verify import Base
+from services.inference.engine.scheduler import Limits
 from services.trainer.assembly import Trainer
 from services.trainer.config import TrainerSettings
 from tests.unit.inference.tiny import make_model, make_tokenizer
@@ -278,6 +280,13 @@ async def test_inference_accepts_the_adapter(world: World, base: Path, fim_rate:
     assert verify.check_config((folder / verify.CONFIG).read_bytes(), manifest) == 2.0
     pairs = verify.check_tensors(load_file(folder / verify.WEIGHTS), manifest, serving)
     assert any(bool(b.any()) for _, b in pairs.values())
+    # And it comes to what the trainer says of it.
+    tokenizer = weights.load_tokenizer(base)
+    loaded = inference_model.start(model, tokenizer, "tiny", serving.digest, Limits(kv_tokens=512))
+    losses = loaded.probe(loaded.prepare(pairs, 2.0, manifest.sha256), manifest.probe.ids)
+    loaded.engine.stop()
+    verify.check_probe(manifest.name, manifest.probe, losses)
+    assert losses == pytest.approx(list(manifest.probe.losses), abs=0.2) and len(losses) > 8
 
 
 async def test_a_run_that_never_beats_the_base_publishes_no_best(world: World) -> None:

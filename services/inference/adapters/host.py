@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from codegraft.trainer.v1.checkpoint_pb2 import AdapterProbe
     from services.core.models.prompts import PromptFormat
 
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """An adapter that passed every check but the probe, which needs the device."""
+    """An adapter that passed every check but that of its probe, which needs the device."""
 
     sha256: str
     checkpoint: str
@@ -26,6 +27,8 @@ class Verified:
     format: PromptFormat | None
     size: int
     """Bytes of the pairs."""
+    probe: AdapterProbe | None = None
+    """What it has to make of a prompt; None when nobody computed that."""
 
 
 class HostCache:

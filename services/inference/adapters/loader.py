@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -50,8 +50,12 @@ class Device(Protocol):
         """
         ...
 
-    def probe(self, weights: Weights) -> bool:
-        """Whether a short prompt gets finite logits through the adapter."""
+    def probe(self, weights: Weights, ids: Sequence[int]) -> list[float]:
+        """The loss of each token of a prompt after the first, in nats.
+
+        Args:
+            ids: the prompt; the device's own when there are none.
+        """
         ...
 
 
@@ -130,8 +134,10 @@ class Loader:
                 with _timed(phases, "stage"):
                     weights = await asyncio.to_thread(device.prepare, verified.pairs, verified.scale, verified.sha256)
                 with _timed(phases, "probe"):
-                    if probe and not await asyncio.to_thread(device.probe, weights):
-                        raise AdapterRejected(f"{verified.checkpoint} gives logits that are not finite numbers")
+                    if probe:
+                        prompt = verified.probe.ids if verified.probe else ()
+                        losses = await asyncio.to_thread(device.probe, weights, prompt)
+                        verify.check_probe(verified.checkpoint, verified.probe, losses)
         except BaseException:
             self._registry.cancel()
             raise
@@ -160,7 +166,9 @@ def _verify(manifest: AdapterManifest, weights: bytes, config: bytes, device: De
     scale = verify.check_config(config, manifest)
     pairs = verify.check_tensors(device.read(weights), manifest, device.base)
     size = sum(matrix.nbytes for pair in pairs.values() for matrix in pair)
-    return Verified(manifest.sha256, manifest.name, pairs, scale, verify.prompt_format(manifest, device.base), size)
+    fmt = verify.prompt_format(manifest, device.base)
+    probe = manifest.probe if manifest.HasField("probe") else None
+    return Verified(manifest.sha256, manifest.name, pairs, scale, fmt, size, probe)
 
 
 @contextmanager

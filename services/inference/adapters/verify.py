@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest
+from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest, AdapterProbe
 from services.core.errors import AdapterRejected, BaseModelMismatch, DigestMismatch
 from services.core.models import adapter_files, prompts
 from services.core.models.adapter_files import CONFIG, WEIGHTS
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 _HEADER = 1 << 20
 """Most bytes of names and settings."""
+_PROBE_TOKENS = 64
+"""Most tokens of a probe: it is computed beside the steps of completions."""
 _ALLOWED = {WEIGHTS, CONFIG, "README.md"}
 
 
@@ -45,7 +48,7 @@ def check_manifest(manifest: AdapterManifest, base: Base) -> None:
 
     Raises:
         BaseModelMismatch: it was trained on other weights.
-        AdapterRejected: its rank, its files or its prompt format.
+        AdapterRejected: its rank, its files, its prompt format or its probe.
     """
     if manifest.base_digest != base.digest:
         raise BaseModelMismatch(
@@ -65,6 +68,11 @@ def check_manifest(manifest: AdapterManifest, base: Base) -> None:
         raise AdapterRejected(f"{manifest.name} is larger than any adapter of rank {manifest.lora_r} can be")
     if paths[WEIGHTS].sha256 != manifest.sha256:
         raise DigestMismatch(f"{manifest.name} names version {manifest.sha256[:12]}, its file is another one")
+    if manifest.HasField("probe"):
+        probe = manifest.probe
+        whole = 2 <= len(probe.ids) <= _PROBE_TOKENS and len(probe.losses) == len(probe.ids) - 1
+        if not whole or not math.isfinite(sum(probe.losses)) or not probe.tolerance > 0:
+            raise AdapterRejected(f"{manifest.name} has a probe that nothing can be compared with")
 
 
 def prompt_format(manifest: AdapterManifest, base: Base) -> PromptFormat:
@@ -108,3 +116,26 @@ def check_tensors(
     return adapter_files.pair_up(
         tensors, name=manifest.name, rank=manifest.lora_r, layers=base.layers, base_model=base.model
     )
+
+
+def check_probe(checkpoint: str, probe: AdapterProbe | None, losses: Sequence[float]) -> None:
+    """Compares what an adapter makes of a prompt here with what it made of it when it was written.
+
+    Args:
+        probe: None when nobody computed it: then the losses only have to be numbers.
+        losses: of the tokens after the first, in nats.
+
+    Raises:
+        AdapterRejected: they are not finite, or too far from the recorded ones.
+    """
+    if not all(math.isfinite(loss) for loss in losses):
+        raise AdapterRejected(f"{checkpoint} gives logits that are not finite numbers")
+    if probe is None:
+        return
+    apart = sum(abs(here - then) for here, then in zip(losses, probe.losses, strict=True)) / len(losses)
+    if apart > probe.tolerance:
+        raise AdapterRejected(
+            f"{checkpoint} is not the adapter that was trained: on the probe its losses are {apart:.2f} nats off, "
+            f"{probe.tolerance:g} are allowed",
+            hint="Its weights were changed after training, or the base model computes something else here.",
+        )

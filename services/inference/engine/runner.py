@@ -112,7 +112,7 @@ class Runner:
 
     @torch.inference_mode()
     def probe(self, weights: Weights, ids: list[int]) -> torch.Tensor:
-        """The logits after a prompt on an adapter, ``[vocabulary]``: of no sequence, and from any thread."""
+        """The logits of a prompt on an adapter, ``[tokens, embeddings]``: of no sequence, and from any thread."""
         device, count = self._model.device, len(ids)
         row = Row(0, count, 0, list(range(blocks_for(count))))
         # Memory of its own, so that the engine's is not touched.
@@ -123,10 +123,9 @@ class Runner:
                 input_ids=torch.tensor([ids], device=device),
                 position_ids=torch.arange(count, device=device)[None],
                 use_cache=False,
-                logits_to_keep=1,
                 step=step,
             ).logits
-        return logits[0, -1]
+        return logits[0]
 
     def stage(self, weights: Weights) -> None:
         """Copies an adapter to where steps find it that mix several; from any thread, beside the steps."""

@@ -96,6 +96,7 @@ class Committer:
             base_test_loss=run.base_test_loss if run.HasField("base_test_loss") else None,
             hyperparameters=settings,
             strength=written.strength,
+            probe=written.probe if written.HasField("probe") else None,
         )
         with contextlib.suppress(ResourceExists):
             await self._artifacts.commit(name, manifest, files_in(Path(written.adapter_path)))

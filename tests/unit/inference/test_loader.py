@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class Device:
     """A device of one layer, which counts."""
 
     base: Base = field(default_factory=lambda: Base("m", "d", detect(make_tokenizer()), {"layer": (5, 3)}, 8))
-    answers: bool = True
+    losses: Sequence[float] = (1.0, 2.0)
     prepared: int = 0
     probed: int = 0
     busy: threading.Event | None = None
@@ -54,9 +54,9 @@ class Device:
             self.busy.wait(5)
         return Weights(pairs, {}, 2, SIZE, sha256)
 
-    def probe(self, weights: Weights) -> bool:
+    def probe(self, weights: Weights, ids: Sequence[int]) -> list[float]:
         self.probed += 1
-        return self.answers
+        return list(self.losses)
 
 
 class House:
@@ -144,11 +144,11 @@ async def test_who_stages_waits_for_a_place(tmp_path: Path) -> None:
 async def test_one_that_fails_or_is_given_up_leaves_its_place(tmp_path: Path) -> None:
     house = House(tmp_path, places=2, host=10**6, disk=10**6)
     names = [await house.store(step) for step in range(4)]
-    house.device.answers = False
+    house.device.losses = [1.0, float("nan")]
     for name in names:
         with pytest.raises(errors.AdapterRejected, match="not finite"):
             await house.loader.load(name, house.device)
-    house.device.answers, house.device.busy = True, threading.Event()
+    house.device.losses, house.device.busy = [1.0], threading.Event()
     given_up = [asyncio.create_task(house.loader.load(name, house.device)) for name in names[:2]]
     for _ in given_up:
         assert await asyncio.to_thread(house.device.copying.acquire, timeout=5)
