@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -35,6 +36,37 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Address]:
     )
     yield address
     server.stop(s3.GRACE)
+
+
+@dataclass
+class S3Server:
+    """A real S3 server in a folder of its own; can be killed, and started again on the same port and data."""
+
+    folder: Path
+    port: int = field(default_factory=lambda: ports.choose(["s3"], {})["s3"])
+    secret: str = field(default_factory=lambda: secrets.token_urlsafe(32))
+    child: Child | None = None
+
+    @property
+    def address(self) -> S3Address:
+        return S3Address(f"{ports.HOST}:{self.port}", "codegraft", "tests", self.secret)
+
+    def start(self) -> None:
+        address = self.address
+        self.child = s3.start(
+            self.folder / "s3",
+            log=self.folder / "s3.log",
+            port=self.port,
+            access_key=address.access_key,
+            secret_key=address.secret_key,
+            bucket=address.bucket,
+        )
+
+    def kill(self) -> None:
+        if self.child is not None:
+            os.kill(self.child.pid, signal.SIGKILL)
+            self.child.wait(s3.GRACE)
+            self.child = None
 
 
 @dataclass

@@ -18,29 +18,55 @@ from services.inference.policy import Best
 
 _TIMEOUT = 3.0
 _REMEMBERED = 60.0
+"""Seconds until a project that is there is asked for again."""
+_AGAIN = 5.0
+"""Seconds until one is asked for again of which ingest said nothing."""
+_MOST = 10_000
+"""Projects that are remembered."""
 _logger = log.get("inference.peers")
 
 
 class IngestProjects:
-    """The projects, as ingest knows them; a found one is remembered for a minute."""
+    """The projects, as ingest knows them.
+
+    One that was there is asked for again every minute, and nobody waits for that: an ingest that has lost its own
+    servers is slow to say so, and completions go on without it.
+    """
 
     def __init__(self, ingest: grpc.aio.Channel) -> None:
         self._stub = project_pb2_grpc.ProjectServiceStub(ingest)
-        self._seen: dict[str, float] = {}
+        self._due: dict[str, float] = {}
+        """When to ask again for those that are taken to be there, on the monotonic clock; the oldest first."""
+        self._asking: set[asyncio.Task[bool]] = set()
 
     async def exists(self, project: str) -> bool:
         """Whether there is a project of that name; completions go on when ingest does not answer."""
-        if time.monotonic() - self._seen.get(project, -_REMEMBERED) < _REMEMBERED:
-            return True
+        due = self._due.get(project)
+        if due is None:
+            return await self._ask(project)
+        if time.monotonic() >= due:
+            self._due[project] = time.monotonic() + _AGAIN
+            # A fresh context: the request's deadline is not the question's.
+            task = asyncio.create_task(self._ask(project), context=contextvars.Context())
+            self._asking.add(task)
+            task.add_done_callback(self._asking.discard)
+        return True
+
+    async def _ask(self, project: str) -> bool:
+        again = _REMEMBERED
         try:
             await self._stub.GetProject(project_pb2.GetProjectRequest(name=project), timeout=_TIMEOUT)
         except grpc.aio.AioRpcError as error:
             known = from_rpc(error)
             if isinstance(known, NotFound):
+                self._due.pop(project, None)
                 return False
             _logger.warning("ingest does not say whether a project exists", project=project, error=str(known))
-            return True
-        self._seen[project] = time.monotonic()
+            again = _AGAIN
+        self._due.pop(project, None)
+        self._due[project] = time.monotonic() + again
+        if len(self._due) > _MOST:
+            del self._due[next(iter(self._due))]
         return True
 
 

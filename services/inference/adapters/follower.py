@@ -26,7 +26,7 @@ from codegraft.inference.v1.serving_pb2 import (
 )
 from services.core import log, names
 from services.core.backoff import Backoff
-from services.core.errors import BaseModelMismatch, CheckpointNotFound, CodegraftError
+from services.core.errors import BaseModelMismatch, CheckpointNotFound, CodegraftError, StoreUnavailable
 from services.core.events import Event, EventBus
 from services.core.state import Table
 from services.inference.adapters.bests import Bests
@@ -146,6 +146,7 @@ class Follower:
 
         Raises:
             CheckpointNotFound, BaseModelMismatch: it names a checkpoint that is not there or does not fit.
+            StoreUnavailable: it names one that this replica has not seen yet, and the store does not answer.
             EtagMismatch: the policy is not at that etag.
         """
         began = time.monotonic()
@@ -208,7 +209,11 @@ class Follower:
                 hint="Choose a checkpoint of the served base model.",
             )
         loss = manifest.test_loss if manifest.HasField("test_loss") else None
-        return Choice(manifest.name, manifest.sha256, loss, await self._manifests.test_set(checkpoint))
+        try:
+            test_set = await self._manifests.test_set(checkpoint)
+        except StoreUnavailable:  # the way back from a bad version must not need the store
+            test_set = ""
+        return Choice(manifest.name, manifest.sha256, loss, test_set)
 
     async def _keep(self, checkpoint: str) -> None:
         """Asks the trainer not to delete what a policy names. Without it the policy works all the same: it may be the

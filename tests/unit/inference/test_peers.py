@@ -1,0 +1,76 @@
+"""What ingest says of projects, and what is made of it when it says nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+
+from codegraft.ingest.v1 import project_pb2, project_pb2_grpc
+from services.core.errors import ProjectNotFound
+from services.core.rpc.interceptors import CallInterceptor
+from services.inference import peers
+from services.inference.peers import IngestProjects
+
+
+class Ingest(project_pb2_grpc.ProjectServiceServicer):
+    """Has some projects, and may have lost its own servers: then it is slow to say so."""
+
+    def __init__(self) -> None:
+        self.projects = {"projects/one"}
+        self.asked = 0
+        self.lost = False
+
+    async def GetProject(
+        self, request: project_pb2.GetProjectRequest, context: object
+    ) -> project_pb2.GetProjectResponse:
+        self.asked += 1
+        if self.lost:
+            await asyncio.sleep(30)
+        if request.name not in self.projects:
+            raise ProjectNotFound("no such project")
+        return project_pb2.GetProjectResponse()
+
+
+@pytest.fixture
+async def asking(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Ingest, IngestProjects]]:
+    monkeypatch.setattr(peers, "_TIMEOUT", 0.3)
+    monkeypatch.setattr(peers, "_REMEMBERED", 0.1)
+    monkeypatch.setattr(peers, "_AGAIN", 0.1)
+    ingest, server = Ingest(), grpc.aio.server(interceptors=[CallInterceptor()])
+    project_pb2_grpc.add_ProjectServiceServicer_to_server(ingest, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    yield ingest, IngestProjects(f"127.0.0.1:{port}")
+    await server.stop(0)
+
+
+async def test_completions_do_not_wait_for_an_ingest_that_hangs(asking: tuple[Ingest, IngestProjects]) -> None:
+    ingest, projects = asking
+    assert await projects.exists("projects/one") and not await projects.exists("projects/none")
+    ingest.lost = True
+    longest, end = 0.0, time.monotonic() + 1
+    while time.monotonic() < end:
+        began = time.monotonic()
+        assert await projects.exists("projects/one")
+        longest = max(longest, time.monotonic() - began)
+        await asyncio.sleep(0.01)
+    assert longest < 0.1 and 2 < ingest.asked < 12, (longest, ingest.asked)
+    began = time.monotonic()
+    assert await projects.exists("projects/two"), "nobody can say that it is not there"
+    assert await projects.exists("projects/two") and time.monotonic() - began < 0.5, "and nobody waits for that twice"
+
+
+async def test_a_project_that_was_deleted_is_found_out(asking: tuple[Ingest, IngestProjects]) -> None:
+    ingest, projects = asking
+    assert await projects.exists("projects/one")
+    ingest.projects.clear()
+    end = time.monotonic() + 5
+    while await projects.exists("projects/one"):
+        assert time.monotonic() < end
+        await asyncio.sleep(0.02)
+    ingest.projects.add("projects/one")
+    assert await projects.exists("projects/one"), "one that is not there is not remembered"
