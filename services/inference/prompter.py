@@ -13,6 +13,7 @@ from uuid import uuid4
 from services.core.errors import ChatUnsupported, InvalidArgument, PromptTooLong
 from services.core.models import prompts
 from services.core.models.prompts import Prompt, PromptFormat
+from services.inference.languages import path_of
 
 if TYPE_CHECKING:
     from services.inference.model import LoadedModel
@@ -27,6 +28,8 @@ class Code:
     suffix: str
     context: tuple[tuple[str, str], ...] = ()
     """(path, text) of other files, the most useful first."""
+    language: str = ""
+    """By linguist's name; tells it where there is no path."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +112,7 @@ def _render(model: LoadedModel, fmt: PromptFormat, code: Code, budget: int) -> P
     return prompts.completion_prompt(
         fmt,
         model.tokenizer,
-        path=code.path,
+        path=path_of(code.path, code.language),
         prefix=code.prefix,
         suffix=code.suffix,
         budget=budget,

@@ -132,7 +132,8 @@ class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
 def _code(prompt: pb.CodePrompt) -> Code:
     if not prompt.prefix and not prompt.suffix:
         raise EmptyPrompt("prompt has neither prefix nor suffix", field="prompt", hint="Send the code at the cursor.")
-    return Code(prompt.path, prompt.prefix, prompt.suffix, tuple((c.path, c.text) for c in prompt.context))
+    context = tuple((chunk.path, chunk.text) for chunk in prompt.context)
+    return Code(prompt.path, prompt.prefix, prompt.suffix, context, prompt.language)
 
 
 def _request(

@@ -44,6 +44,17 @@ async def test_a_stream_is_started_deltas_finished(world: World) -> None:
     assert again.text == stream.text and (stream.started.cached_tokens, again.started.cached_tokens) == (0, 16)
 
 
+async def test_an_unsaved_file_is_of_its_language(world: World) -> None:
+    def tokens(**fields: Any) -> Any:
+        return world.complete(prompt=pb.CodePrompt(prefix="x = y\n", **fields), max_tokens=2).end()
+
+    named = (await tokens(path="untitled.py")).started.prompt_tokens
+    assert (await tokens(language="Python")).started.prompt_tokens == named
+    assert (await tokens(path="a.py", language="Go")).started.prompt_tokens == named - len("untitled") + 1
+    unknown = (await tokens(language="Klingon")).started.prompt_tokens
+    assert unknown == (await tokens()).started.prompt_tokens < named
+
+
 async def test_stop_rules_and_sampling(world: World) -> None:
     whole = (await world.complete(max_tokens=60).end()).text
     needle = whole[20:23]

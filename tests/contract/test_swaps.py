@@ -239,17 +239,23 @@ async def test_more_projects_than_places(worlds: Callable[..., Any]) -> None:
     assert type(answer) is errors.InvalidArgument
 
 
-async def test_the_way_back_is_a_flip(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_the_way_back_is_a_flip(world: World) -> None:
     one, two = await world.store(1, seed=1), await world.store(2, seed=2)
     for best in (one, two):
         await world.set("PINNED", best.checkpoint)
     text = (await world.complete().end()).text
     await world.set("PINNED", one.checkpoint)
-    seconds = world.replica.follower.standing(PROJECT).swap_seconds
-    print(f"rollback in {seconds * 1000:.1f} ms")
     swapped = world.told("codegraft.inference.adapter.swapped.v1")[-1].unpack(events_pb2.AdapterSwapped)
     assert swapped.to_sha256 == one.sha256 and swapped.phases == events_pb2.SwapPhases(), "nothing had to be loaded"
-    assert await answered_by(world) == one.sha256 and seconds < 1
+    assert await answered_by(world) == one.sha256
+    # From the caller's word to the first stream on the other version; the best of some, as the machine may be busy.
+    seconds = []
+    for best in (two, one) * 4:
+        began = time.monotonic()
+        await world.set("PINNED", best.checkpoint)
+        assert routed(world) == best.sha256
+        seconds.append(time.monotonic() - began)
+    assert min(seconds) < 0.05, seconds
     await world.set("PINNED", two.checkpoint)
     assert (await world.complete().end()).text == text
 

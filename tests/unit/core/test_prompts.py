@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -64,6 +67,17 @@ def test_a_plain_prompt_is_a_token_prefix_of_its_document_wherever_it_is_cut(cut
     assert SAMPLE[:cut].endswith(prompt.overhang) and not prompt.suffix_used
 
 
+@pytest.mark.parametrize("text", ["\n\nab", "x\n\n\n  ab", "x = 1\n \n\tab", "a\n\n12", "a\n\n\n"])
+def test_blanks_before_the_last_word_are_tokenized_with_it(text: str) -> None:
+    tokenizer = TOKENIZERS["plain"]
+    fmt = prompts.detect(tokenizer)
+    for sentinels in (False, True):
+        fmt = prompts.with_sentinels(fmt) if sentinels else fmt
+        prompt = prompts.completion_prompt(fmt, tokenizer, path="", prefix=text, suffix="", budget=100)
+        document = prompts.training_document(fmt, tokenizer, path="", text=text + "c")
+        assert document[: len(prompt.ids)] == prompt.ids and prompt.overhang
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_marker_in_a_file_is_only_text(family: str) -> None:
     tokenizer = TOKENIZERS[family]
@@ -101,6 +115,30 @@ def test_cut_begins_at_the_same_token_while_the_prefix_grows() -> None:
         ids = prompts.completion_prompt(fmt, tokenizer, path="", prefix=prefix, suffix="", budget=400).ids
         begins.add(len(prefix) - len(ids))
     assert len(begins) <= 2
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "sentinels"])
+def test_prompts_begin_alike_for_a_stride_of_typing(family: str) -> None:
+    """With a suffix that is cut and other files, wherever the format puts them."""
+    tokenizer = TOKENIZERS[family.replace("sentinels", "plain")]
+    fmt = prompts.detect(tokenizer)
+    if family == "sentinels":
+        fmt = prompts.with_sentinels(fmt)
+    context = [(f"c{n}.py", f"chunk{n} = 1\n" * n) for n in (9, 2, 5, 3)]
+    suffix = "\n" + "".join(f"after{n} = {n}\n" for n in range(60))
+    before, typed, changes, prefix = list[int](), 0, 0, ""
+    for line in range(80):
+        prefix += f"x{line} = {line * 7919}\n"
+        prompt = prompts.completion_prompt(
+            fmt, tokenizer, path="a.py", prefix=prefix, suffix=suffix, budget=640, context=context
+        )
+        # What comes before the cursor; the last word is tokenized with what follows it.
+        alike = sum(itertools.takewhile(bool, map(operator.eq, prompt.ids, before))) + 24
+        changes += alike < len(before[: before.index(fmt.suffix_id)] if fmt.style == "psm" and before else before)
+        before, typed = prompt.ids, len(prompts.encode(fmt, tokenizer, prefix))
+        assert len(prompt.ids) <= 640
+    assert prompt.truncated and typed > 640
+    assert 0 < changes <= typed / prompts.rendering.STRIDE + 1, f"{changes} times in {typed} tokens"
 
 
 def test_context_goes_before_the_file_as_far_as_it_fits() -> None:

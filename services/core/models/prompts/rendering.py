@@ -11,8 +11,8 @@ from services.core.models.prompts.formats import PromptFormat, Tokenizer
 from services.core.models.prompts.text import encode
 
 STRIDE = 128
-"""Tokens by which a too long prefix is cut: while an editor types, the kept part begins at the same token for a
-stride, so that cached keys and values stay valid."""
+"""Tokens by which is cut what stands before the cursor's line: a too long prefix, a suffix in front of it, the room of
+other files. While an editor types, the prompt begins alike for a stride, so that cached keys and values stay valid."""
 
 OVERHANG_CHARS = 64
 """A longer run at the cursor is not held back for healing."""
@@ -116,14 +116,19 @@ def completion_prompt(
     overhang = _overhang(prefix) if _continues_a_document(fmt, suffix) else ""
     if overhang == prefix and not path and not suffix:
         overhang = ""  # something must be there to continue
-    kept = prefix[: len(prefix) - len(overhang)]
     if suffix:
         frame, suffix_ids = _frame(fmt, tokenizer, path), encode(fmt, tokenizer, suffix)
-        prefix_ids = _prefix_ids(fmt, tokenizer, path, kept)
+        continues = _continues_in_frame(fmt, path)
     else:
         header = _header(fmt, tokenizer, path)
-        frame, suffix_ids = _Frame([*fmt.bos_ids, *header], [], [], suffix_first=False), []
-        prefix_ids = encode(fmt, tokenizer, kept, continues=bool(header))
+        frame, suffix_ids, continues = _Frame([*fmt.bos_ids, *header], [], [], suffix_first=False), [], bool(header)
+    prefix_ids = encode(fmt, tokenizer, prefix, continues=continues)
+    if overhang:
+        # Cut from the ids: how blanks before a word are grouped depends on the word.
+        end = encode(fmt, tokenizer, overhang)
+        whole = prefix_ids[-len(end) :] == end
+        kept = prefix[: len(prefix) - len(overhang)]
+        prefix_ids = prefix_ids[: -len(end)] if whole else encode(fmt, tokenizer, kept, continues=continues)
     room = budget - len(frame)
     if room < 1:
         raise PromptTooLong(
@@ -131,7 +136,9 @@ def completion_prompt(
             field="prompt.path",
             hint="Give a shorter path, or fewer max_tokens.",
         )
-    suffix_room = min(len(suffix_ids), max(room // 4, room - len(prefix_ids)))
+    suffix_room, left = len(suffix_ids), room - len(prefix_ids)
+    if suffix_room > left:
+        suffix_room = min(suffix_room, max(room // 4, _in_strides(left, room) if frame.suffix_first else left))
     prefix_room = room - suffix_room
     truncated |= len(prefix_ids) > prefix_room or len(suffix_ids) > suffix_room
     if len(prefix_ids) > prefix_room:
@@ -139,10 +146,10 @@ def completion_prompt(
         prefix_ids = prefix_ids[-(-(len(prefix_ids) - prefix_room) // stride) * stride :]
     suffix_ids = suffix_ids[:suffix_room]
     ids = frame.fill(prefix_ids, suffix_ids)
-    extra: list[int] = []
+    extra, context_room = list[int](), _in_strides(budget - len(ids), room)
     for chunk_path, chunk in context:
         chunk_ids = _header(fmt, tokenizer, chunk_path) + encode(fmt, tokenizer, chunk.rstrip("\n") + "\n")
-        if len(extra) + len(chunk_ids) + len(ids) <= budget:
+        if len(extra) + len(chunk_ids) <= context_room:
             extra = chunk_ids + extra
     at = len(fmt.bos_ids)
     return Prompt(
@@ -151,6 +158,11 @@ def completion_prompt(
         truncated=truncated,
         overhang=overhang,
     )
+
+
+def _in_strides(left: int, room: int) -> int:
+    """Tokens of what is left that are used: whole strides, unless there is room for less than one."""
+    return left // STRIDE * STRIDE if room > STRIDE else left
 
 
 def _header(fmt: PromptFormat, tokenizer: Tokenizer, path: str) -> list[int]:
@@ -178,8 +190,13 @@ def _frame(fmt: PromptFormat, tokenizer: Tokenizer, path: str) -> _Frame:
 
 
 def _prefix_ids(fmt: PromptFormat, tokenizer: Tokenizer, path: str, prefix: str) -> list[int]:
-    """The prefix of a fill-in-the-middle prompt: behind its marker it begins as a text does."""
-    return encode(fmt, tokenizer, prefix, continues=bool(path) and fmt.path_place != "before")
+    """The prefix of a fill-in-the-middle prompt."""
+    return encode(fmt, tokenizer, prefix, continues=_continues_in_frame(fmt, path))
+
+
+def _continues_in_frame(fmt: PromptFormat, path: str) -> bool:
+    """Whether text stands before the prefix of a fill-in-the-middle prompt; behind a marker it begins as a text."""
+    return bool(path) and fmt.path_place != "before"
 
 
 def _continues_a_document(fmt: PromptFormat, suffix: str) -> bool:
