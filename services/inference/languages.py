@@ -1,4 +1,4 @@
-"""What a file without a path is called, so that its prompt tells the language as every document of the training does."""
+"""What a file without a path is called, so that its prompt tells the language, as all documents of the training do."""
 
 from __future__ import annotations
 

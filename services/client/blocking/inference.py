@@ -29,6 +29,7 @@ class Completions:
         prefix: str = "",
         suffix: str = "",
         path: str = "",
+        language: str = "",
         context: Sequence[completion_pb2.ContextChunk] = (),
         max_tokens: int | None = None,
         single_line: bool = False,
@@ -41,7 +42,8 @@ class Completions:
         """Completes the code between prefix and suffix. Dropping or cancelling the stream stops the generation.
 
         Args:
-            path: path of the file, for its language.
+            path: path of the file, which tells its language.
+            language: of a file without a path, by linguist's name.
             context: code of other files that helps.
             max_tokens: new tokens at most.
             single_line: stop at the end of the line.
@@ -56,7 +58,9 @@ class Completions:
         """
         request = completion_pb2.CompleteRequest(
             parent=project_name(project),
-            prompt=completion_pb2.CodePrompt(path=path, prefix=prefix, suffix=suffix, context=context),
+            prompt=completion_pb2.CodePrompt(
+                path=path, prefix=prefix, suffix=suffix, context=context, language=language
+            ),
             sampling=sampling,
             stop=completion_pb2.StopRule(max_tokens=max_tokens, strings=stop, single_line=single_line),
             adapter=adapter,

@@ -414,11 +414,12 @@ def test_complete_reads_stdin_and_files(
     (tmp_path / "suffix.py").write_text("\n    pass\n")
     done = codegraft(
         *("complete", "-p", "acme", "--prefix-file", "-", "--suffix-file", str(tmp_path / "suffix.py")),
-        *("--adapter", "r-1/20", "--json"),
+        *("--adapter", "r-1/20", "--language", "Python", "--json"),
     )
     assert [json.loads(line)["text"] for line in done.out.splitlines()] == ["", "return [a]", " + 1", ""]
     request = inference.last("Complete")
     assert (request.prompt.prefix, request.prompt.suffix) == ("def g(", "\n    pass\n")
+    assert (request.prompt.path, request.prompt.language) == ("", "Python")
     assert request.adapter.checkpoint == f"{RUN}/checkpoints/20"
 
 
