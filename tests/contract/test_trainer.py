@@ -286,7 +286,8 @@ async def test_inference_accepts_the_adapter(world: World, base: Path, fim_rate:
     losses = loaded.probe(loaded.prepare(pairs, 2.0, manifest.sha256), manifest.probe.ids)
     loaded.engine.stop()
     verify.check_probe(manifest.name, manifest.probe, losses)
-    assert losses == pytest.approx(list(manifest.probe.losses), abs=0.2) and len(losses) > 8
+    assert len(losses) == len(manifest.probe.losses) > 8
+    assert losses == pytest.approx(list(manifest.probe.losses), rel=0.2), "in float32 here, in bfloat16 there"
 
 
 async def test_a_run_that_never_beats_the_base_publishes_no_best(world: World) -> None:
