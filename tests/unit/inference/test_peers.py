@@ -11,6 +11,7 @@ import pytest
 
 from codegraft.ingest.v1 import project_pb2, project_pb2_grpc
 from services.core.errors import ProjectNotFound
+from services.core.rpc.client import channel
 from services.core.rpc.interceptors import CallInterceptor
 from services.inference import peers
 from services.inference.peers import IngestProjects
@@ -44,7 +45,7 @@ async def asking(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Ingest,
     project_pb2_grpc.add_ProjectServiceServicer_to_server(ingest, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    yield ingest, IngestProjects(f"127.0.0.1:{port}")
+    yield ingest, IngestProjects(channel(f"127.0.0.1:{port}"))
     await server.stop(0)
 
 
