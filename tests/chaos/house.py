@@ -75,8 +75,10 @@ class Nursery:
         os.kill(self._child, signal.SIGKILL)
 
     def close(self) -> None:
-        self._asks.close()
+        self._process.kill()  # its own end takes seconds, of a process that has imported torch
         self._process.wait(10)
+        self._asks.close()
+        self._answers.close()
 
 
 @dataclass
