@@ -1,6 +1,6 @@
 """Benchmarks of the engine: ``python -m bench.inference [stream] [streams] [prefill] [adapters] [loss]``; all if none.
 
-SmolLM2-135M, transformers' ``generate`` in bfloat16 as the peer.
+SmolLM2-135M. The peer of the ratios is transformers' ``generate`` in bfloat16; llama.cpp runs beside it.
 
 Sides take turns, and each one's best round counts: what else the machine does meets them all, and only slows. Where
 it does much, --cpu-time compares what one thread computes. Each computes in a thread that ends with its turn, so that
@@ -19,13 +19,14 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from transformers import PreTrainedModel
 
+from bench import llama_cpp
 from services.core.models import catalogue, weights
 from services.core.models.spelling import Spelling, token_bytes
 from services.inference.adapters import lora
@@ -154,6 +155,16 @@ class Peer:
         return (self.seconds(count, PROMPT, TOKENS) - self.seconds(count, PROMPT, 1)) / (TOKENS - 1)
 
 
+class Foreign(Peer):
+    """llama.cpp."""
+
+    def __init__(self, server: llama_cpp.LlamaCpp) -> None:
+        self._server = server
+
+    def seconds(self, count: int, length: int, tokens: int) -> float:
+        return self._server.seconds([prompt(length) for _ in range(count)], tokens)
+
+
 def adapter(model: PreTrainedModel, seed: int) -> lora.Weights:
     """One of rank 16 on all linear layers."""
     generator = torch.Generator().manual_seed(seed)
@@ -175,9 +186,9 @@ def best(sides: Mapping[str, Callable[[], float]], rounds: int = ROUNDS) -> dict
     return found
 
 
-def streams(sides: dict[str, Side], peer: Peer, count: int) -> None:
+def streams(sides: dict[str, Side], peers: dict[str, Peer], count: int) -> None:
     """Tokens a second of all streams together, decoding."""
-    all_sides = {"transformers": peer, **sides}
+    all_sides: dict[str, Peer | Side] = {**peers, **sides}
     found = best({name: lambda s=side: s.decode(count) for name, side in all_sides.items()}, 2)
     for name, seconds in found.items():
         print(
@@ -185,10 +196,10 @@ def streams(sides: dict[str, Side], peer: Peer, count: int) -> None:
         )
 
 
-def prefill(sides: dict[str, Side], peer: Peer) -> None:
+def prefill(sides: dict[str, Side], peers: dict[str, Peer]) -> None:
     """Tokens a second of one prompt."""
     mine = {kind: side.prefill for kind, side in sides.items()}
-    found = best({"transformers": lambda: peer.seconds(1, LONG, 1), **mine}, 3)
+    found = best({**{name: lambda p=peer: p.seconds(1, LONG, 1) for name, peer in peers.items()}, **mine}, 3)
     for name, seconds in found.items():
         print(f"prefill, {name}: {LONG / seconds:.0f} tokens/s, {found['transformers'] / seconds:.2f} x the peer")
 
@@ -250,19 +261,24 @@ def main() -> None:
     base, tokenizer = weights.load_model(folder), weights.load_tokenizer(folder)
     vocabulary = token_bytes(tokenizer)
     sides = {kind: Side(base, vocabulary, kind, asked.threads) for kind in asked.kind or KINDS}
-    peer = Peer(base, asked.threads)
-    for part in asked.parts or PARTS:
-        match part:
-            case "stream":
-                streams(sides, peer, 1)
-            case "streams":
-                streams(sides, peer, 16)
-            case "prefill":
-                prefill(sides, peer)
-            case "adapters":
-                adapters(sides)
-            case "loss":
-                loss(sides, base, tokenizer, vocabulary)
+    peers: dict[str, Peer] = {"transformers": Peer(base, asked.threads)}
+    with ExitStack() as stack:
+        parts = asked.parts or PARTS
+        if not asked.cpu_time and {"stream", "streams", "prefill"} & set(parts):
+            foreign = llama_cpp.servers(folder, asked.threads, LIMITS.running, LONG + TOKENS)
+            peers |= {name: Foreign(server) for name, server in stack.enter_context(foreign).items()}
+        for part in parts:
+            match part:
+                case "stream":
+                    streams(sides, peers, 1)
+                case "streams":
+                    streams(sides, peers, 16)
+                case "prefill":
+                    prefill(sides, peers)
+                case "adapters":
+                    adapters(sides)
+                case "loss":
+                    loss(sides, base, tokenizer, vocabulary)
 
 
 if __name__ == "__main__":

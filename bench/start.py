@@ -12,14 +12,14 @@ from datetime import timedelta
 
 from bench.figures import row
 from bench.replica import Replica, replica
-from services.cli.local import health
+from services.core.rpc import probe
 
 PEER = "vLLM's CPU build takes 80 to 100 s"
 
 
 async def serving(on: Replica) -> float:
     """Seconds from the start of the process until its health is SERVING."""
-    while await asyncio.to_thread(health.check, on.address, timedelta(seconds=1)) != health.SERVING:
+    while await asyncio.to_thread(probe.check, on.address, timedelta(seconds=1)) != probe.SERVING:
         await asyncio.sleep(0.02)
         if time.monotonic() - on.spawned > 60:
             raise SystemExit("the service is not healthy after a minute")

@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 
 from services.cli.local import gateway, ports, stack
-from services.cli.local.health import SERVING, UNREACHABLE
+from services.core.rpc.probe import SERVING, UNREACHABLE
 
 
 def test_health_is_a_word() -> None:
