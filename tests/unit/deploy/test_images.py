@@ -20,7 +20,7 @@ from tests.unit.test_extras import closure, normal
 
 IMAGES = ROOT / "deploy/images"
 SERVICES = ("ingest", "scanner", "trainer", "inference")
-NAMES = (*SERVICES, "cli")
+NAMES = (*SERVICES, "gateway", "cli")
 every_image = pytest.mark.parametrize("name", NAMES)
 
 
@@ -72,6 +72,11 @@ def test_services_are_probed_and_reaped(name: str) -> None:
     assert 'CMD ["python", "-m", "services.core.rpc.probe"]' in text(name)
     assert f'ENTRYPOINT ["tini", "--", "python", "-m", "services.{name}"]' in text(name)
     assert importlib.util.find_spec(f"services.{name}.__main__") and importlib.util.find_spec("services.core.rpc.probe")
+
+
+def test_the_gateway_is_probed_and_reaped() -> None:
+    assert "HEALTHCHECK" in text("gateway") and "http://127.0.0.1:8080/health" in text("gateway")
+    assert 'ENTRYPOINT ["tini", "--", "python", "-m", "services.gateway"]' in text("gateway")
 
 
 @every_image

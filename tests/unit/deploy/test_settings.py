@@ -14,6 +14,7 @@ from cryptography.fernet import Fernet
 from services.cli.local import permissions
 from services.core.auth.keys import ApiKey
 from services.core.config import PREFIX, CoreSettings
+from services.gateway.config import GatewaySettings
 from services.inference.config import InferenceSettings
 from services.ingest.config import IngestSettings
 from services.scanner.config import ScannerSettings
@@ -25,7 +26,7 @@ CLASSES: dict[str, type[CoreSettings]] = {
     "scanner": ScannerSettings,
     "trainer": TrainerSettings,
     "inference": InferenceSettings,
-    "gateway": CoreSettings,
+    "gateway": GatewaySettings,
 }
 MADE_BY_THE_CHART = {
     "ingest": {"ingest_credential_keys", "ingest_seed_keys"},  # out of the Secret

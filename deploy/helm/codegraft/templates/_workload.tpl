@@ -201,7 +201,7 @@ spec:
 {{/* Kubernetes' own gRPC probe knows no TLS: with it the probe is ours, run in the container. */}}
 {{- define "codegraft.probe" -}}
 {{- if eq .component "gateway" }}
-tcpSocket: {port: {{ .port }}}
+httpGet: {path: /health, port: {{ .port }}}
 {{- else if .root.Values.tls.existingSecret }}
 exec:
   command: [python, -m, services.core.rpc.probe, --name, {{ include "codegraft.fullname" .root }}-{{ .image }}.{{ .root.Release.Namespace }}.svc{{ with .service }}, --service, {{ . }}{{ end }}]
