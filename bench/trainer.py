@@ -106,24 +106,6 @@ def peer(rows: Ids, *, low: bool) -> Iterator[Step | None]:
     from services.core.models import catalogue, weights
 
     yield None
-    base = weights.ensure_weights(catalogue.find(""), _cache())
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    model = get_peft_model(
-        model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
-    arguments = TrainingArguments(
-        output_dir="/nonexistent",
-        per_device_train_batch_size=1,
-        max_steps=10**6,
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
-        bf16=True,
-        use_cpu=True,
-        save_strategy="no",
-        logging_steps=1,
-        report_to=[],
-        disable_tqdm=True,
-    )
     asked: Queue[None] = Queue()
     told: Queue[float] = Queue()
 
@@ -138,9 +120,30 @@ def peer(rows: Ids, *, low: bool) -> Iterator[Step | None]:
         def _get_train_sampler(self, *_: Any, **__: Any) -> None:
             return None
 
-    data = [{"input_ids": ids[:CONTEXT], "labels": ids[:CONTEXT]} for ids in rows]
-    trainer = InOrder(model=model, args=arguments, train_dataset=data, callbacks=[Turns()])
-    threading.Thread(target=trainer.train, daemon=True).start()
+    def train() -> None:
+        # All of it in one thread: a second team of OpenMP's in the process makes both wait for the kernel.
+        base = weights.ensure_weights(catalogue.find(""), _cache())
+        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        model = get_peft_model(
+            model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+        )
+        arguments = TrainingArguments(
+            output_dir="/nonexistent",
+            per_device_train_batch_size=1,
+            max_steps=10**6,
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            bf16=True,
+            use_cpu=True,
+            save_strategy="no",
+            logging_steps=1,
+            report_to=[],
+            disable_tqdm=True,
+        )
+        data = [{"input_ids": ids[:CONTEXT], "labels": ids[:CONTEXT]} for ids in rows]
+        InOrder(model=model, args=arguments, train_dataset=data, callbacks=[Turns()]).train()
+
+    threading.Thread(target=train, daemon=True).start()
 
     def step() -> float:
         asked.put(None)
