@@ -1,6 +1,7 @@
 """Runs stage 2 in a thread: the model on its device, a way to stop.
 
-torch is imported in the thread, so that the service answers before it is loaded.
+torch is imported in the thread, so that the service answers before it is loaded. It is always the same thread: OpenMP
+keeps a team for each one that has ever computed, and waits passively once all of them together are more than the cores.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +32,7 @@ class Meter:
     def __init__(self, settings: ScannerSettings) -> None:
         self._settings = settings
         self._loaded: tuple[Path, PreTrainedModel, PreTrainedTokenizerBase] | None = None
-        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="losses")  # one forward pass uses all cores
 
     async def measure(
         self, folder: Path, rules: Rules, files: Sequence[tuple[str, str]], stop: threading.Event
@@ -45,24 +47,23 @@ class Meter:
         Raises:
             JobCancelled: it was stopped.
         """
-        return await asyncio.to_thread(self._run, folder, rules, files, stop)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, folder, rules, files, stop)
 
     def _run(
         self, folder: Path, rules: Rules, files: Sequence[tuple[str, str]], stop: threading.Event
     ) -> list[tuple[str, FileLoss]]:
-        with self._lock:  # one forward pass uses all cores
-            if stop.is_set():
-                raise JobCancelled("the scan was cancelled")
-            model, tokenizer = self._load(folder)
-            meter = LossMeter(
-                model,
-                tokenizer,
-                window_tokens=rules.window_tokens,
-                max_tokens=rules.max_tokens_per_file,
-                batch_tokens=self._settings.scanner_batch_tokens
-                or (CPU_BATCH_TOKENS if model.device.type == "cpu" else GPU_BATCH_TOKENS),
-            )
-            return list(meter.measure(files, stop=stop.is_set))
+        if stop.is_set():
+            raise JobCancelled("the scan was cancelled")
+        model, tokenizer = self._load(folder)
+        meter = LossMeter(
+            model,
+            tokenizer,
+            window_tokens=rules.window_tokens,
+            max_tokens=rules.max_tokens_per_file,
+            batch_tokens=self._settings.scanner_batch_tokens
+            or (CPU_BATCH_TOKENS if model.device.type == "cpu" else GPU_BATCH_TOKENS),
+        )
+        return list(meter.measure(files, stop=stop.is_set))
 
     def _load(self, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         import torch
