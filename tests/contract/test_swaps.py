@@ -18,6 +18,7 @@ from codegraft.inference.v1 import serving_pb2
 from codegraft.inference.v1.serving_pb2 import Split
 from codegraft.scanner.v1.dataset_pb2 import DatasetManifest
 from services.core import errors
+from services.core.audit.log import MemoryAudit
 from services.core.backoff import Backoff
 from services.core.events.nats import NatsBus
 from services.core.jobs import MemoryQueue
@@ -303,6 +304,7 @@ async def on_nats(own_nats_server: Any, tmp_path: Path) -> AsyncIterator[Callabl
             jobs=MemoryQueue(),
             events=NatsBus(connection, "codegraft/inference"),
             store=store,
+            audit=MemoryAudit(),
             cache_dir=tmp_path / "artifacts",
             check=check,
         )

@@ -74,7 +74,7 @@ def _operation(operation: Operation) -> dict[str, Any]:
     content = {"application/json": {"schema": _ref(operation.answer)}}
     if operation.event:
         each = f"With stream: events, the data of each a {operation.event.__name__}. OpenAI's end with [DONE]."
-        content["text/event-stream"] = {"schema": {"type": "string", "description": each}}
+        content["text/event-stream"] = {"schema": {"description": each}}  # OpenAPI 3.1 has no type for a stream
     described: dict[str, Any] = {
         "operationId": f"{operation.method.lower()}{re.sub(r'[^A-Za-z0-9]+', '_', operation.path)}".rstrip("_"),
         "summary": operation.summary,
