@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict
 
 from codegraft.inference.v1 import completion_pb2 as pb
 from services.gateway.api.asks import InfillAsk
@@ -46,9 +48,15 @@ class GenerationSettings:
     stream: bool
 
 
+def _nothing_required(schema: dict[str, Any]) -> None:
+    del schema["required"]
+
+
 @dataclass(frozen=True, slots=True)
 class InfillAnswer:
-    """Answer of /infill."""
+    """Answer of /infill; with response_fields only these."""
+
+    __pydantic_config__: ClassVar = ConfigDict(json_schema_extra=_nothing_required)
 
     id: str
     """For /v1/feedback. Not in llama.cpp's."""
