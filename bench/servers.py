@@ -49,6 +49,7 @@ def servers(folder: Path) -> Iterator[tuple[dict[str, str], S3Address]]:
                 "CODEGRAFT_S3_SECRET_KEY": address.secret_key,
                 "CODEGRAFT_S3_BUCKET": address.bucket,
                 "CODEGRAFT_LOG_LEVEL": "warning",
+                "CODEGRAFT_AUTH": "off",
             }
             yield environment, address
         finally:

@@ -1,25 +1,28 @@
 """Guessed tokens, on and off: ``python -m bench.speculation [most guesses a step ...]``.
 
 The local model completes files of the standard library, greedily, behind prompts of about 500 tokens: one stream after
-the other, and eight at once. One thread, and seconds of its processor time, so that others on the machine hardly count.
+the other, and eight at once. With --cpu-time one thread, and seconds of its processor time, so that others on the
+machine hardly count.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 import queue
 import random
 import statistics
-import sys
 import sysconfig
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from services.core.models import catalogue, weights
 from services.core.models.spelling import Spelling, token_bytes
 from services.inference.engine.engine import Engine
+from services.inference.engine.layers import Kind, speed_up
 from services.inference.engine.runner import Runner
 from services.inference.engine.sampler import Sampler
 from services.inference.engine.scheduler import Limits
@@ -27,6 +30,7 @@ from services.inference.engine.sequence import Output, Sequence
 from services.inference.engine.text import TextStream
 
 PROMPT, NEW, FILES, ROUNDS = 500, 48, 8, 1
+clock = time.perf_counter
 
 
 def prompts(tokenizer: Any) -> list[list[int]]:
@@ -71,23 +75,40 @@ class Streams:
             n, output = inbox.get()
             if len(begun) == len(prompts):
                 tokens += output.tokens
-                end = time.process_time()
+                end = clock()
             elif output.tokens:
                 begun.add(n)
-                begin = time.process_time()
+                begin = clock()
             if output.reason is not None:
                 waited.discard(n)
         return tokens / (end - begin), sequences
 
 
-def main(settings: list[int]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "guesses", nargs="*", type=int, default=[0, 7], help="most guesses a step, each setting in turn"
+    )
+    parser.add_argument("--kind", choices=get_args(Kind), default="bf16", help="of the weights")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--cpu-time", action="store_true", help="one thread, and its processor time for seconds")
+    asked = parser.parse_args()
+    if asked.cpu_time:
+        global clock
+        clock, asked.threads = time.process_time, 1
+    measure(asked.guesses, asked.kind, asked.threads)
+
+
+def measure(settings: list[int], kind: Kind, threads: int) -> None:
+    """Prints what each setting gives."""
     torch.set_num_threads(1)
     folder = weights.ensure_weights(catalogue.find(""), Path.home() / ".cache/codegraft")
     model, tokenizer = weights.load_model(folder), weights.load_tokenizer(folder)
     vocabulary = token_bytes(tokenizer)
     texts = prompts(tokenizer)
-    runner = Runner(model, Sampler(Spelling(vocabulary)), Limits().blocks)
-    print(f"{model.dtype}, {len(texts)} prompts of {PROMPT} tokens, {NEW} new ones each")
+    runner = Runner(model, Sampler(Spelling(vocabulary)), Limits().blocks, threads)
+    speed_up(model, kind)
+    print(f"{kind}, {threads} threads, {len(texts)} prompts of {PROMPT} tokens, {NEW} new ones each")
     for streams in (1, 8):
         speeds: dict[int, list[float]] = {drafts: [] for drafts in settings}
         counts: dict[int, tuple[int, int]] = {}
@@ -114,4 +135,4 @@ def main(settings: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main([int(argument) for argument in sys.argv[1:]] or [0, 7])
+    main()

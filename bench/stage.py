@@ -60,7 +60,6 @@ def stage(**settings: str) -> Iterator[Stage]:
         environment = {
             **found,
             "CODEGRAFT_LISTEN": address,
-            "CODEGRAFT_AUTH": "off",
             "CODEGRAFT_CACHE_DIR": str(folder / "cache"),
             "CODEGRAFT_INGEST_CREDENTIAL_KEYS": f'["{Fernet.generate_key().decode()}"]',
             "CODEGRAFT_INGEST_ALLOWED_NETWORKS": '["127.0.0.0/8"]',
