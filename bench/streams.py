@@ -116,7 +116,7 @@ async def serve(address: str, use: Callable[[LoadedModel], Awaitable[None]], thr
     from services.inference import model as inference_model
 
     spec, cache, peers = catalogue.find(""), Path.home() / ".cache" / "codegraft", Everything()
-    settings = InferenceSettings(listen=address, cache_dir=cache, drain_seconds=0, log_level="warning")
+    settings = InferenceSettings(listen=address, cache_dir=cache, drain_seconds=0, log_level="warning", auth="off")
     replica = Replica(
         Runtime.memory(),
         settings,
