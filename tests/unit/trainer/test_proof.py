@@ -273,7 +273,7 @@ def test_of_a_version_that_forgets_a_share_is_published(
             assert all(torch.equal(now[name], after) for name, after in made.weights().items())
             best.append((event, evaluated, state.best_strength, dict(state.best_weights), now))
     due, evaluated, strength, weights, now = best[-1]
-    assert 0.1 < strength < 1 and "that is published" in evaluated.refused
+    assert 0.2 < strength < 1 and "that is published" in evaluated.refused
     # The smaller the share the less of the gain, but the base model is worse than any.
     assert evaluated.test.loss < due.test_loss == state.best_loss < state.base_loss
     assert judge._foreign.loss_of(weights) <= 1.02 * 2.0 < judge._foreign.loss_of(now)
