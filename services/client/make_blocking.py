@@ -19,6 +19,7 @@ RULES = [
     (r"__a(enter|exit)__", r"__\1__"),
     (r"\bAsyncStream\b", "Stream"),
     (r"\banswer_async\b", "answer"),
+    (r"\bchannel_async\b", "blocking_channel"),
     (r"\basync (def|for|with)\b", r"\1"),
     (r"\bawait asyncio\.to_thread\(([\w.]+)(?:, |(?=\)))", r"\1("),
     (r"\bawait ", ""),

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 import grpc
 
 from services.core.errors import Cancelled
-from services.core.rpc.client import OPTIONS
+from services.core.rpc.client import OPTIONS, spans
 from services.core.rpc.status import from_rpc
 
 T = TypeVar("T")
@@ -103,6 +103,13 @@ def blocking_channel(target: str, certificates: grpc.ChannelCredentials | None) 
     if certificates is None:
         return grpc.insecure_channel(target, options=OPTIONS)
     return grpc.secure_channel(target, certificates, options=OPTIONS)
+
+
+def channel_async(target: str, certificates: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
+    """A channel of the asynchronous library, which records spans where the process does."""
+    if certificates is None:
+        return grpc.aio.insecure_channel(target, options=OPTIONS, interceptors=spans())
+    return grpc.aio.secure_channel(target, certificates, options=OPTIONS, interceptors=spans())
 
 
 async def answer_async(call: Any) -> Any:

@@ -46,6 +46,14 @@ class CoreSettings(BaseSettings):
     cache_dir: Path = Path("~/.cache/codegraft")
     """Local cache of artifacts and model weights; may be deleted at any time while nothing runs."""
 
+    metrics_listen: str = ""
+    """host:port of an HTTP server with the figures for Prometheus, which asks for no password; empty has none."""
+    metrics_namespace: str = ""
+    """Label ``namespace`` of figures that scaling asks for: that of Kubernetes, in which the service runs."""
+    otlp_endpoint: str = Field(default="", pattern=r"^(https?://[^/@\s]+)?$")
+    """URL of an OpenTelemetry collector (gRPC, http://host:4317) that takes spans; empty leaves it to the standard
+    OTEL_EXPORTER_OTLP_… variables, and without those records none."""
+
     auth: Literal["on", "off"] = "on"
     """Whether callers must authenticate; "off" only where no other machine can call (``listen`` on loopback)."""
     api_key: SecretStr = SecretStr("")
@@ -131,6 +139,11 @@ class CoreSettings(BaseSettings):
         if not (colon and host and port.isdecimal() and int(port) < 65536):
             raise ValueError("must be host:port")
         return value
+
+    @field_validator("metrics_listen")
+    @classmethod
+    def _host_and_port_or_empty(cls, value: str) -> str:
+        return cls._host_and_port(value) if value else value
 
     @field_validator(
         "tls_cert_file",

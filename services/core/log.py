@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import structlog
+from opentelemetry import trace
 from pydantic import SecretStr
 
 REDACTED = "[redacted]"
@@ -23,6 +24,10 @@ _SECRET_KEY = re.compile(
     re.IGNORECASE,
 )
 _URL_CREDENTIALS = re.compile(r"(?<=://)[^\s/@:\"']*(?::[^\s/@\"']*)?@")
+_SIGNATURE = re.compile(
+    r"(?i)(?<=[?&])(X-Amz-(?:Signature|Credential|Security-Token)|access_token|token|sig)=[^\s&\"']+"
+)
+"""What makes a URL a key: presigned ones of S3."""
 _BEARER = re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}")
 _API_KEY = re.compile(r"\bcg_[a-z0-9-]{1,32}_[A-Za-z0-9_-]{43,}")
 _SHORTEST_SECRET = 6
@@ -50,6 +55,7 @@ def configure(service: str, level: str = "info") -> None:
         structlog.stdlib.PositionalArgumentsFormatter(),
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         add_service,
+        add_span,
     ]
     handler = _Stderr()
     handler.setFormatter(
@@ -84,7 +90,7 @@ def get(name: str) -> structlog.stdlib.BoundLogger:
 
 
 def bound(**values: str) -> AbstractContextManager[None]:
-    """Puts values (request_id, trace_id, job) into every line of this context and of the tasks it starts."""
+    """Puts values (request_id, job) into every line of this context and of the tasks it starts."""
     return structlog.contextvars.bound_contextvars(**values)
 
 
@@ -102,12 +108,21 @@ def hide(*secrets: SecretStr | str) -> None:
 
 
 def scrub(text: str) -> str:
-    """The text without hidden secrets, API keys, credentials in URLs, and authorization headers."""
+    """The text without hidden secrets, API keys, credentials and signatures in URLs, and authorization headers."""
     for secret in _hidden:
         text = text.replace(secret, REDACTED)
     text = _API_KEY.sub(REDACTED, text)
     text = _URL_CREDENTIALS.sub(REDACTED + "@", text)
+    text = _SIGNATURE.sub(rf"\1={REDACTED}", text)
     return _BEARER.sub(rf"\1 {REDACTED}", text)
+
+
+def add_span(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """structlog processor: which span of which trace a line belongs to."""
+    context = trace.get_current_span().get_span_context()
+    if context.is_valid:
+        event["trace_id"], event["span_id"] = f"{context.trace_id:032x}", f"{context.span_id:016x}"
+    return event
 
 
 def redact(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

@@ -19,6 +19,7 @@ from nats.aio.client import Client
 from nats.js import api
 
 from services.core import errors, log
+from services.core.telemetry import figures
 
 REQUEST_TIMEOUT = 5.0
 """Seconds that one request to JetStream may take; longer than a server's restart on the same machine."""
@@ -125,10 +126,12 @@ async def connect(
 
     async def on_disconnect() -> None:
         if connection is not None and not connection.closing:
+            figures.NATS_CONNECTED.set(0)
             logger.warning("disconnected from NATS; reconnecting")
 
     async def on_reconnect() -> None:
         logger.info("reconnected to NATS")
+        figures.NATS_CONNECTED.set(1)
         if connection is not None:
             for notify in list(connection.on_reconnect):
                 notify()
@@ -164,6 +167,7 @@ async def connect(
         await asyncio.wait({connecting, failing}, timeout=patience.total_seconds(), return_when=asyncio.FIRST_COMPLETED)
         if connecting.done() and connecting.exception() is None:
             connection = NatsConnection(client, replicas)
+            figures.NATS_CONNECTED.set(1)
             return connection
         failure = connecting.exception() if connecting.done() else None
         cause = failures[-1] if failures else failure or client.last_error
@@ -208,7 +212,14 @@ def translated(operation: str) -> Iterator[None]:
             f"NATS refused to {operation}: the value is too large", hint="Keep a record below 1 MiB."
         ) from error
     except (nats.errors.Error, OSError, TimeoutError) as error:
+        if not _is_answer(error):
+            figures.NATS_ERRORS.inc()
         raise errors.StateUnavailable(f"NATS could not {operation}: {describe(error)}", retry_after=1.0) from error
+
+
+def _is_answer(error: BaseException) -> bool:
+    """Whether NATS did what it was asked for, and said no: a subject that is full, a stream with other settings."""
+    return isinstance(error, nats.js.errors.APIError) and error.code is not None and int(error.code) < 500
 
 
 def describe(error: BaseException) -> str:

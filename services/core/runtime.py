@@ -28,6 +28,7 @@ from services.core.state import MemoryState, StateStore
 from services.core.state.nats import NatsState
 from services.core.store import Artifacts, Blobs, MemoryStore, ObjectStore, S3Store
 from services.core.store.s3 import S3Address
+from services.core.telemetry import process
 
 PROBE_TIMEOUT = timedelta(seconds=5)
 """Longest wait for one answer while starting; a server that is up answers within milliseconds."""
@@ -160,7 +161,8 @@ def run(service: str, settings_class: type[Settings], main: Callable[[Settings],
         async def body() -> None:
             await main(settings)
 
-        asyncio.run(body())
+        with process.telling(service, settings):
+            asyncio.run(body())
     except CodegraftError as error:
         logger.error("cannot run", error=error.message, reason=error.reason, field=error.field, hint=error.hint)
         return 1

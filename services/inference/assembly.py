@@ -16,12 +16,14 @@ from services.core.models.catalogue import ModelSpec
 from services.core.rpc.server import Registration
 from services.core.runtime import Runtime
 from services.core.state import Table
+from services.core.telemetry import metrics
 from services.inference.adapters.disk import DiskCache
 from services.inference.adapters.follower import Follower
 from services.inference.adapters.host import HostCache
 from services.inference.adapters.loader import Loader
 from services.inference.adapters.manifests import Manifests
 from services.inference.adapters.registry import Registry
+from services.inference.collector import ReplicaCollector
 from services.inference.completions import Completions
 from services.inference.config import InferenceSettings
 from services.inference.engine.scheduler import Limits
@@ -94,6 +96,13 @@ class Replica:
             model_id=spec.id,
             replica=settings.inference_replica,
         )
+        self._collector = ReplicaCollector(
+            namespace=settings.metrics_namespace,
+            model=spec.id,
+            loaded=lambda: completions.loaded,
+            registry=self.registry,
+            standings=self.follower.standings,
+        )
         feedback = Feedback(Table(runtime.state("inference"), FeedbackHour, missing=NotFound))
         self.services: list[Registration] = [
             (
@@ -120,6 +129,7 @@ class Replica:
             CodegraftError: the model cannot be loaded; completions that wait get the same error.
         """
         following = asyncio.create_task(self.follower.run())
+        metrics.register(self._collector)
         try:
             began = asyncio.get_running_loop().time()
             try:
@@ -134,6 +144,7 @@ class Replica:
             self.model.set_result(model)
             await following
         finally:
+            metrics.unregister(self._collector)
             following.cancel()
 
     def stop(self) -> None:

@@ -19,10 +19,12 @@ from services.core.errors import (
     Unavailable,
 )
 from services.core.models.prompts import Prompt, PromptFormat
-from services.inference import completion_id
+from services.core.telemetry import tracing
+from services.inference import completion_id, figures
 from services.inference.adapters.follower import Follower
 from services.inference.adapters.loader import Loader
 from services.inference.adapters.registry import Pin, Registry
+from services.inference.adapters.route import Version
 from services.inference.engine import sequence as engine
 from services.inference.engine.text import TextStream, suffix_stop
 from services.inference.inbox import Inbox, Post
@@ -184,10 +186,21 @@ class Completions:
                 if output.text:
                     yield Delta(index, output.text, output.tokens, _logprobs(model, output.logprobs))
                 if output.reason is not None:
+                    figures.finished(sequence, output.reason)
+                    self._trace_first(request.project, version)
                     yield _finished(index, sequence, output.reason)
         finally:
             for index in inbox.awaited:
                 model.engine.cancel(sequences[index])
+
+    def _trace_first(self, project: str, version: Version | None) -> None:
+        """The end of the trace that led to a version: the first completion on it, whoever asked for that."""
+        standing = self._follower.standing(project)
+        if not standing.swap_trace or version is None or version != self._registry.route(project).main:
+            return
+        parent, standing.swap_trace = standing.swap_trace, ""
+        links, about = [tracing.traceparent()], {"codegraft.checkpoint": version.checkpoint}
+        tracing.took("first completion", 0.0, parent=parent, links=links, attributes=about)
 
     async def hold(self, request: Request) -> tuple[LoadedModel, Pin]:
         """The model, and the version that answers; the caller releases it.

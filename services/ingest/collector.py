@@ -19,6 +19,7 @@ from services.core import log
 from services.core.errors import EmptySource, NotFound, SourceUnreachable
 from services.core.runtime import Runtime
 from services.core.store.packs import PACK_BYTES
+from services.core.telemetry import tracing
 from services.ingest import listing
 from services.ingest.config import IngestSettings
 from services.ingest.contents import Contents
@@ -117,15 +118,20 @@ class Collector:
         credential = await self._credential(source)
         secret = self._vault.open(credential.credential, credential.sealed) if credential is not None else None
         opening = await self._opening(source, reader, secret)
-        reading = await thread.run(lambda: thread.stack.enter_context(opening))
+        with tracing.span("open source"):  # clones, downloads, unpacks what has to be there first
+            reading = await thread.run(lambda: thread.stack.enter_context(opening))
         earlier = await listed
         files, skipped = earlier, dict(source.skipped)
         contents = Contents(self._runtime.blobs, earlier, self._settings.ingest_puts)
         try:
             if reading.entries is not None:
+                began = time.monotonic()
                 while batch := await thread.run(_take, reading.entries):
                     await contents.add(batch)
                     reader.meter.tell("reading", len(contents.files), 0)
+                tracing.took(
+                    "read source", time.monotonic() - began, attributes={"codegraft.files": len(contents.files)}
+                )
                 files, skipped = await asyncio.to_thread(_listing, source, reading, contents, earlier)
                 reader.meter.check_files(len(files))
                 # The list and the last contents at once: nothing refers to either yet.

@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
+from opentelemetry.trace import SpanKind
+
 from codegraft.common.v1.job_pb2 import Failure, Progress
 from codegraft.event.v1.events_pb2 import SourceChanged
 from codegraft.ingest.v1.source_pb2 import (
@@ -33,6 +35,8 @@ from services.core.errors import (
     Unavailable,
 )
 from services.core.runtime import Runtime
+from services.core.telemetry import metrics, tracing
+from services.ingest import figures
 from services.ingest.collector import Collected, Collector
 from services.ingest.config import IngestSettings
 from services.ingest.limits import Meter
@@ -80,11 +84,17 @@ class Fetcher:
     async def run(self) -> None:
         """Follows the sources until cancelled. What a dead process left is fetched again once its lease has ended."""
         clock = asyncio.gather(self._tick(), self._tidy())
+        states = figures.States(self._seen)
+        metrics.register(states)
         try:
-            async for source in self._sources.watch_all():
-                self._seen[source.name] = source
-                self._begin_if_due(source)
+            async for change in self._sources.follow():
+                if change.message is None:
+                    self._seen.pop(change.name, None)
+                    continue
+                self._seen[change.name] = change.message
+                self._begin_if_due(change.message, change.traceparent)
         finally:
+            metrics.unregister(states)
             clock.cancel()
             running = list(self._running.values())
             for task in running:
@@ -112,19 +122,20 @@ class Fetcher:
                 await asyncio.to_thread(self._workspace.tidy, await self._sources.all())
             await asyncio.sleep(TIDY)
 
-    def _begin_if_due(self, source: Source) -> None:
+    def _begin_if_due(self, source: Source, traceparent: str = "") -> None:
         if source.name in self._running or not _is_due(source, self._id):
             return
-        task = asyncio.create_task(self._fetch(source.name))
+        task = asyncio.create_task(self._fetch(source.name, traceparent))
         self._running[source.name] = task
         task.add_done_callback(lambda _: self._running.pop(source.name))
 
-    async def _fetch(self, name: str) -> None:
+    async def _fetch(self, name: str, traceparent: str) -> None:
         """Fetches until nothing newer is wanted, or another process has it."""
         async with self._slots:
             try:
                 while (source := await self._sources.find(name)) and _is_due(source, self._id):
-                    await self._fetch_once(await self._take(name))
+                    with tracing.span("fetch source", SpanKind.CONSUMER, traceparent, {"codegraft.source": name}):
+                        await self._fetch_once(await self._take(name))
             except (NotFound, LeaseLost) as error:
                 logger.info("a fetch was given up", source=name, why=error.message)
             except Unavailable as error:  # the record stays due: the next tick tries again
@@ -175,8 +186,13 @@ class Fetcher:
         if failure is not None:
             told = Failure(reason=failure.reason, message=failure.message, hint=failure.hint)
             await self._end(source, SOURCE_STATE_FAILED, lambda record: record.failure.CopyFrom(told))
+            tracing.failed(failure)
+            figures.FETCH_SECONDS.labels(failure.reason).observe(time.monotonic() - began)
             logger.warning("source failed", source=source.name, reason=failure.reason, error=failure.message)
         elif fetched is not None:
+            figures.FETCH_SECONDS.labels("FETCHED").observe(time.monotonic() - began)
+            figures.FETCHED_FILES.inc(len(fetched.files))
+            figures.STORED_BYTES.inc(fetched.stored_bytes)
             logger.info(
                 "source fetched",
                 source=source.name,

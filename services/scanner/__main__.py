@@ -71,7 +71,7 @@ async def main(settings: ScannerSettings) -> None:
             background=[
                 *(runner.run for runner in runners),
                 *(runner.run for runner in part_runners),
-                lambda: announce(scans, opened.events, CHANGED, _changed),
+                lambda: announce(KIND, scans, opened.events, CHANGED, _changed),
             ],
         )
 

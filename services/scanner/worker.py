@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -35,7 +35,8 @@ from services.core.models import catalogue, stored, weights
 from services.core.runtime import Runtime
 from services.core.state import Table
 from services.core.store import Packs
-from services.scanner import dataset, examined, pipeline, plan, report, rules, secrets, snapshot, text
+from services.core.telemetry import tracing
+from services.scanner import dataset, examined, figures, pipeline, plan, report, rules, secrets, snapshot, text
 from services.scanner.config import ScannerSettings
 from services.scanner.loss import FileLoss, Threshold
 from services.scanner.loss_cache import LossCache
@@ -99,12 +100,15 @@ class ScanWorker:
         manifest = await snapshot.manifest(self._runtime.artifacts, context.job.snapshot)
         settled, unknown = rules.of_scan(context.job, manifest, default_model=self._settings.scanner_model)
         began = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="codegraft-scan-") as name:
+        with _stage("1"), tempfile.TemporaryDirectory(prefix="codegraft-scan-") as name:
             entries = await self._stage1(context, parts, manifest.file_count, settled, Path(name))
         between = time.monotonic()
-        stage2 = await self._stage2(context, parts, entries, settled) if settled.loss_filter else Stage2()
+        stage2 = Stage2()
+        if settled.loss_filter:
+            with _stage("2"):
+                stage2 = await self._stage2(context, parts, entries, settled)
         ended = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="codegraft-scan-") as name:
+        with _stage("3"), tempfile.TemporaryDirectory(prefix="codegraft-scan-") as name:
             folder = Path(name)
             verdicts = await self._store_verdicts(context, pipeline.conclude(entries, settled), folder)
             summary = report.summarize(
@@ -126,6 +130,8 @@ class ScanWorker:
                 scan.verdicts = context.name
 
             await context.update(fill)
+            for reason, count in summary.reasons.items():
+                figures.FILES.labels(reason).inc(count.files)
             if not summary.train.files:
                 raise EmptyDataset(
                     f"none of the {summary.file_count} files was accepted for training",
@@ -309,6 +315,12 @@ class ScanWorker:
             return secrets.finder(self._settings.cache_dir).redacted(content) if entry.redacted else content
 
         return read
+
+
+@contextlib.contextmanager
+def _stage(number: str) -> Iterator[None]:
+    with tracing.span(f"scan stage {number}"), figures.STAGE_SECONDS.labels(number).time():
+        yield
 
 
 async def verdicts_file(runtime: Runtime, scan: str) -> Path:

@@ -59,7 +59,7 @@ class Trainer:
         ]
         self.background: Sequence[Background] = [
             *(runner.run for runner in runners),
-            lambda: announce(tables.runs, runtime.events, CHANGED, _changed),
+            lambda: announce(KIND, tables.runs, runtime.events, CHANGED, _changed),
         ]
         self.services: Sequence[Registration] = [
             (

@@ -6,8 +6,6 @@ import copy
 from pathlib import Path
 from types import TracebackType
 
-import grpc
-
 from services.client.access import NONE, Access
 from services.client.addresses import Addresses
 from services.client.aio.access import Audit, Keys
@@ -18,7 +16,7 @@ from services.client.aio.inference import Completions, Serving
 from services.client.aio.ingest import Credentials, Projects, Snapshots, Sources
 from services.client.aio.scanner import Datasets, Scans
 from services.client.aio.trainer import Models, Runs
-from services.client.streams import blocking_channel
+from services.client.streams import blocking_channel, channel_async
 from services.core.rpc import client as rpc
 
 
@@ -60,9 +58,7 @@ class AsyncCodegraft:
         self._timeout, self._key = timeout, access.key
         certificates = access.tls.credentials() if access.tls else None
         self._channels = [
-            grpc.aio.insecure_channel(rpc.target(address), options=rpc.OPTIONS)
-            if certificates is None
-            else grpc.aio.secure_channel(rpc.target(address), certificates, options=rpc.OPTIONS)
+            channel_async(rpc.target(address), certificates)
             for address in (addresses.ingest, addresses.scanner, addresses.trainer, addresses.inference)
         ]
         # Uploads go over the blocking library in both clients: services/client/streams.py says why.

@@ -7,8 +7,6 @@ import copy
 from pathlib import Path
 from types import TracebackType
 
-import grpc
-
 from services.client.access import NONE, Access
 from services.client.addresses import Addresses
 from services.client.blocking.access import Audit, Keys
@@ -61,9 +59,7 @@ class Codegraft:
         self._timeout, self._key = timeout, access.key
         certificates = access.tls.credentials() if access.tls else None
         self._channels = [
-            grpc.insecure_channel(rpc.target(address), options=rpc.OPTIONS)
-            if certificates is None
-            else grpc.secure_channel(rpc.target(address), certificates, options=rpc.OPTIONS)
+            blocking_channel(rpc.target(address), certificates)
             for address in (addresses.ingest, addresses.scanner, addresses.trainer, addresses.inference)
         ]
         # Uploads go over the blocking library in both clients: services/client/streams.py says why.

@@ -7,10 +7,11 @@ from collections import deque
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 
-import structlog
 from google.protobuf.message import Message
 
+from services.core import log
 from services.core.events.bus import Event, check_type
+from services.core.telemetry import tracing
 
 
 class MemoryBus:
@@ -29,7 +30,6 @@ class MemoryBus:
         self._grown = asyncio.Condition()
 
     async def publish(self, type: str, subject: str, data: Message, *, id: str) -> None:
-        context = structlog.contextvars.get_contextvars()
         event = Event(
             id=id,
             type=check_type(type),
@@ -37,8 +37,8 @@ class MemoryBus:
             subject=subject,
             time=datetime.now(UTC),
             data=data.SerializeToString(),
-            request_id=str(context.get("request_id", "")),
-            traceparent=str(context.get("traceparent", "")),
+            request_id=log.request_id(),
+            traceparent=tracing.traceparent(),
         )
         if id not in self._ids:
             self._ids.add(id)

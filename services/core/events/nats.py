@@ -9,17 +9,18 @@ from datetime import UTC, datetime, timedelta
 from urllib.parse import quote, unquote
 
 import nats.errors
-import structlog
 from google.protobuf.message import Message
 from nats.aio.msg import Msg
 from nats.js import api
 from nats.js.client import JetStreamContext
+from opentelemetry.trace import SpanKind
 
 from services.core import errors, log
 from services.core.backoff import Backoff
 from services.core.events.bus import PREFIX, Event, check_type
 from services.core.nats_connection import NatsConnection, translated
 from services.core.nats_reader import Interrupted, OrderedReader
+from services.core.telemetry import figures, tracing
 
 STREAM = "EVENTS"
 KEPT = timedelta(days=7)
@@ -49,7 +50,6 @@ class NatsBus:
         self._ready = False
 
     async def publish(self, type: str, subject: str, data: Message, *, id: str) -> None:
-        context = structlog.contextvars.get_contextvars()
         attributes = {
             "specversion": "1.0",
             "id": id,
@@ -59,15 +59,20 @@ class NatsBus:
             "time": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
             "datacontenttype": "application/protobuf",
             "dataschema": data.DESCRIPTOR.full_name,
-            "requestid": str(context.get("request_id", "")),
-            "traceparent": str(context.get("traceparent", "")),
+            "requestid": log.request_id(),
         }
+        await self._ensure()
+        with tracing.span(f"publish {type}", SpanKind.PRODUCER, attributes={"codegraft.subject": subject}):
+            attributes["traceparent"] = tracing.traceparent()
+            await self._send(type, data, attributes)
+
+    async def _send(self, type: str, data: Message, attributes: dict[str, str]) -> None:
         headers = {f"ce-{key}": quote(value, safe=_PRINTABLE) for key, value in attributes.items() if value}
         headers[api.Header.MSG_ID] = headers["ce-id"]
-        await self._ensure()
         try:
             with translated(f"publish {type}"):
                 await self._connection.js.publish(type, data.SerializeToString(), headers=headers)
+            figures.EVENTS.labels(type).inc()
         except errors.StateUnavailable:
             self._ready = False  # the stream may be gone: the next use makes it anew
             raise

@@ -38,6 +38,7 @@ class JobContext(Generic[M]):
             shuts down. The handler then raises JobCancelled; which of them it was, the runner knows.
         pausing: whether it should stop because of a pause, so that another attempt will go on from here.
         lost: whether the job is in other hands by now.
+        outcome: the state to which this attempt has brought it, in a word; LOST while, or when, that is none.
     """
 
     def __init__(self, table: Table[M], job: M, name: str) -> None:
@@ -47,6 +48,7 @@ class JobContext(Generic[M]):
         self.cancelled = asyncio.Event()
         self.pausing = False
         self.lost = False
+        self.outcome = "LOST"
         self._table = table
         self._rate = RateEstimate()
         self._pending: Progress | None = None

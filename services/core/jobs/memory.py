@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 from services.core.jobs.queue import ACK_WAIT
+from services.core.telemetry import tracing
 
 
 @dataclass
@@ -18,6 +19,7 @@ class _Item:
     visible_at: float
     """Event loop time from which it may be handed out."""
     order: int
+    traceparent: str
     attempts: int = 0
 
 
@@ -34,7 +36,7 @@ class MemoryQueue:
 
     async def submit(self, kind: str, name: str) -> None:
         if (kind, name) not in self._items:
-            self._items[kind, name] = _Item(kind, name, _now(), next(self._order))
+            self._items[kind, name] = _Item(kind, name, _now(), next(self._order), tracing.traceparent())
             self._wake()
 
     async def take(self, kind: str, timeout: float) -> MemoryDelivery | None:  # noqa: ASYNC109
@@ -82,6 +84,10 @@ class MemoryDelivery:
     @property
     def name(self) -> str:
         return self._item.name
+
+    @property
+    def traceparent(self) -> str:
+        return self._item.traceparent
 
     async def ack(self) -> None:
         self._queue.remove(self._item)

@@ -23,6 +23,7 @@ from services.core import errors
 from services.core.jobs.queue import ACK_WAIT
 from services.core.nats_connection import NatsConnection, translated
 from services.core.state.nats import decode, encode
+from services.core.telemetry import tracing
 
 STREAM = "JOBS"
 DEAD_STREAM = "JOBS_DEAD"
@@ -58,7 +59,9 @@ class NatsQueue:
             # Where there is no worker, and so nobody else has made it: what scales workers from none looks at its lag.
             await self._ensure_consumer(kind)
             with translated(f"queue {name}"):
-                await self._connection.js.publish(f"jobs.{kind}.{encode(name)}", name.encode())
+                trace = tracing.traceparent()
+                headers = {tracing.HEADER: trace} if trace else None
+                await self._connection.js.publish(f"jobs.{kind}.{encode(name)}", name.encode(), headers=headers)
         except errors.StateUnavailable as error:
             if isinstance(error.__cause__, nats.js.errors.APIError) and error.__cause__.err_code == _SUBJECT_FULL:
                 return
@@ -151,6 +154,10 @@ class NatsDelivery:
     @property
     def name(self) -> str:
         return decode(self._msg.subject.split(".", 2)[2])
+
+    @property
+    def traceparent(self) -> str:
+        return (self._msg.headers or {}).get(tracing.HEADER, "")
 
     @property
     def attempt(self) -> int:

@@ -19,11 +19,14 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import NoReturn
 
+from opentelemetry.trace import SpanKind
+
 from services.core import log
 from services.core.backoff import Backoff
 from services.core.errors import CodegraftError, InternalError, JobCancelled, by_reason
 from services.core.jobs.queue import ACK_WAIT, Delivery, JobQueue
 from services.core.store import ObjectStore
+from services.core.telemetry import figures, tracing
 
 TAKE_SECONDS = 5.0
 MAX_ATTEMPTS = 3
@@ -159,9 +162,15 @@ class PartRunner:
                 return
             beating = asyncio.create_task(_beat(delivery))
             try:
-                result = await self._make(delivery.name)
-                if result is not None:
-                    await self._store.put(delivery.name, result, if_absent=True)
+                with (
+                    figures.timed_part(self._kind),
+                    tracing.span(
+                        self._kind, SpanKind.CONSUMER, delivery.traceparent, {"codegraft.part": delivery.name}
+                    ),
+                ):
+                    result = await self._make(delivery.name)
+                    if result is not None:
+                        await self._store.put(delivery.name, result, if_absent=True)
                 await delivery.ack()
             except JobCancelled:
                 await delivery.ack()
@@ -191,6 +200,7 @@ class PartRunner:
         said = {"reason": told.reason, "message": told.message, "hint": told.hint}
         await self._store.put(delivery.name + FAILED, json.dumps(said).encode())
         await delivery.dead_letter(f"{told.reason}: {told.message}")
+        figures.DEAD.labels(self._kind).inc()
 
 
 async def _beat(delivery: Delivery) -> None:

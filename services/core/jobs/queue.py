@@ -25,6 +25,11 @@ class Delivery(Protocol):
         """How often the job was handed out since it was submitted, this time included."""
         ...
 
+    @property
+    def traceparent(self) -> str:
+        """W3C trace context of what submitted the job; empty when that was not traced."""
+        ...
+
     async def ack(self) -> None:
         """Takes the job off the queue."""
         ...

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Generic, NoReturn, TypeVar
 
 from google.protobuf.message import Message
+from opentelemetry.trace import SpanKind
 
 from codegraft.common.v1.job_pb2 import (
     JOB_STATE_CANCELLED,
@@ -35,6 +37,7 @@ from services.core.jobs.context import JobContext
 from services.core.jobs.queue import Delivery, JobQueue
 from services.core.jobs.states import advance, claim, lease_expired, lease_left, renew, status_of
 from services.core.state.table import Table
+from services.core.telemetry import figures, tracing
 
 TAKE_SECONDS = 5.0
 SHUTDOWN_SECONDS = 5.0
@@ -124,7 +127,16 @@ class JobRunner(Generic[M]):
         with log.bound(job=delivery.name):
             job = await self._claim(delivery)
             if job is not None:
-                await self._attempt(JobContext(self._table, job, delivery.name), delivery)
+                await self._traced(JobContext(self._table, job, delivery.name), delivery)
+
+    async def _traced(self, context: JobContext[M], delivery: Delivery) -> None:
+        began = time.monotonic()
+        about: tracing.Attributes = {"codegraft.job": context.name, "codegraft.epoch": context.epoch}
+        try:
+            with tracing.span(self._kind, SpanKind.CONSUMER, delivery.traceparent, about):
+                await self._attempt(context, delivery)
+        finally:
+            figures.ATTEMPT_SECONDS.labels(self._kind, context.outcome).observe(time.monotonic() - began)
 
     # --- claiming ---------------------------------------------------------------------------------------------------
 
@@ -150,10 +162,14 @@ class JobRunner(Generic[M]):
             return job
         if status.state == JOB_STATE_FAILED:
             logger.error("job given up", kind=self._kind, why=status.failure.message)
-            await delivery.dead_letter(status.failure.message)
+            await self._bury(delivery, status.failure.message)
         else:
             await self._acknowledge(delivery)
         return None
+
+    async def _bury(self, delivery: Delivery, why: str) -> None:
+        await delivery.dead_letter(why)
+        figures.DEAD.labels(self._kind).inc()
 
     async def _acknowledge(self, delivery: Delivery) -> None:
         """Takes the message of a job that needs no worker off the queue. A job that was resumed at that very moment
@@ -255,6 +271,9 @@ class JobRunner(Generic[M]):
             return
         status = status_of(job)
         state = JobState.Name(status.state)
+        context.outcome = state.removeprefix("JOB_STATE_")
+        if error is not None:
+            tracing.failed(error)
         if error is None:
             logger.info("job ended", state=state, attempt=status.attempt)
         else:
@@ -263,7 +282,7 @@ class JobRunner(Generic[M]):
         if status.state == JOB_STATE_QUEUED:
             await delivery.nak(0.0 if context.pausing else self._retry.delay(status.attempt - 1))
         elif status.state == JOB_STATE_FAILED and not _is_callers_fault(error):
-            await delivery.dead_letter(f"{status.failure.reason}: {status.failure.message}")
+            await self._bury(delivery, f"{status.failure.reason}: {status.failure.message}")
         else:
             await self._acknowledge(delivery)
 
@@ -291,6 +310,7 @@ class JobRunner(Generic[M]):
 
         if not context.lost:
             await context.update(requeue)
+            context.outcome = "QUEUED"
             await delivery.nak()
             logger.info("job given back at shutdown", kind=self._kind, epoch=context.epoch)
 

@@ -11,16 +11,15 @@ import secrets
 import time
 from contextvars import ContextVar
 
+from services.core.telemetry import tracing
+
 REQUEST_ID = "x-request-id"
 AUTHORIZATION = "authorization"
-TRACEPARENT = "traceparent"
-"""W3C trace context, https://www.w3.org/TR/trace-context/."""
+TRACEPARENT = tracing.HEADER
 
-_TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
-traceparent: ContextVar[str] = ContextVar("traceparent", default="")
 authorization: ContextVar[str] = ContextVar("authorization", default="")
 """Credentials of the person for whom calls are made, where somebody else checks them: only the gateway sets it."""
 _deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
@@ -52,7 +51,7 @@ def outgoing() -> tuple[tuple[str, str | bytes], ...]:
     """Metadata for calls made now: request id, trace and credentials of the call being served; empty outside of one."""
     values = (
         (REQUEST_ID, request_id.get()),
-        (TRACEPARENT, traceparent.get()),
+        (TRACEPARENT, tracing.traceparent()),
         (AUTHORIZATION, authorization.get()),
     )
     return tuple((key, value) for key, value in values if value)
@@ -61,17 +60,3 @@ def outgoing() -> tuple[tuple[str, str | bytes], ...]:
 def accept_request_id(given: str) -> str:
     """The caller's request id when it is short and printable, else a new one (log lines must stay harmless)."""
     return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
-
-
-def accept_traceparent(given: str) -> str:
-    """The caller's trace and its flags, continued by a span of ours; a new sampled trace when there is none."""
-    match = _TRACEPARENT.fullmatch(given)
-    # The specification calls a trace or a parent of zeros invalid.
-    if match is None or not int(match[1], 16) or not int(match[2], 16):
-        return f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01"
-    return f"00-{match[1]}-{secrets.token_hex(8)}-{match[3]}"
-
-
-def trace_id() -> str:
-    """Trace id of the call being served; empty outside of one."""
-    return traceparent.get()[3:35]

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TypeAlias
 import grpc
 import structlog
 from grpc_status import rpc_status
+from opentelemetry.trace import SpanKind
 
 from services.core import log
 from services.core.audit.calls import Audit
@@ -21,6 +22,7 @@ from services.core.auth.gate import Gate
 from services.core.errors import CodegraftError, InternalError, ShuttingDown
 from services.core.rpc import context as call_context
 from services.core.rpc.status import grpc_code, to_status
+from services.core.telemetry import figures, tracing
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -172,12 +174,16 @@ class _Call:
         self.began = time.monotonic()
         self.request_id = call_context.accept_request_id(str(metadata.get(call_context.REQUEST_ID, "")))
         call_context.request_id.set(self.request_id)
-        call_context.traceparent.set(call_context.accept_traceparent(str(metadata.get(call_context.TRACEPARENT, ""))))
         call_context.set_deadline(context.time_remaining())
-        # For every log line and every event that comes of the call.
-        structlog.contextvars.bind_contextvars(
-            request_id=self.request_id, trace_id=call_context.trace_id(), traceparent=call_context.traceparent.get()
+        self._span = tracing.begin(
+            method.lstrip("/"),
+            SpanKind.SERVER,
+            str(metadata.get(call_context.TRACEPARENT, "")),
+            {"rpc.system.name": "grpc", "rpc.method": method.lstrip("/"), "codegraft.request_id": self.request_id},
         )
+        tracing.enter(self._span)
+        # For every log line and every event that comes of the call.
+        structlog.contextvars.bind_contextvars(request_id=self.request_id)
         self._identity = ((call_context.REQUEST_ID, self.request_id),)
         context.set_trailing_metadata(self._identity)
 
@@ -202,12 +208,18 @@ class _Call:
         await self._entry.end(code.name, reason, self.request_id)
 
     def ended(self, code: grpc.StatusCode | None = None, reason: str = "", message: str = "") -> None:
-        """The call's one log line; without a code, the one that the handler set, else OK."""
+        """The call's one log line, its figures and the end of its span; without a code, the one that the handler set,
+        else OK."""
         given: Any = code or self.context.code()  # a number after set_code, whatever its type says
         code = given if isinstance(given, grpc.StatusCode) else _CODES.get(given or 0, grpc.StatusCode.UNKNOWN)
-        tell = logger.info if not self.method.startswith(_QUIET) else logger.debug
+        is_quiet, seconds = self.method.startswith(_QUIET), time.monotonic() - self.began
+        tell = logger.debug if is_quiet else logger.info
         details = {"reason": reason, "error": message} if reason else {}
-        tell("call", method=self.method, code=code.name, seconds=round(time.monotonic() - self.began, 4), **details)
+        tell("call", method=self.method, code=code.name, seconds=round(seconds, 4), **details)
+        if not is_quiet:
+            figures.RPC_SECONDS.labels(self.method.lstrip("/"), code.name).observe(seconds)
+        self._span.set_attribute("rpc.response.status_code", code.name)
+        tracing.end(self._span, reason="" if code is grpc.StatusCode.OK else reason or code.name)
 
     def cancelled(self) -> None:
         """The log line of a call whose caller went away or whose deadline passed."""

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 
 from services.core.errors import ResourceExists, RevisionMismatch
 from services.core.state.store import Entry, check_key, covers
+from services.core.telemetry import tracing
 
 
 class MemoryState:
@@ -61,7 +62,7 @@ class MemoryState:
 
     def _write(self, key: str, value: bytes | None) -> int:
         self._revision += 1
-        entry = self._entries[key] = Entry(key, value, self._revision)
+        entry = self._entries[key] = Entry(key, value, self._revision, tracing.traceparent())
         for changes in self._watchers:
             changes.put_nowait(entry)
         return self._revision

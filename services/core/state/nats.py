@@ -21,6 +21,7 @@ from services.core.backoff import Backoff
 from services.core.nats_connection import STREAM_EXISTS, NatsConnection, translated
 from services.core.nats_reader import Interrupted, OrderedReader
 from services.core.state.store import Entry, check_key
+from services.core.telemetry import tracing
 
 RECONCILE_SECONDS = 120.0
 """A watch is begun anew this often, behind the last revision it saw, whether it seems healthy or not."""
@@ -58,8 +59,10 @@ class NatsState:
         subject = encode(key)
         with self._using(f"create {key}"):
             try:
-                return await (await self._kv()).create(subject, value)
+                return await self._put(subject, value, 0)
             except nats.js.errors.KeyWrongLastSequenceError:
+                if (deleted := await self._tombstone(subject)) is not None:
+                    return await self._put(subject, value, deleted)
                 raise errors.ResourceExists(f"{key} exists already", field="name", hint="Choose another id.") from None
 
     async def update(self, key: str, value: bytes, revision: int) -> int:
@@ -68,7 +71,7 @@ class NatsState:
         subject = encode(key)
         with self._using(f"write {key}"):
             try:
-                return await (await self._kv()).update(subject, value, last=revision)
+                return await self._put(subject, value, revision)
             except nats.js.errors.KeyWrongLastSequenceError:
                 raise _mismatch(key, revision) from None
 
@@ -162,6 +165,27 @@ class NatsState:
                 self._opened = await self._connection.js.key_value(self._bucket)
         return self._opened
 
+    async def _put(self, subject: str, value: bytes, last: int) -> int:
+        """What KeyValue.update does, with the trace beside it: who watches the key goes on with it."""
+        await self._kv()
+        headers: dict[str, str] = {api.Header.EXPECTED_LAST_SUBJECT_SEQUENCE.value: str(last)}
+        if trace := tracing.traceparent():
+            headers[tracing.HEADER] = trace
+        try:
+            return (await self._connection.js.publish(self._subject + subject, value, headers=headers)).seq
+        except nats.js.errors.APIError as error:
+            if error.err_code in _WRONG_REVISION:
+                raise nats.js.errors.KeyWrongLastSequenceError(description=error.description) from None
+            raise
+
+    async def _tombstone(self, subject: str) -> int | None:
+        """Revision at which a key was deleted; None when it was not."""
+        try:
+            await (await self._kv()).get(subject)
+        except nats.js.errors.KeyNotFoundError as missing:
+            return missing.entry.revision if missing.entry is not None else None
+        return None
+
     async def _last_revision(self) -> int:
         return (await self._connection.js.stream_info(self._stream)).state.last_seq
 
@@ -184,7 +208,7 @@ class NatsState:
         headers = msg.headers or {}
         gone = headers.get(KV_OP) in ("DEL", "PURGE") or KV_MARKER_REASON in headers
         key = decode(msg.subject.removeprefix(self._subject))
-        return Entry(key, None if gone else msg.data, msg.metadata.sequence.stream)
+        return Entry(key, None if gone else msg.data, msg.metadata.sequence.stream, headers.get(tracing.HEADER, ""))
 
 
 def encode(key: str) -> str:

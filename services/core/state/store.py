@@ -21,6 +21,8 @@ class Entry:
     """None once the key was deleted."""
     revision: int
     """Grows with every write to the bucket, so a key's own revisions grow, too."""
+    traceparent: str = ""
+    """W3C trace context of what wrote it, in entries of a watch; empty when nothing did that was traced."""
 
 
 class StateStore(Protocol):

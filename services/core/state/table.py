@@ -7,6 +7,7 @@ import base64
 import binascii
 import json
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Generic, TypeVar, cast
 
@@ -32,6 +33,17 @@ _TRIES = 50
 _WAITS = Backoff(first=timedelta(milliseconds=2), longest=timedelta(milliseconds=100))
 
 M = TypeVar("M", bound=Message)
+
+
+@dataclass(frozen=True, slots=True)
+class Change(Generic[M]):
+    """A record as it came to be."""
+
+    name: str
+    message: M | None
+    """None once it was deleted."""
+    traceparent: str
+    """W3C trace context of what wrote it."""
 
 
 class Table(Generic[M]):
@@ -183,11 +195,11 @@ class Table(Generic[M]):
                 return
             yield self._message(entry)
 
-    async def watch_all(self, prefix: str = "") -> AsyncIterator[M]:
-        """Every record under the prefix, then each newer state of any of them, without end."""
+    async def follow(self, prefix: str = "") -> AsyncIterator[Change[M]]:
+        """Every record under the prefix, then each newer state of any of them and each deletion, without end."""
         async for entry in self._store.watch(self._root + prefix):
-            if entry.value is not None:
-                yield self._message(entry)
+            message = self._message(entry) if entry.value is not None else None
+            yield Change(entry.key.removeprefix(self._root), message, entry.traceparent)
 
     async def _entry(self, name: str) -> Entry:
         entry = await self._store.get(self._root + name)

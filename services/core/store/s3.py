@@ -25,6 +25,7 @@ from urllib3.exceptions import HTTPError
 from services.core.backoff import Backoff
 from services.core.errors import CodegraftError, InvalidArgument, ObjectNotFound, StoreUnavailable
 from services.core.store.store import StoredObject
+from services.core.telemetry import figures
 
 PART_SIZE = 16 * 1024 * 1024
 """Bytes per part of a multipart upload, which is also what one upload holds in memory."""
@@ -168,10 +169,17 @@ class S3Store:
 
     def _guarded(self, call: Callable[..., Result], *args: object) -> Result:
         try:
-            return call(*args)
+            with figures.STORE_SECONDS.time():
+                return call(*args)
+        except StoreUnavailable as error:
+            figures.STORE_ERRORS.labels(error.reason).inc()
+            raise
         except (MinioException, HTTPError, ValueError, ParseError) as error:
+            told = self._translate(error)
+            if not isinstance(told, ObjectNotFound):
+                figures.STORE_ERRORS.labels(told.reason).inc()
             # Without its cause: a trace of urllib3's insides tells nobody anything, and may hold a signed URL.
-            raise self._translate(error) from None
+            raise told from None
 
     def _put_stream(self, key: str, stream: BinaryIO, length: int) -> None:
         # One part after the other: parallelism comes from our own bounded pool, not from minio's pool per upload.

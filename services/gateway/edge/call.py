@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import structlog
+from opentelemetry.trace import SpanKind
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -14,11 +15,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from services.core import log
 from services.core.errors import CodegraftError, InternalError
 from services.core.rpc import context as call_context
+from services.core.telemetry import tracing
 from services.gateway.config import GatewaySettings
 from services.gateway.edge import problems
 from services.gateway.edge.attending import ClientGone
 from services.gateway.edge.guard import Guard
 from services.gateway.edge.problems import Refused
+from services.gateway.figures import HTTP_SECONDS
 
 _HEADERS = {
     "x-content-type-options": "nosniff",
@@ -52,11 +55,11 @@ class Edge:
         """Serves one request."""
         if scope["type"] != "http":
             return
-        call, headers = _Call(scope, receive, send), Headers(scope=scope)
+        call, headers = _Call({**scope, "app": self}, receive, send), Headers(scope=scope)
         call_context.request_id.set(call.request_id)
-        call_context.traceparent.set(call_context.accept_traceparent(headers.get(call_context.TRACEPARENT, "")))
+        tracing.enter(call.span)
         call_context.set_deadline(self._timeout)
-        structlog.contextvars.bind_contextvars(request_id=call.request_id, trace_id=call_context.trace_id())
+        structlog.contextvars.bind_contextvars(request_id=call.request_id)
         self._running += 1
         try:
             if self._running > self._most:
@@ -64,7 +67,7 @@ class Edge:
             self._guard.check(headers)
             call_context.authorization.set(_credentials(headers.get("authorization", "")))
             # With an "app" the router raises for what it cannot route; without it would answer in a shape of its own.
-            await self._app({**scope, "app": self}, call.receive, call.send)
+            await self._app(call.scope, call.receive, call.send)
         except ClientGone:
             call.status = _CLIENT_GONE
         except HTTPException as error:  # no such route, or not with this method
@@ -88,10 +91,12 @@ class _Call:
     """One request on its way."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._scope, self._receive, self._send = scope, receive, send
+        self.scope, self._receive, self._send = scope, receive, send
         self._began, self._reason = time.monotonic(), ""
         headers = Headers(scope=scope)
         self.request_id = call_context.accept_request_id(headers.get(call_context.REQUEST_ID, ""))
+        given = headers.get(call_context.TRACEPARENT, "")
+        self.span = tracing.begin(scope["method"], SpanKind.SERVER, given, {"http.request.method": scope["method"]})
         self._is_unread = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
         self.status = 0
         """HTTP's; 0 until the response has begun."""
@@ -122,15 +127,20 @@ class _Call:
             return
         response = problems.response(error)
         response.headers.update(headers or {})
-        await response(self._scope, self.receive, self.send)
+        await response(self.scope, self.receive, self.send)
 
     def ended(self) -> None:
-        """The one log line."""
-        path: str = self._scope["path"]
+        """The one log line, the figures, and the end of the span."""
+        path: str = self.scope["path"]
         tell = _logger.debug if path in _QUIET else _logger.info
         details: dict[str, Any] = {"reason": self._reason} if self._reason else {}
-        seconds = round(time.monotonic() - self._began, 4)
-        tell("request", method=self._scope["method"], path=path[:200], status=self.status, seconds=seconds, **details)
+        method, seconds = self.scope["method"], time.monotonic() - self._began
+        tell("request", method=method, path=path[:200], status=self.status, seconds=round(seconds, 4), **details)
+        if path not in _QUIET:
+            operation = getattr(self.scope.get("endpoint"), "__name__", "none")  # as the router has noted it
+            HTTP_SECONDS.labels(operation, str(self.status)).observe(seconds)
+        self.span.set_attribute("http.response.status_code", self.status)
+        tracing.end(self.span, reason=self._reason if self.status >= 500 else "")
 
 
 def _credentials(header: str) -> str:

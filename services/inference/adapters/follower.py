@@ -29,6 +29,7 @@ from services.core.backoff import Backoff
 from services.core.errors import BaseModelMismatch, CheckpointNotFound, CodegraftError, StoreUnavailable
 from services.core.events import Event, EventBus
 from services.core.state import Table
+from services.core.telemetry import tracing
 from services.inference.adapters.bests import Bests
 from services.inference.adapters.holds import Holds
 from services.inference.adapters.loader import Device, Loaded, Loader
@@ -96,6 +97,11 @@ class Follower:
         """Adapters can be staged from now on."""
         if not self._device.done():
             self._device.set_result(device)
+
+    @property
+    def standings(self) -> Standings:
+        """How this replica stands to the policies of all projects."""
+        return self._standings
 
     def standing(self, project: str) -> Standing:
         """How this replica stands to a project's policy."""
@@ -226,11 +232,13 @@ class Follower:
     # --- what happens by itself ---
 
     async def _follow_policies(self) -> None:
-        async for serving in self._table.watch_all():
-            self._spawn(self._policy_changed(serving, time.monotonic()))
+        async for change in self._table.follow():
+            if change.message is not None:
+                self._spawn(self._policy_changed(change.message, time.monotonic(), change.traceparent))
 
-    async def _policy_changed(self, serving: Serving, began: float) -> None:
+    async def _policy_changed(self, serving: Serving, began: float, traceparent: str) -> None:
         project = names.project_of(serving.name)
+        tracing.join(traceparent)
         async with self._locks[project]:
             self._standings.see(serving, project)
             await self._converge(project, began)
@@ -238,7 +246,7 @@ class Follower:
     async def _follow_bests(self) -> None:
         async for event in self._events.subscribe(BEST):
             if best := _announced(event):
-                self._spawn(self._refresh(names.project_of(best.checkpoint), best))
+                self._spawn(self._refresh(names.project_of(best.checkpoint), best, event.traceparent))
 
     async def _reconcile_always(self) -> None:
         while True:
@@ -247,8 +255,9 @@ class Follower:
                 if self._standings[project].serving and not self._locks[project].locked():
                     await _logged(self._refresh(project))
 
-    async def _refresh(self, project: str, announced: Best | None = None) -> None:
+    async def _refresh(self, project: str, announced: Best | None = None, traceparent: str = "") -> None:
         """Asks again what is wanted, and converges to it."""
+        tracing.join(traceparent)
         began = time.monotonic()
         async with self._locks[project]:
             ready: Loaded | None = None

@@ -19,6 +19,7 @@ from codegraft.event.v1.events_pb2 import SwapPhases
 from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest
 from services.core.errors import AdapterRejected, CodegraftError, DigestMismatch, ObjectNotFound, ResourceExhausted
 from services.core.models.adapter_files import CONFIG, WEIGHTS
+from services.core.telemetry import tracing
 from services.inference.adapters import verify
 from services.inference.adapters.disk import DiskCache
 from services.inference.adapters.host import HostCache, Verified
@@ -186,6 +187,7 @@ def _strange_files(checkpoint: str) -> Iterator[None]:
 def _timed(phases: SwapPhases, phase: str) -> Iterator[None]:
     began = time.monotonic()
     try:
-        yield
+        with tracing.span(f"adapter {phase}"):
+            yield
     finally:
         setattr(phases, phase, getattr(phases, phase) + time.monotonic() - began)

@@ -212,6 +212,11 @@ class Registry:
         with self._lock:
             return {sha256: count for (owner, sha256), count in self._streams.items() if owner == project}
 
+    def all_streams(self) -> dict[tuple[str, str], int]:
+        """Running streams by project and SHA-256."""
+        with self._lock:
+            return dict(self._streams)
+
     def holdings(self) -> list[Holding]:
         """All staged versions, by checkpoint."""
         with self._lock:

@@ -36,6 +36,8 @@ class Standing:
     with, and the base model would be another answer than what the policy says."""
     swap_seconds: float = 0.0
     """Duration of the last swap, from noticing to serving."""
+    swap_trace: str = ""
+    """Its traceparent, until the first completion on the new version; empty while spans are not recorded."""
 
 
 class Standings:

@@ -10,6 +10,8 @@ from codegraft.event.v1.events_pb2 import SwapPhases
 from codegraft.inference.v1.serving_pb2 import SERVING_MODE_OFF, Serving
 from services.core import log
 from services.core.errors import CodegraftError, ResourceExhausted
+from services.core.telemetry import tracing
+from services.inference import figures
 from services.inference.adapters.loader import Device, Loaded, Loader
 from services.inference.adapters.news import News
 from services.inference.adapters.registry import Registry
@@ -64,6 +66,9 @@ class Swapper:
             standing.failure = None
         standing.swap_seconds = time.monotonic() - began
         checkpoint = main.checkpoint if main else ""
+        about = {"codegraft.project": project, "codegraft.checkpoint": checkpoint}
+        standing.swap_trace = tracing.took("adapter swap", standing.swap_seconds, attributes=about)
+        figures.swapped(phases, standing.swap_seconds)
         _log.info("swapped", project=project, checkpoint=checkpoint, seconds=round(standing.swap_seconds, 4))
         self._standings.notify(project)
         await self._news.swapped(project, before, now, phases, standing.swap_seconds)
@@ -71,6 +76,7 @@ class Swapper:
     async def refuse(self, project: str, checkpoint: str, sha256: str, error: CodegraftError, began: float) -> None:
         """Notes why a version does not serve. One that can never serve is not tried again; an outage passes."""
         standing = self._standings[project]
+        figures.REFUSED.labels(error.reason).inc()
         standing.failure = Failure(reason=error.reason, message=error.message, hint=error.hint)
         _log.warning("adapter refused", project=project, checkpoint=checkpoint, reason=error.reason, why=error.message)
         self._standings.notify(project)

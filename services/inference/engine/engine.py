@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 from services.core import log
 from services.core.errors import ShuttingDown
@@ -15,6 +16,7 @@ from services.inference.engine.scheduler import Limits, Scheduler, Work
 from services.inference.engine.sequence import Output, Reason, Result, Sequence
 
 _log = log.get("inference.engine")
+T = TypeVar("T")
 
 
 class StepRunner(Protocol):
@@ -99,6 +101,11 @@ class Engine:
         with self._changed:
             sequence.cancelled = sequence.cancelled or Reason.CANCELLED
             self._changed.notify()
+
+    def look(self, read: Callable[[Scheduler], T]) -> T:
+        """What a function reads of the scheduler, between two of its changes. It must be quick: the loop waits."""
+        with self._changed:
+            return read(self._scheduler)
 
     def _loop(self) -> None:
         self._runner.begin()

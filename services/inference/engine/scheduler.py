@@ -111,6 +111,7 @@ class Scheduler:
         """Tokens that were guessed."""
         self.right_tokens = 0
         """Of these, those that the model would have chosen itself."""
+        self.generated_tokens = 0
         self.preemptions = 0
         """Times that a sequence had to give up its blocks."""
 
@@ -174,6 +175,7 @@ class Scheduler:
             sequence.drafter.learn(len(item.drafts), right)
             self.drafted_tokens += len(item.drafts)
             self.right_tokens += right
+            self.generated_tokens += len(result.tokens) if result else 0
             sequence.computed = min(item.start + item.count + right, len(sequence.tokens))
             if sequence.table is not None:
                 self.blocks.commit(sequence.table, sequence.tokens, sequence.computed)

@@ -16,6 +16,7 @@ from services.core.errors import ArtifactNotFound, CheckpointNotFound
 from services.core.jobs import JobContext
 from services.core.models import catalogue, stored
 from services.core.runtime import Runtime
+from services.core.telemetry import tracing
 from services.trainer import datasets
 from services.trainer.config import TrainerSettings
 from services.trainer.datasets import Newest
@@ -68,7 +69,8 @@ class Attempt:
         await teller.tell(RunEvent(state=JOB_STATE_RUNNING))
         await context.progress(0, 0, "steps", "loading the model")
         manifest = await datasets.find(self._runtime.artifacts, newest, names.project_of(run.name), run.dataset)
-        self._folder.prepare(await self._spec(manifest))
+        with tracing.span("fetch dataset and model"):
+            self._folder.prepare(await self._spec(manifest))
         training = Training(self._runtime, self._tables, context, teller, self._states, manifest.digest, self._folder)
         ended = await training.run(self._launcher.start(self._folder, self._devices))
         if ended.why != "all steps done":

@@ -17,6 +17,7 @@ from codegraft.trainer.v1.training_pb2 import CheckpointWritten, TrainingLoaded
 from services.core.errors import ResourceExists
 from services.core.state import Table
 from services.core.store import Artifacts
+from services.trainer import figures
 from services.trainer.launch.folder import files_in
 from services.trainer.run.telling import Teller
 
@@ -138,6 +139,7 @@ class Committer:
             base_test_loss=self._teller.run.base_test_loss,
         )
         await self._teller.publish(BEST, changed, f"best-{record.step}")
+        figures.BESTS.inc()
 
 
 def _demote(checkpoint: Checkpoint) -> None:

@@ -22,6 +22,8 @@ from codegraft.trainer.v1.training_pb2 import (
 from services.core.errors import InternalError, JobCancelled
 from services.core.jobs import JobContext
 from services.core.runtime import Runtime
+from services.core.telemetry import tracing
+from services.trainer import figures
 from services.trainer.launch.folder import RunFolder
 from services.trainer.launch.launcher import Processes
 from services.trainer.planning.settings import Settings
@@ -141,8 +143,9 @@ class Training:
             return
         began = time.monotonic()
         await self._metrics.flush()
-        await self._committer.commit(written)
-        await self._states.keep(written)
+        with tracing.span("checkpoint", attributes={"codegraft.step": written.step}):
+            await self._committer.commit(written)
+            await self._states.keep(written)
         await asyncio.to_thread(self._folder.release, written)
         deleted = await delete_surplus(
             self._checkpoints, self._runtime.store, self._teller.run, self._settings.keep_checkpoints
@@ -151,6 +154,7 @@ class Training:
             steps = ", ".join(map(str, deleted))
             await self._teller.note(f"deleted the checkpoint of step {steps}: newer ones take its place")
         self._estimate.commit(time.monotonic() - began)
+        figures.COMMIT_SECONDS.observe(time.monotonic() - began)
 
     async def _progress(self, message: str) -> None:
         left = self._estimate.left(self._step, self._seconds, self._proof_seconds)
