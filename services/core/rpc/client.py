@@ -119,14 +119,13 @@ _ending: set[asyncio.Task[None]] = set()
 
 def _spanned(given: grpc.aio.ClientCallDetails) -> tuple[Span, grpc.aio.ClientCallDetails]:
     """A span of the call, and its details with that span as what the server continues."""
-    metadata = grpc.aio.Metadata(*(given.metadata or ()))
+    before = {key: value for key, value in given.metadata or ()}.get(tracing.HEADER)
+    metadata = grpc.aio.Metadata(*((key, value) for key, value in given.metadata or () if key != tracing.HEADER))
     method = given.method.decode() if isinstance(given.method, bytes) else str(given.method)
-    before = metadata.get(tracing.HEADER)
     name = method.lstrip("/")
     span = tracing.begin(
         name, SpanKind.CLIENT, str(before) if before else None, {"rpc.system.name": "grpc", "rpc.method": name}
     )
-    metadata.delete_all(tracing.HEADER)
     metadata.add(tracing.HEADER, tracing.header(span))
     timeout, credentials, wait = given.timeout, given.credentials, given.wait_for_ready
     return span, grpc.aio.ClientCallDetails(given.method, timeout, metadata, credentials, wait)

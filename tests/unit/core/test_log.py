@@ -119,6 +119,9 @@ def test_ordinary_keys_keep_their_values(lines: Lines) -> None:
         f"nats://:{SECRET}@h:4222,nats://u:{SECRET}@h:4223",
         f"Authorization: Bearer {SECRET}",
         f"authorization: basic {SECRET}",
+        f"https://s3/bucket/key?X-Amz-Algorithm=AWS4&X-Amz-Signature={SECRET}&X-Amz-Expires=60",
+        f"GET /x?a=1&access_token={SECRET} HTTP/1.1",
+        f"key cg_local-1_{SECRET}{'x' * 43}",
     ],
 )
 def test_secrets_inside_of_text(lines: Lines, text: str) -> None:
