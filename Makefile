@@ -14,7 +14,7 @@ pin = $(shell grep '^$(1)==' constraints.txt)
 # Named by what it was made from: a change of either file makes the set-up run again, nothing else does.
 STAMP := $(VENV)/.set-up-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 
-.PHONY: help setup proto proto-image demo test chaos bench fuzz sshd lint format types deploy-check clean
+.PHONY: help setup proto proto-image demo promtool test chaos bench fuzz sshd lint format types deploy-check clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,15 @@ sshd:
 	  test "$$(id -u)" = 0 || { echo "The tests need OpenSSH's server: sudo apt-get install openssh-server" >&2; exit 1; }; \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends openssh-server; } >/dev/null
 
+# The alert rules are tested by Prometheus' own tool, taken out of Debian's package: nothing is installed or started.
+promtool: setup ## Bring promtool into .venv, unless it is there
+	@PATH="$(BIN):$$PATH" command -v promtool >/dev/null || { \
+	  folder=$$(mktemp --directory); trap 'rm -rf $$folder' EXIT; \
+	  test "$$(id -u)" != 0 || apt-get update -qq; \
+	  (cd $$folder && apt-get -qq download prometheus && dpkg-deb --fsys-tarfile prometheus_*.deb | tar --extract ./usr/bin/promtool) \
+	    || { echo "The tests need promtool, of Prometheus: put it into $(BIN), or let apt-get find the package" >&2; exit 1; }; \
+	  mv $$folder/usr/bin/promtool $(BIN)/; } >/dev/null
+
 bench: proto sshd ## Benchmarks against named peers; the figures are in bench/RESULTS.md
 	@$(BIN)/python -m bench.ingest
 	@$(BIN)/python -m bench.near
@@ -64,7 +73,7 @@ FUZZ_INPUTS ?= 100000
 fuzz: proto ## Hostile inputs against every reader of ingest (FUZZ_INPUTS=100000)
 	@$(BIN)/python -m tests.hostile.fuzz --inputs $(FUZZ_INPUTS) $(ARGS)
 
-test: proto sshd ## Every test: unit, contract, chaos (short), end to end (ARGS="-k name")
+test: proto sshd promtool ## Every test: unit, contract, chaos (short), end to end (ARGS="-k name")
 	@$(BIN)/python -m pytest --quiet tests/unit tests/contract tests/chaos tests/e2e $(ARGS)
 
 CHAOS_SECONDS ?= 120
@@ -84,7 +93,7 @@ format: setup ## Let ruff put things right
 types: proto ## mypy, strict
 	$(BIN)/mypy --strict services hatch_build.py
 
-deploy-check: proto ## Images, compose and the Helm chart: linted, rendered, held against schemas; no engine, no cluster
+deploy-check: proto promtool ## Images, compose and the Helm chart: linted, rendered, held against schemas; no engine, no cluster
 	@$(BIN)/python -m pytest --quiet tests/unit/deploy $(ARGS)
 
 clean: ## Remove what the build made; .venv stays

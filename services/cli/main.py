@@ -31,6 +31,7 @@ from services.cli.demo.command import demo
 from services.cli.local.supervisor import StopRequested
 from services.cli.output import EXIT_CODES, ExitCode, err, fail
 from services.core.errors import CodegraftError
+from services.core.telemetry import tracing
 
 app = typer.Typer(
     name="codegraft",
@@ -69,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
-        app(args=arguments, prog_name="codegraft")
+        with tracing.under(os.environ.get("TRACEPARENT", "")):  # of a script that is traced as a whole
+            app(args=arguments, prog_name="codegraft")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else ExitCode.OK
     except CodegraftError as error:

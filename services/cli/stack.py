@@ -95,7 +95,14 @@ def _show(folder: DataFolder, info: StackInfo, as_json: bool) -> bool:
 def describe(folder: DataFolder, info: StackInfo, states: dict[str, str]) -> dict[str, Any]:
     """What ``--json`` prints: the services and, apart from them, the servers they stand on."""
     described = [
-        {"name": p.name, "state": states[p.name], "address": p.address, "pid": p.pid, "log": p.log}
+        {
+            "name": p.name,
+            "state": states[p.name],
+            "address": p.address,
+            "pid": p.pid,
+            "log": p.log,
+            "metrics": p.metrics,
+        }
         for p in info.processes.values()
     ]
     return {

@@ -126,12 +126,12 @@ async def connect(
 
     async def on_disconnect() -> None:
         if connection is not None and not connection.closing:
-            figures.NATS_CONNECTED.set(0)
+            figures.NATS_CONNECTED.labels(name).set(0)
             logger.warning("disconnected from NATS; reconnecting")
 
     async def on_reconnect() -> None:
         logger.info("reconnected to NATS")
-        figures.NATS_CONNECTED.set(1)
+        figures.NATS_CONNECTED.labels(name).set(1)
         if connection is not None:
             for notify in list(connection.on_reconnect):
                 notify()
@@ -167,7 +167,7 @@ async def connect(
         await asyncio.wait({connecting, failing}, timeout=patience.total_seconds(), return_when=asyncio.FIRST_COMPLETED)
         if connecting.done() and connecting.exception() is None:
             connection = NatsConnection(client, replicas)
-            figures.NATS_CONNECTED.set(1)
+            figures.NATS_CONNECTED.labels(name).set(1)
             return connection
         failure = connecting.exception() if connecting.done() else None
         cause = failures[-1] if failures else failure or client.last_error

@@ -293,7 +293,7 @@ def check(figures: Figures, model: str) -> None:
     assert of("codegraft_job_attempt_seconds_count", kind="run", outcome="SUCCEEDED") >= 1
     assert of("codegraft_part_seconds_count", kind="scan-part", outcome="MADE") >= 2
     assert of("codegraft_jobs", kind="run", state="QUEUED") == of("codegraft_jobs", kind="run", state="RUNNING") == 0
-    assert of("codegraft_nats_connected") == 1
+    assert of("codegraft_nats_connected", connection="codegraft") == 1
     assert of("codegraft_ingest_sources", state="READY") == 1
     assert of("codegraft_ingest_fetch_seconds_count", outcome="FETCHED") >= 1
     assert of("codegraft_scanner_files_total", reason="ACCEPTED") >= 10

@@ -46,6 +46,8 @@ class ProcessInfo:
     log: str
     crash: str = ""
     """How it ended by itself; empty while it runs."""
+    metrics: str = ""
+    """URL of its figures; empty where it has none."""
 
 
 @dataclass

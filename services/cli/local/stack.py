@@ -65,7 +65,8 @@ class Stack:
 
     def _start_all(self, remembered: Mapping[str, int]) -> None:
         self._folder.describe(self.info)
-        chosen = ports.choose(["nats", "s3", *SERVICES], dict(remembered))
+        wanted = ["nats", "s3", *SERVICES, *(_figures(name) for name in SERVICES)]
+        chosen = ports.choose(wanted, dict(remembered))
         self._folder.remember(chosen)
         credentials = self._folder.credentials()
         addresses = {name: f"{ports.HOST}:{port}" for name, port in chosen.items()}
@@ -101,17 +102,22 @@ class Stack:
             }
         }
         for name in SERVICES:
+            environment = (
+                gateway.environment(os.environ, {each: addresses[each] for each in SERVICES})
+                if name == gateway.NAME
+                else {**service_environment(os.environ, addresses, credentials, name), **own.get(name, {})}
+            )
+            environment["CODEGRAFT_METRICS_LISTEN"] = addresses[_figures(name)]
             self._adopt(
                 Child.start(
                     name,
                     [sys.executable, "-m", f"services.{name}"],
                     log=self._folder.log(name),
-                    env=gateway.environment(os.environ, {each: addresses[each] for each in SERVICES})
-                    if name == gateway.NAME
-                    else {**service_environment(os.environ, addresses, credentials, name), **own.get(name, {})},
+                    env=environment,
                     cwd=self._folder.root,  # not the caller's folder: it may have a package of the name `services`
                 ),
                 addresses[name],
+                f"http://{addresses[_figures(name)]}/metrics",
             )
         self._await_health(addresses)
 
@@ -149,9 +155,9 @@ class Stack:
         if not in_time:
             self._report(f"{child.name} did not stop within {GRACE.total_seconds():.0f} s and was killed")
 
-    def _adopt(self, child: Child, address: str) -> None:
+    def _adopt(self, child: Child, address: str, metrics: str = "") -> None:
         self._children[child.name] = child
-        self.info.processes[child.name] = ProcessInfo(child.name, child.pid, address, str(child.log))
+        self.info.processes[child.name] = ProcessInfo(child.name, child.pid, address, str(child.log), metrics=metrics)
         self._folder.describe(self.info)
 
     def _await_health(self, addresses: Mapping[str, str]) -> None:
@@ -175,6 +181,11 @@ class Stack:
                     hint=f"Its whole log is {child.log}.",
                 )
             time.sleep(0.05)
+
+
+def _figures(service: str) -> str:
+    """What the port of a service's figures is remembered by."""
+    return f"{service}-metrics"
 
 
 def seeds(credentials: Credentials) -> list[dict[str, str]]:

@@ -140,6 +140,7 @@ class PartRunner:
         self._queue = queue
         self._make = make
         self._retry = retry
+        figures.DEAD.labels(kind)
 
     async def run(self) -> NoReturn:
         """Takes parts until it is cancelled; outages of NATS and the store are logged and waited for."""

@@ -91,6 +91,7 @@ class JobRunner(Generic[M]):
         self._lease = lease
         self._max_attempts = max_attempts
         self._retry = retry
+        figures.DEAD.labels(kind)  # there from the start: of a figure that appears with 1, Prometheus sees no increase
 
     async def run(self) -> NoReturn:
         """Takes jobs until it is cancelled; outages of NATS are logged and waited for."""

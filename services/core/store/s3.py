@@ -83,6 +83,7 @@ class S3Store:
             secure=address.secure,
             http_client=self._http,
         )
+        figures.STORE_ERRORS.labels(StoreUnavailable.reason)  # there from the start, for Prometheus to see it grow
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="s3")
 
     async def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:

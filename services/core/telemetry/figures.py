@@ -41,7 +41,7 @@ PART_SECONDS = histogram(
 )
 
 EVENTS = counter("codegraft_events_published_total", "Events that this process published, by CloudEvents type.", "type")
-NATS_CONNECTED = gauge("codegraft_nats_connected", "Whether the process is connected to NATS.")
+NATS_CONNECTED = gauge("codegraft_nats_connected", "Whether the process is connected to NATS.", "connection")
 NATS_ERRORS = counter("codegraft_nats_errors_total", "Requests to NATS that failed or were not answered.")
 
 STORE_SECONDS = histogram(

@@ -24,7 +24,9 @@ RUNBOOKS = sorted((ROOT / "docs/runbooks").glob("*.md"))
 DOCUMENTS = [
     ROOT / "docs/operations.md",
     *RUNBOOKS,
+    ROOT / "docs/telemetry.md",
     ROOT / "deploy/README.md",
+    ROOT / "deploy/telemetry/README.md",
     ROOT / "deploy/images/README.md",
     CHART / "README.md",
 ]

@@ -96,6 +96,9 @@ trainer: 50053
 inference: 50054
 {{- end }}
 
+{{/* Where every service serves its figures. */}}
+{{- define "codegraft.metricsPort" -}}9464{{- end }}
+
 {{- define "codegraft.natsUrl" -}}
 {{- $name := include "codegraft.fullname" . }}
 {{- if .Values.nats.enabled }}

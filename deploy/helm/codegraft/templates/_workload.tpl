@@ -49,6 +49,11 @@ spec:
       labels: {{- include "codegraft.labels" . | nindent 8 }}
       annotations:
         # New settings need new processes.
+        {{- if and $root.Values.metrics.enabled (not $root.Values.metrics.podMonitor) }}
+        prometheus.io/scrape: "true"
+        prometheus.io/port: {{ include "codegraft.metricsPort" $root | quote }}
+        prometheus.io/path: /metrics
+        {{- end }}
         codegraft.dev/config: {{ include (print $root.Template.BasePath "/config.yaml") $root | sha256sum }}
     spec:
       serviceAccountName: {{ $name }}
@@ -77,6 +82,9 @@ spec:
           imagePullPolicy: {{ $root.Values.image.pullPolicy }}
           ports:
             - {name: {{ ternary "http" "grpc" $http }}, containerPort: {{ .port }}}
+            {{- if $root.Values.metrics.enabled }}
+            - {name: metrics, containerPort: {{ include "codegraft.metricsPort" $root }}}
+            {{- end }}
           envFrom:
             - configMapRef: {name: {{ include "codegraft.fullname" $root }}-addresses}
             {{- if .stores }}
