@@ -51,7 +51,7 @@ promtool: setup ## Bring promtool into .venv, unless it is there
 	@PATH="$(BIN):$$PATH" command -v promtool >/dev/null || { \
 	  folder=$$(mktemp --directory); trap 'rm -rf $$folder' EXIT; \
 	  test "$$(id -u)" != 0 || apt-get update -qq; \
-	  (cd $$folder && apt-get -qq download prometheus && dpkg-deb --fsys-tarfile prometheus_*.deb | tar --extract ./usr/bin/promtool) \
+	  (cd $$folder && apt-get -qq -o APT::Sandbox::User=root download prometheus && dpkg-deb --fsys-tarfile prometheus_*.deb | tar --extract ./usr/bin/promtool) \
 	    || { echo "The tests need promtool, of Prometheus: put it into $(BIN), or let apt-get find the package" >&2; exit 1; }; \
 	  mv $$folder/usr/bin/promtool $(BIN)/; } >/dev/null
 
