@@ -129,6 +129,7 @@ JOBS = (
     Panel("Age of the first that waits", "s", ((AGE, "{{kind}}"),)),
     Panel("Attempts that ended", "ops", rates("codegraft_job_attempt_seconds_count", "kind, outcome")),
     Panel("Parts of scans", "ops", rates("codegraft_part_seconds_count", "kind, outcome")),
+    Panel("Parts that wait", "short", total("codegraft_parts_waiting", "kind")),
     Panel("Given up", "ops", rates("codegraft_jobs_dead_total", "kind")),
     Panel("Sources", "short", most("codegraft_ingest_sources", "state")),
     Panel("Fetches", "s", p95("codegraft_ingest_fetch_seconds", "outcome", over="1h")),

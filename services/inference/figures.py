@@ -11,7 +11,9 @@ from services.inference.engine.sequence import Sequence
 _TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28)
 """Seconds between two tokens."""
 
-COMPLETIONS = counter("codegraft_inference_completions_total", "Completions that ended, by why they did.", "reason")
+COMPLETIONS = counter(
+    "codegraft_inference_completions_total", "Completions whose end was told, by why they ended.", "reason"
+)
 QUEUE_SECONDS = histogram(
     "codegraft_inference_queue_seconds", "From a completion's arrival at the engine to the begin of its first step."
 )

@@ -45,6 +45,7 @@ from services.core.jobs.states import claim, lease_expired
 from services.core.nats_connection import NatsConnection, connect
 from services.core.state import MemoryState, Table
 from services.core.state.nats import NatsState
+from services.core.telemetry import figures, tracing
 
 if TYPE_CHECKING:
     from tests.conftest import NatsServer
@@ -169,6 +170,24 @@ async def test_a_job_is_queued_once_until_it_is_off_the_queue(world: World) -> N
     await delivery.ack()
     await world.queue.submit(world.kind, NAME)
     assert (await taken(world)).name == NAME
+
+
+async def test_a_job_goes_on_with_the_trace_of_who_submitted_it(world: World) -> None:
+    trace, seen = "ab" * 16, []
+    with tracing.under(f"00-{trace}-{'cd' * 8}-01"):
+        await world.create()
+    await world.create("projects/p/runs/untraced")
+
+    async def handler(context: JobContext[Run]) -> None:
+        seen.append((context.name, tracing.traceparent()))
+
+    async with world.working(handler):
+        await world.reaches(JOB_STATE_SUCCEEDED)
+        await world.reaches(JOB_STATE_SUCCEEDED, "projects/p/runs/untraced")
+    (_, ours), (_, other) = sorted(seen)
+    assert ours.split("-")[1] == trace != other.split("-")[1]
+    assert ours.split("-")[2] != "cd" * 8
+    assert figures.ATTEMPT_SECONDS.labels(world.kind, "SUCCEEDED")._sum.get() > 0
 
 
 async def test_kinds_are_apart(world: World) -> None:
@@ -626,6 +645,7 @@ from services.core.jobs.nats import NatsQueue
 from services.core.nats_connection import connect
 from services.core.state import Table
 from services.core.state.nats import NatsState
+from services.core.telemetry import figures, tracing
 from codegraft.trainer.v1.run_pb2 import Run
 from datetime import timedelta
 

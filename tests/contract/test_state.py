@@ -18,6 +18,7 @@ from services.core import errors
 from services.core.nats_connection import NatsConnection, connect
 from services.core.state import Entry, MemoryState, StateStore, Table
 from services.core.state.nats import NatsState, decode, encode
+from services.core.telemetry import tracing
 
 if TYPE_CHECKING:
     from tests.conftest import NatsServer
@@ -153,6 +154,19 @@ async def test_watch_shows_what_is_there_then_changes(store: StateStore) -> None
     changes = await take(watched, 3)
     assert changes[:2] == [Entry("projects/p", b"2", second), Entry("projects/p/runs/r", b"3", third)]
     assert (changes[2].key, changes[2].value) == ("projects/p", None)
+    await watched.aclose()  # type: ignore[attr-defined]
+
+
+async def test_a_watch_tells_the_trace_of_what_wrote(store: StateStore) -> None:
+    first, second = "00-" + "ab" * 16 + "-" + "cd" * 8 + "-01", "00-" + "12" * 16 + "-" + "34" * 8 + "-01"
+    with tracing.under(first):
+        revision = await store.create("projects/p", b"1")
+    watched = store.watch("projects/p")
+    assert [entry.traceparent for entry in await take(watched, 1)] == [first]
+    with tracing.under(second):
+        revision = await store.update("projects/p", b"2", revision)
+    await store.update("projects/p", b"3", revision)
+    assert [entry.traceparent for entry in await take(watched, 2)] == [second, ""]
     await watched.aclose()  # type: ignore[attr-defined]
 
 

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,10 @@ def test_up_status_restart_down(data: Path) -> None:
     assert first["state"] == "ready"
     assert processes(first).keys() == NAMES
     assert {service["state"] for service in first["services"]} == {"serving"}
+
+    for service in first["services"]:
+        figures = urllib.request.urlopen(service["metrics"], timeout=10).read().decode()
+        assert f'codegraft_service_info{{service="{service["name"]}"' in figures
 
     supervisor = int((data / "lock").read_text())
     everything = tree(supervisor)

@@ -76,6 +76,19 @@ class Parts:
         for key in await self._keys(phase):
             if key.endswith(FAILED):  # an earlier attempt's: this one tries anew
                 await self._store.delete(key)
+        counted = figures.PARTS_WAITING.labels(self._kind)
+        counted.inc(count)
+        try:
+            async with contextlib.aclosing(self._made(phase, waiting, is_cancelled)) as made:
+                async for index in made:
+                    counted.dec(index is not None)
+                    yield index
+        finally:
+            counted.dec(len(waiting))
+
+    async def _made(
+        self, phase: str, waiting: dict[str, int], is_cancelled: Callable[[], bool]
+    ) -> AsyncGenerator[int | None, None]:
         submitted = -RESUBMIT_SECONDS
         pause = LOOK_FIRST
         while waiting:

@@ -36,6 +36,9 @@ OLDEST = collected(
     "kind",
 )
 DEAD = counter("codegraft_jobs_dead_total", "Jobs and parts of jobs that were given up: dead letters.", "kind")
+PARTS_WAITING = gauge(
+    "codegraft_parts_waiting", "Parts without result, of the jobs that this process puts together.", "kind"
+)
 PART_SECONDS = histogram(
     "codegraft_part_seconds", "Parts of jobs that this process made or failed to make.", "kind", "outcome"
 )

@@ -96,13 +96,6 @@ def under(parent: str) -> Iterator[None]:
         yield
 
 
-def join(parent: str) -> None:
-    """From now on spans of this task belong to one elsewhere, as with :func:`under` but to the task's end."""
-    above = _parsed(parent)
-    if above.is_valid:
-        attach(trace.set_span_in_context(NonRecordingSpan(above)))
-
-
 def failed(error: BaseException) -> None:
     """Says of the current span that it failed, though no error comes out of its block."""
     _mark(trace.get_current_span(), _reason(error))

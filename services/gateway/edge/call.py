@@ -136,9 +136,10 @@ class _Call:
         details: dict[str, Any] = {"reason": self._reason} if self._reason else {}
         method, seconds = self.scope["method"], time.monotonic() - self._began
         tell("request", method=method, path=path[:200], status=self.status, seconds=round(seconds, 4), **details)
+        operation = getattr(self.scope.get("endpoint"), "__name__", "none")  # as the router has noted it
         if path not in _QUIET:
-            operation = getattr(self.scope.get("endpoint"), "__name__", "none")  # as the router has noted it
             HTTP_SECONDS.labels(operation, str(self.status)).observe(seconds)
+        self.span.update_name(f"{method} {operation}")
         self.span.set_attribute("http.response.status_code", self.status)
         tracing.end(self.span, reason=self._reason if self.status >= 500 else "")
 

@@ -13,8 +13,10 @@ import contextvars
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Coroutine
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
+
+from opentelemetry.trace import SpanKind
 
 from codegraft.event.v1.events_pb2 import BestCheckpointChanged
 from codegraft.inference.v1.serving_pb2 import (
@@ -46,6 +48,8 @@ _RETRIES = Backoff(first=timedelta(milliseconds=500), longest=timedelta(seconds=
 _AT_ONCE = 4
 """Projects that are brought to their policies at once, beside those that somebody asks for: a cold replica of many must
 still answer."""
+_NEWS = timedelta(minutes=5)
+"""Age up to which a policy belongs to the trace of who set it."""
 _FIRST_WAIT = 3.0
 """Seconds that the first completion of a project waits for a place for its version."""
 _PLACE_WAIT = 5.0
@@ -238,15 +242,21 @@ class Follower:
 
     async def _policy_changed(self, serving: Serving, began: float, traceparent: str) -> None:
         project = names.project_of(serving.name)
-        tracing.join(traceparent)
-        async with self._locks[project]:
-            self._standings.see(serving, project)
-            await self._converge(project, began)
+        # A replica that starts does not go on with traces of long ago.
+        is_news = datetime.now(UTC) - serving.update_time.ToDatetime(UTC) < _NEWS
+        with tracing.under(traceparent if is_news else ""):
+            async with self._locks[project]:
+                self._standings.see(serving, project)
+                await self._converge(project, began)
 
     async def _follow_bests(self) -> None:
         async for event in self._events.subscribe(BEST):
             if best := _announced(event):
-                self._spawn(self._refresh(names.project_of(best.checkpoint), best, event.traceparent))
+                self._spawn(self._best_announced(event, best))
+
+    async def _best_announced(self, event: Event, best: Best) -> None:
+        with tracing.span(f"process {event.type}", SpanKind.CONSUMER, event.traceparent):
+            await self._refresh(names.project_of(best.checkpoint), best)
 
     async def _reconcile_always(self) -> None:
         while True:
@@ -255,9 +265,8 @@ class Follower:
                 if self._standings[project].serving and not self._locks[project].locked():
                     await _logged(self._refresh(project))
 
-    async def _refresh(self, project: str, announced: Best | None = None, traceparent: str = "") -> None:
+    async def _refresh(self, project: str, announced: Best | None = None) -> None:
         """Asks again what is wanted, and converges to it."""
-        tracing.join(traceparent)
         began = time.monotonic()
         async with self._locks[project]:
             ready: Loaded | None = None
