@@ -14,7 +14,8 @@ from typing import Any, Generic, TypeVar
 import grpc
 
 from services.core.errors import Cancelled
-from services.core.rpc.client import OPTIONS, spans
+from services.core.rpc.client import OPTIONS
+from services.core.rpc.spans import spans
 from services.core.rpc.status import from_rpc
 
 T = TypeVar("T")

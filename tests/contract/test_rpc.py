@@ -12,11 +12,14 @@ from typing import Any
 
 import grpc
 import pytest
+from opentelemetry.trace import SpanKind
 
 from services.core import errors, log
 from services.core.rpc import client
 from services.core.rpc.interceptors import CallInterceptor
 from services.core.rpc.status import from_rpc
+from services.core.telemetry import tracing
+from tests.spans import recording
 
 TRACE = "ab" * 16
 TRACEPARENT = f"00-{TRACE}-{'cd' * 8}-01"
@@ -281,6 +284,35 @@ async def test_a_downstream_call_carries_deadline_request_id_and_trace(channel: 
     assert seen["x-request-id"] == "req-2"
     assert seen["traceparent"].split("-")[1] == TRACE
     assert seen["traceparent"] != TRACEPARENT  # its parent is the service in between
+
+
+async def test_every_call_is_a_span_at_both_ends(echo: Echo) -> None:
+    with recording() as recorder:
+        async with serving(echo) as (address, _), client.channel(address) as caller:
+            with tracing.under(TRACEPARENT):
+                seen = json.loads(await caller.unary_unary("/test.Echo/Seen")(b""))
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await caller.unary_unary("/test.Echo/Fail")(b"RunNotFound")
+                counting = caller.unary_stream("/test.Echo/Count")(b"")
+                async for _ in counting:
+                    break
+                counting.cancel()
+                waiting = asyncio.ensure_future(caller.unary_unary("/test.Echo/Wait")(b""))
+                await asyncio.wait_for(echo.waiting.wait(), 5)
+                waiting.cancel()
+                await asyncio.wait_for(echo.cancelled.wait(), 5)
+            await asyncio.sleep(0.1)  # both ends have heard of it
+    spans = {(span.name.removeprefix("test.Echo/"), span.kind): span for span in recorder.of(TRACE)}
+    names = ("Seen", "Fail", "Count", "Wait")
+    assert set(spans) == {(name, kind) for name in names for kind in (SpanKind.CLIENT, SpanKind.SERVER)}
+    for name in names:
+        ours, theirs = spans[name, SpanKind.CLIENT], spans[name, SpanKind.SERVER]
+        assert theirs.parent and theirs.parent.span_id == ours.context.span_id
+        assert ours.parent and f"{ours.parent.span_id:016x}" == TRACEPARENT.split("-")[2]
+    assert seen["traceparent"].split("-")[2] == f"{spans['Seen', SpanKind.CLIENT].context.span_id:016x}"
+    told = {key: span.status.description or "" for key, span in spans.items()}
+    assert [told[name, SpanKind.SERVER] for name in names] == ["", "RUN_NOT_FOUND", "CANCELLED", "CANCELLED"]
+    assert [told[name, SpanKind.CLIENT] for name in names] == ["", "NOT_FOUND", "CANCELLED", "CANCELLED"]
 
 
 async def test_a_call_without_a_deadline_gets_the_default_one(channel: grpc.aio.Channel) -> None:

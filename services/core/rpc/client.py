@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
-from opentelemetry.trace import Span, SpanKind
 
 from services.core.rpc import context as call_context
+from services.core.rpc.spans import spans
 from services.core.rpc.tls import ClientFiles
-from services.core.telemetry import tracing
 
 if TYPE_CHECKING:
     from pydantic import SecretStr
@@ -85,56 +83,6 @@ def channel(address: str, identity: Identity | None = None) -> grpc.aio.Channel:
 def pass_through(always: Metadata = ()) -> Sequence[grpc.aio.ClientInterceptor]:
     """Interceptors that add deadline, request id, trace and ``always`` to every call."""
     return [_UnaryUnary(always), _UnaryStream(always), _StreamUnary(always)]
-
-
-def spans() -> list[grpc.aio.ClientInterceptor]:
-    """Interceptors that record a span for every call; none while no spans are recorded."""
-    return [_UnarySpan(), _StreamSpan()] if tracing.is_on() else []
-
-
-class _UnarySpan(grpc.aio.UnaryUnaryClientInterceptor):
-    async def intercept_unary_unary(
-        self, continuation: Callable[..., Any], client_call_details: grpc.aio.ClientCallDetails, request: Any
-    ) -> Any:
-        span, details = _spanned(client_call_details)
-        call = await continuation(details, request)
-        await _end_with(call, span)
-        return call
-
-
-class _StreamSpan(grpc.aio.UnaryStreamClientInterceptor):
-    async def intercept_unary_stream(
-        self, continuation: Callable[..., Any], client_call_details: grpc.aio.ClientCallDetails, request: Any
-    ) -> Any:
-        span, details = _spanned(client_call_details)
-        call = await continuation(details, request)
-        ending = asyncio.create_task(_end_with(call, span))
-        _ending.add(ending)
-        ending.add_done_callback(_ending.discard)
-        return call
-
-
-_ending: set[asyncio.Task[None]] = set()
-
-
-def _spanned(given: grpc.aio.ClientCallDetails) -> tuple[Span, grpc.aio.ClientCallDetails]:
-    """A span of the call, and its details with that span as what the server continues."""
-    before = {key: value for key, value in given.metadata or ()}.get(tracing.HEADER)
-    metadata = grpc.aio.Metadata(*((key, value) for key, value in given.metadata or () if key != tracing.HEADER))
-    method = given.method.decode() if isinstance(given.method, bytes) else str(given.method)
-    name = method.lstrip("/")
-    span = tracing.begin(
-        name, SpanKind.CLIENT, str(before) if before else None, {"rpc.system.name": "grpc", "rpc.method": name}
-    )
-    metadata.add(tracing.HEADER, tracing.header(span))
-    timeout, credentials, wait = given.timeout, given.credentials, given.wait_for_ready
-    return span, grpc.aio.ClientCallDetails(given.method, timeout, metadata, credentials, wait)
-
-
-async def _end_with(call: Any, span: Span) -> None:
-    code: grpc.StatusCode = await call.code()
-    span.set_attribute("rpc.response.status_code", code.name)
-    tracing.end(span, reason="" if code is grpc.StatusCode.OK else code.name)
 
 
 class _Adding:
