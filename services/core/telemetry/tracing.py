@@ -2,7 +2,7 @@
 
 A trace travels as W3C traceparent (https://www.w3.org/TR/trace-context/): in gRPC metadata and HTTP headers, in the
 headers of NATS messages (events, work, writes to KV). Its ids are there whether spans are recorded or not, for every
-line of log has them; recorded they are once :func:`use` was called, see export.py.
+line of log has them; recorded they are once :func:`use` was called, see process.py.
 """
 
 from __future__ import annotations

@@ -112,6 +112,7 @@ class Scheduler:
         self.right_tokens = 0
         """Of these, those that the model would have chosen itself."""
         self.generated_tokens = 0
+        """New tokens of all sequences, right guesses too."""
         self.preemptions = 0
         """Times that a sequence had to give up its blocks."""
 
