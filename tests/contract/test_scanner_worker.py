@@ -193,7 +193,7 @@ async def test_progress_counts_tokens_and_names_files(desk: SimpleNamespace) -> 
 
 async def test_every_state_is_announced_once(desk: SimpleNamespace) -> None:
     announcers = [
-        asyncio.create_task(announce(desk.scans, desk.runtime.events, service.CHANGED, service._changed))
+        asyncio.create_task(announce("scan", desk.scans, desk.runtime.events, service.CHANGED, service._changed))
         for _ in range(2)
     ]
     try:
