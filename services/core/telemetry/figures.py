@@ -18,8 +18,8 @@ RPC_SECONDS = histogram(
 
 ATTEMPT_SECONDS = histogram(
     "codegraft_job_attempt_seconds",
-    "Attempts at jobs by this process, and how long they took, by the state that they brought the job to; LOST to "
-    "another worker.",
+    "Attempts at jobs by this process, and how long they took, by the state that they brought the job to; LOST where "
+    "another worker has it, or NATS was away at the end.",
     "kind",
     "outcome",
     buckets=LONG,
