@@ -19,6 +19,7 @@ from services.gateway.api.models import ModelNames
 from services.gateway.api.openapi import describe
 from services.gateway.api.operations import operations
 from services.gateway.config import GatewaySettings
+from services.gateway.console import assembly as console
 from services.gateway.edge.call import Edge
 
 PREFIX = "/projects/{project}"
@@ -39,7 +40,8 @@ def connect(settings: GatewaySettings) -> AsyncCodegraft:
 
 def application(settings: GatewaySettings, client: AsyncCodegraft) -> ASGIApp:
     """The application; the client stays the caller's."""
-    router: ASGIApp = Router(_routes(Desk(client, ModelNames(client), settings)), redirect_slashes=False)
+    pages = console.routes(client, settings)
+    router: ASGIApp = Router([*_routes(Desk(client, ModelNames(client), settings)), *pages], redirect_slashes=False)
     if settings.gateway_origins:
         router = CORSMiddleware(
             router,

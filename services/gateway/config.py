@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, SecretStr, field_validator
 
 from services.core.config import CoreSettings
 
@@ -23,3 +23,13 @@ class GatewaySettings(CoreSettings):
     """Longest time for an answer; a completion then ends with the text so far."""
     gateway_requests: int = Field(default=1000, ge=1)
     """Most requests at once; more get OVERLOADED at once, with the time after which to come back."""
+    gateway_console_key: SecretStr = SecretStr("")
+    """Seals the cookies of who is signed in to the console: 32 random characters or more, the same for all replicas.
+    Empty takes a random one at every start."""
+
+    @field_validator("gateway_console_key")
+    @classmethod
+    def _long_enough(cls, value: SecretStr) -> SecretStr:
+        if 0 < len(value.get_secret_value()) < 32:
+            raise ValueError("must have 32 characters or more; openssl rand -base64 32 makes one")
+        return value

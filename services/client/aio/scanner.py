@@ -82,6 +82,24 @@ class Scans:
             for verdict in page.verdicts:
                 yield verdict
 
+    async def verdict_page(
+        self,
+        name: str,
+        verdict_filter: verdict_pb2.VerdictFilter | None = None,
+        *,
+        page_size: int = 0,
+        page_token: str = "",
+    ) -> scan_pb2.ListVerdictsResponse:
+        """One page of :meth:`verdicts`, with the token of the next one and how many verdicts match in all.
+
+        Raises:
+            ScanNotFound, InvalidMask, InvalidPageSize, InvalidPageToken.
+        """
+        request = scan_pb2.ListVerdictsRequest(
+            parent=name, filter=verdict_filter, page_size=page_size, page_token=page_token
+        )
+        return await self._caller.unary(self._stub.ListVerdicts, request, repeat=True)
+
 
 class Datasets:
     """What scans accepted, split into train and test."""

@@ -229,6 +229,42 @@ class Sources:
             time.sleep(retry.delay(error, failures))
             failures += 1
 
+    def arrived(self, project: str, sha256: str) -> upload_pb2.Upload:
+        """How much of an upload is there, for callers of :meth:`send`. Raises ProjectNotFound."""
+        request = upload_pb2.GetUploadRequest(parent=project_name(project), sha256=sha256)
+        return (self._caller.unary(self._states.GetUpload, request, repeat=True)).upload
+
+    def send(
+        self, project: str, announced: upload_pb2.Upload, offset: int, parts: Iterator[bytes]
+    ) -> upload_pb2.Upload:
+        """Sends the rest of an upload once, for callers whose bytes come from elsewhere; :meth:`upload` does all of it.
+
+        Args:
+            announced: with its sha256, size and filename.
+            offset: where the parts begin: as much as has arrived.
+            parts: at most 1 MiB each; taken in another thread. When they end early, what was sent is kept.
+
+        Raises:
+            UploadMismatch: the parts do not begin where the upload stands, ended early, or are not what was announced.
+            InvalidArgument, ProjectNotFound, LimitExceeded, StoreUnavailable.
+        """
+
+        def messages() -> Iterator[upload_pb2.UploadContentRequest]:
+            yield upload_pb2.UploadContentRequest(
+                header=upload_pb2.UploadHeader(
+                    parent=project_name(project),
+                    sha256=announced.sha256,
+                    size=announced.size,
+                    filename=announced.filename,
+                )
+            )
+            position = offset
+            for data in parts:
+                yield upload_pb2.UploadContentRequest(chunk=upload_pb2.UploadChunk(offset=position, data=data))
+                position += len(data)
+
+        return (self._caller.upload(self._uploads.UploadContent, messages())).upload
+
     def get(self, name: str) -> source_pb2.Source:
         """One source, by its full name. Raises SourceNotFound."""
         request = source_pb2.GetSourceRequest(name=name)

@@ -32,16 +32,7 @@ async def parse(request: Request, ask: type[Ask], *, most: int, seconds: float) 
         InvalidArgument: it is not JSON, or not of that type; names the first field at fault.
         ClientGone: the client went away.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise Refused(415, "UNSUPPORTED_MEDIA_TYPE", "Send the body as application/json.")
-    try:
-        async with asyncio.timeout(seconds):
-            data = await _read(request, most)
-    except TimeoutError:
-        raise Refused(408, "BODY_TIMEOUT", f"The body did not arrive within {seconds:g} s.") from None
-    except ClientDisconnect:
-        raise ClientGone from None
+    data = await read(request, "application/json", most=most, seconds=seconds)
     try:
         return ask.model_validate(orjson.loads(data))
     except orjson.JSONDecodeError as error:
@@ -55,6 +46,29 @@ async def parse(request: Request, ask: type[Ask], *, most: int, seconds: float) 
             field=name,
             hint="See /openapi.json.",
         ) from None
+
+
+async def read(request: Request, kind: str, *, most: int, seconds: float) -> bytes:
+    """The request's body as it is.
+
+    Args:
+        kind: the media type that it must be announced as.
+        most: bytes.
+        seconds: for it to arrive.
+
+    Raises:
+        Refused: it is too large, too slow, or of another type.
+        ClientGone: the client went away.
+    """
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != kind:
+        raise Refused(415, "UNSUPPORTED_MEDIA_TYPE", f"Send the body as {kind}.")
+    try:
+        async with asyncio.timeout(seconds):
+            return await _read(request, most)
+    except TimeoutError:
+        raise Refused(408, "BODY_TIMEOUT", f"The body did not arrive within {seconds:g} s.") from None
+    except ClientDisconnect:
+        raise ClientGone from None
 
 
 async def _read(request: Request, most: int) -> bytes:
