@@ -13,8 +13,10 @@ from services.gateway.config import GatewaySettings
 from services.gateway.console import (
     credentials,
     projects,
+    run,
     sources,
     static_files,
+    training,
     uploads,
 )
 from services.gateway.console.login import Login
@@ -23,7 +25,7 @@ from services.gateway.console.session import PATH, Vault
 from services.gateway.console.visit import House, Visit
 from services.gateway.edge.problems import Refused
 
-_ROOMS = (projects, sources, uploads, credentials)
+_ROOMS = (projects, sources, uploads, credentials, training, run)
 
 
 def routes(client: AsyncCodegraft, settings: GatewaySettings) -> Sequence[BaseRoute]:

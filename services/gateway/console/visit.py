@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 from urllib.parse import quote
@@ -163,6 +163,16 @@ def forged() -> Refused:
 def wants_page(request: Request) -> bool:
     """Whether a browser wants to show what comes, rather than a script to read it."""
     return "text/html" in request.headers.get("accept", "")
+
+
+async def first(items: AsyncIterator[T], most: int) -> list[T]:
+    """The first of a list that may be long."""
+    found: list[T] = []
+    async for item in items:
+        found.append(item)
+        if len(found) == most:
+            break
+    return found
 
 
 async def if_allowed(call: Awaitable[T]) -> T | None:

@@ -6,7 +6,7 @@ export const csrf = () => document.querySelector("meta[name=csrf]").content;
 export function sendForms() {
   document.addEventListener("submit", async (event) => {
     const form = event.target;
-    if (!form.matches("form[data-send]") || event.submitter?.formMethod === "get") return;
+    if (!form.matches("form[data-send]") || event.submitter?.hasAttribute("formaction")) return;
     event.preventDefault();
     if (form.dataset.ask && !confirm(form.dataset.ask)) return;
     const button = event.submitter;
