@@ -12,8 +12,10 @@ from services.client import AsyncCodegraft
 from services.gateway.config import GatewaySettings
 from services.gateway.console import (
     credentials,
+    playground,
     projects,
     run,
+    serving,
     sources,
     static_files,
     training,
@@ -25,7 +27,7 @@ from services.gateway.console.session import PATH, Vault
 from services.gateway.console.visit import House, Visit
 from services.gateway.edge.problems import Refused
 
-_ROOMS = (projects, sources, uploads, credentials, training, run)
+_ROOMS = (projects, sources, uploads, credentials, training, run, serving, playground)
 
 
 def routes(client: AsyncCodegraft, settings: GatewaySettings) -> Sequence[BaseRoute]:

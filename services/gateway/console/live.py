@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Generic, TypeVar
 
@@ -21,6 +22,9 @@ from services.core.rpc import context
 from services.gateway.edge.attending import EventStream
 
 T = TypeVar("T")
+
+_LINES = re.compile(r"\r\n|\r|\n")
+"""The ends of lines in an event stream; Python knows more of them, which may stand within JSON."""
 
 _RETRY = b"retry: 2000\n\n"
 """Milliseconds after which a browser comes back."""
@@ -38,7 +42,7 @@ END = b"event: end\ndata:\n\n"
 def message(kind: str, data: str, position: int | None = None) -> bytes:
     """One event, of one or more lines."""
     head = f"id: {position}\n" if position is not None else ""
-    lines = "".join(f"data: {line}\n" for line in data.splitlines() or [""])
+    lines = "".join(f"data: {line}\n" for line in _LINES.split(data))
     return f"{head}event: {kind}\n{lines}\n".encode()
 
 

@@ -41,6 +41,6 @@ class Pages:
         """HTML of a piece of a page."""
         return self._templates.get_template(template).render(values)
 
-    def page(self, template: str, status: int = 200, **values: object) -> HTMLResponse:
+    def page(self, template: str, status: int = 200, /, **values: object) -> HTMLResponse:
         """A whole page."""
         return HTMLResponse(self.part(template, **values), status, HEADERS)

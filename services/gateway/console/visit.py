@@ -113,7 +113,7 @@ class Visit:
         """An address within the project."""
         return f"{PATH}/p/{quote(self.project, safe='')}{path}"
 
-    def page(self, template: str, status: int = 200, **values: object) -> Response:
+    def page(self, template: str, status: int = 200, /, **values: object) -> Response:
         """A page with its surroundings."""
         return self.house.pages.page(template, status, **self._surroundings(), **values)
 

@@ -29,6 +29,11 @@ def part_of(name: str, kind: str) -> str:
     return dict(zip(parts[::2], parts[1::2], strict=False)).get(kind, "")
 
 
+def version(checkpoint: str) -> str:
+    """``RUN/STEP`` of a checkpoint's name, as one writes it; empty for the base model."""
+    return checkpoint.partition("/runs/")[2].replace("checkpoints/", "")
+
+
 def count(number: float) -> str:
     """1234567 as 1,234,567; fractions stay out."""
     return f"{number:,.0f}"
@@ -114,7 +119,7 @@ def progress(value: Progress) -> str:
 FILTERS = {
     each.__name__: each
     for each in (
-        *(id_of, pair, part_of, count, size, loss, duration, moment, iso, job_state, is_over),
+        *(id_of, pair, part_of, version, count, size, loss, duration, moment, iso, job_state, is_over),
         *(source_state, split, reason, progress),
     )
 }
