@@ -12,6 +12,7 @@ from services.client import AsyncCodegraft
 from services.gateway.config import GatewaySettings
 from services.gateway.console import (
     credentials,
+    dataset,
     playground,
     projects,
     run,
@@ -20,6 +21,7 @@ from services.gateway.console import (
     static_files,
     training,
     uploads,
+    verdicts,
 )
 from services.gateway.console.login import Login
 from services.gateway.console.pages import Pages
@@ -27,7 +29,7 @@ from services.gateway.console.session import PATH, Vault
 from services.gateway.console.visit import House, Visit
 from services.gateway.edge.problems import Refused
 
-_ROOMS = (projects, sources, uploads, credentials, training, run, serving, playground)
+_ROOMS = (projects, sources, uploads, credentials, dataset, verdicts, training, run, serving, playground)
 
 
 def routes(client: AsyncCodegraft, settings: GatewaySettings) -> Sequence[BaseRoute]:

@@ -1,0 +1,154 @@
+"""The dataset: a scan and what it found, new ones, languages on and off."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from urllib.parse import urlencode
+
+from starlette.responses import Response
+from starlette.routing import Route
+
+from codegraft.scanner.v1.scan_pb2 import Scan, ScanReport
+from services.core import names
+from services.core.errors import InvalidArgument
+from services.gateway.api import desk
+from services.gateway.console import histogram, live, scan_settings
+from services.gateway.console.forms import Form
+from services.gateway.console.visit import House, Visit, first
+
+_SHOWN = 50
+"""Scans and snapshots to choose from, newest first."""
+_STAGE_2 = frozenset({"HIGH_LOSS", "FILTER_EMPTY"})
+
+
+def routes(house: House) -> list[Route]:
+    """All of them."""
+    return [
+        house.route("/p/{project}/dataset", show),
+        house.route("/p/{project}/dataset", start, post=True),
+        house.route("/p/{project}/dataset/new", new),
+        house.route("/p/{project}/dataset/cancel", cancel, post=True),
+        house.route("/p/{project}/dataset/languages", languages, post=True),
+        house.route("/p/{project}/dataset/live", follow),
+        house.route("/p/{project}/dataset/preview", preview),
+    ]
+
+
+def scan_name(visit: Visit, scan: str) -> str:
+    """The full name of a scan of the project in the address."""
+    return names.build(names.SCAN, project=visit.project, scan=scan)
+
+
+async def show(visit: Visit) -> Response:
+    """GET /console/p/acme/dataset?scan=; the newest scan without one."""
+    scans = await first(visit.client.scans.list(visit.project), _SHOWN)
+    chosen = visit.query.text("scan")
+    scan = await visit.client.scans.get(scan_name(visit, chosen)) if chosen else (scans[0] if scans else None)
+    project = await visit.client.projects.get(visit.project)
+    return visit.page("dataset.html", scans=scans, record=project, **_report(scan))
+
+
+def _report(scan: Scan | None) -> dict[str, object]:
+    """What the templates want to know of a scan."""
+    if scan is None:
+        return {"scan": None, "funnel": [], "histogram": None, "reasons": []}
+    reasons = sorted(scan.report.reasons.items(), key=lambda each: (each[0] != "ACCEPTED", -each[1].files))
+    return {"scan": scan, "funnel": funnel(scan.report), "histogram": histogram.of(scan), "reasons": reasons}
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One line of the funnel."""
+
+    title: str
+    files: int
+
+
+def funnel(report: ScanReport) -> list[Step]:
+    """How many files are left after each stage."""
+    by_rules = sum(
+        count.files for reason, count in report.reasons.items() if reason not in _STAGE_2 and reason != "ACCEPTED"
+    )
+    return [
+        Step("in the snapshot", report.file_count),
+        Step("left by the rules", report.file_count - by_rules),
+        Step("left by the loss: accepted", report.accepted_count),
+        Step("to train on", report.train.files),
+        Step("held out as test", report.test.files),
+    ]
+
+
+async def follow(visit: Visit) -> Response:
+    """GET /console/p/acme/dataset/live?scan=: the scan as it goes, and its report once it has one."""
+    name = scan_name(visit, visit.query.text("scan"))
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        async for batch in live.Merged([visit.client.scans.watch(name)]).batches():
+            if not batch:
+                yield live.STILL_HERE
+                continue
+            yield live.message("part", visit.part("parts/scan_state.html", scan=batch[-1]))
+            if batch[-1].report.file_count:
+                yield live.message("part", visit.part("parts/scan_report.html", **_report(batch[-1])))
+
+    return live.answer(events())
+
+
+async def new(visit: Visit) -> Response:
+    """GET /console/p/acme/dataset/new"""
+    snapshots = await first(visit.client.snapshots.list(visit.project), _SHOWN)
+    return visit.page("scan_new.html", snapshots=snapshots, groups=scan_settings.GROUPS, form=visit.query, planned={})
+
+
+async def start(visit: Visit) -> Response:
+    """POST /console/p/acme/dataset: a scan with the form's settings, or one more with another threshold."""
+    form, client = visit.form, visit.client
+    if form.text("again"):
+        before = await client.scans.get(scan_name(visit, form.text("again")))
+        snapshot, settings = before.snapshot, before.settings
+        settings.max_loss = _threshold(form)
+        settings.ClearField("loss_mad")
+    else:
+        settings = scan_settings.of_form(form)
+        chosen = form.text("snapshot")
+        snapshot = (
+            names.build(names.SNAPSHOT, project=visit.project, snapshot=chosen)
+            if chosen
+            else (await client.snapshots.create(visit.project)).name
+        )
+    scan = await client.scans.create(visit.project, snapshot, settings)
+    return visit.done(visit.way("/dataset?" + urlencode({"scan": scan.name.rpartition("/")[2]})))
+
+
+def _threshold(form: Form) -> float:
+    value = form.number("threshold")
+    if value is None:
+        raise InvalidArgument("no threshold is given", field="threshold", hint="Give a loss in nats per token.")
+    return value
+
+
+async def cancel(visit: Visit) -> Response:
+    """POST /console/p/acme/dataset/cancel"""
+    scan = await visit.client.scans.cancel(scan_name(visit, visit.form.text("scan")))
+    return visit.done(visit.way("/dataset?" + urlencode({"scan": scan.name.rpartition("/")[2]})))
+
+
+async def languages(visit: Visit) -> Response:
+    """POST /console/p/acme/dataset/languages: which ones the next scans leave out.
+
+    Boxes that are not checked are not sent: of the languages that were shown, those are off. Others stay as they were.
+    """
+    form, project = visit.form, await visit.client.projects.get(visit.project)
+    shown, on = set(form.all("shown")), set(form.all("on"))
+    project.etag = form.text("etag")
+    off = (set(project.languages_off) - shown) | (shown - on)
+    project.languages_off[:] = sorted(off)
+    await visit.client.projects.update(project)
+    return visit.done(visit.way("/dataset"))
+
+
+async def preview(visit: Visit) -> Response:
+    """GET /console/p/acme/dataset/preview?scan=&threshold=: what that would change."""
+    name, threshold = scan_name(visit, visit.query.text("scan")), _threshold(visit.query)
+    return desk.answer(await histogram.preview(visit.client.scans, name, threshold))
