@@ -13,12 +13,14 @@ from services.gateway.config import GatewaySettings
 from services.gateway.console import (
     credentials,
     dataset,
+    keys,
     playground,
     projects,
     run,
     serving,
     sources,
     static_files,
+    system,
     training,
     uploads,
     verdicts,
@@ -29,7 +31,20 @@ from services.gateway.console.session import PATH, Vault
 from services.gateway.console.visit import House, Visit
 from services.gateway.edge.problems import Refused
 
-_ROOMS = (projects, sources, uploads, credentials, dataset, verdicts, training, run, serving, playground)
+_ROOMS = (
+    projects,
+    sources,
+    uploads,
+    credentials,
+    dataset,
+    verdicts,
+    training,
+    run,
+    serving,
+    playground,
+    system,
+    keys,
+)
 
 
 def routes(client: AsyncCodegraft, settings: GatewaySettings) -> Sequence[BaseRoute]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl
 
@@ -45,7 +46,7 @@ class Form:
         return any(key == name for key, _ in self.pairs)
 
     def number(self, name: str) -> float | None:
-        """A number; None for an empty field.
+        """A finite number; None for an empty field.
 
         Raises:
             InvalidArgument: it is none.
@@ -54,7 +55,10 @@ class Form:
         if not value:
             return None
         try:
-            return float(value)
+            found = float(value)
+            if not math.isfinite(found):
+                raise ValueError
+            return found
         except ValueError:
             raise InvalidArgument(f"{value[:80]!r} is no number", field=name, hint="Write 12, 0.5 or 1e-4.") from None
 

@@ -16,9 +16,9 @@ from services.gateway.console.forms import Form
 from services.gateway.console.visit import House, Visit
 
 _PAGE = 100
-REASONS: dict[str, VerdictReason] = {
-    name.removeprefix("VERDICT_REASON_"): VerdictReason.Value(name) for name in VerdictReason.keys()[1:]
-}
+_PREFIX = "VERDICT_REASON_"
+REASONS = tuple(name.removeprefix(_PREFIX) for name in VerdictReason.keys()[1:])
+"""As people write them."""
 _WHICH = {"": None, "accepted": True, "rejected": False}
 
 
@@ -43,7 +43,7 @@ def filter_of(form: Form) -> VerdictFilter:
         raise InvalidArgument(f"{unknown[0][:40]!r} is no reason", field="reason", hint="Choose one of the list.")
     return VerdictFilter(
         accepted=_WHICH[form.text("which")],
-        reasons=[REASONS[word] for word in reasons],
+        reasons=[_PREFIX + word for word in reasons],
         languages=form.all("language"),
         path=form.text("path"),
         min_loss=form.number("min_loss"),
@@ -64,7 +64,7 @@ async def show(visit: Visit) -> Response:
         scan=query.text("scan"),
         form=query,
         found=found,
-        reasons=list(REASONS),
+        reasons=REASONS,
         first="?" + urlencode(kept),
         following="?" + urlencode([*kept, ("page", found.next_page_token)]) if found.next_page_token else "",
     )

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from codegraft.access.v1.access_pb2 import Role
 from codegraft.common.v1.job_pb2 import JobState, Progress
 from codegraft.common.v1.split_pb2 import Split
 from codegraft.ingest.v1.source_pb2 import SourceState
@@ -90,6 +91,11 @@ def is_over(state: JobState) -> bool:
     return state in FINAL
 
 
+def role(value: Role) -> str:
+    """``operator`` and the like."""
+    return Role.Name(value).removeprefix("ROLE_").lower()
+
+
 def source_state(state: SourceState) -> str:
     """``ready`` and the like."""
     return SourceState.Name(state).removeprefix("SOURCE_STATE_").lower()
@@ -120,6 +126,6 @@ FILTERS = {
     each.__name__: each
     for each in (
         *(id_of, pair, part_of, version, count, size, loss, duration, moment, iso, job_state, is_over),
-        *(source_state, split, reason, progress),
+        *(role, source_state, split, reason, progress),
     )
 }

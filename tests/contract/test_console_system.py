@@ -1,0 +1,119 @@
+"""The console's system page: health, jobs, keys whose secret is shown once, the audit log."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from grpc_health.v1 import health_pb2
+
+from codegraft.access.v1 import access_pb2 as pb
+from codegraft.access.v1.audit_pb2 import AuditChange, AuditRecord, ListAuditRecordsResponse
+from codegraft.common.v1.job_pb2 import JobState, JobStatus
+from codegraft.inference.v1.serving_pb2 import Adapter, ListAdaptersResponse
+from codegraft.ingest.v1.project_pb2 import ListProjectsResponse, Project
+from codegraft.scanner.v1.scan_pb2 import ListScansResponse, Scan
+from codegraft.trainer.v1.run_pb2 import ListRunsResponse, Run
+from services.core import errors
+from tests.contract.console_world import EVIL, Browser, Page, check
+
+pytest_plugins = ["tests.contract.console_fixtures"]
+HERE = "/console/system"
+SECRET = "cg_ci_s3cr3t"
+
+
+@pytest.fixture
+def acme(browser: Browser) -> Browser:
+    """A system with a project, jobs and keys."""
+    statuses: list[Any] = [JobState.JOB_STATE_QUEUED, JobState.JOB_STATE_RUNNING, JobState.JOB_STATE_SUCCEEDED]
+    keys = [
+        pb.Key(name="keys/ci", title=EVIL, role=pb.ROLE_CONTRIBUTOR, projects=["projects/acme"], creator=EVIL),
+        pb.Key(name="keys/old", role=pb.ROLE_READER, all_projects=True),
+    ]
+    keys[1].revoke_time.GetCurrentTime()
+    serving = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
+    browser.services.scripts |= {
+        "Check": [serving],
+        "ListProjects": [ListProjectsResponse(projects=[Project(name="projects/acme")])],
+        "ListScans": [
+            ListScansResponse(scans=[Scan(name="projects/acme/scans/s-1", status=JobStatus(state=statuses[0]))])
+        ],
+        "ListRuns": [
+            ListRunsResponse(
+                runs=[
+                    Run(name=f"projects/acme/runs/r-{number}", status=JobStatus(state=state, worker=EVIL, attempt=2))
+                    for number, state in enumerate(statuses[1:])
+                ]
+            )
+        ],
+        "ListKeys": [pb.ListKeysResponse(keys=keys)],
+        "ListAdapters": [
+            ListAdaptersResponse(adapters=[Adapter(checkpoint=EVIL, lora_r=16, projects=["projects/acme"])])
+        ],
+        "CreateKey": [pb.CreateKeyResponse(key=keys[0], secret=SECRET)],
+        "RotateKey": [pb.RotateKeyResponse(key=keys[0], secret=SECRET)],
+    }
+    return browser
+
+
+async def test_the_page_tells_of_health_jobs_adapters_and_keys(acme: Browser) -> None:
+    page = await acme.page(HERE)
+    assert {f"health-{each}" for each in ("ingest", "scanner", "trainer", "inference")} <= set(page.ids)
+    assert {"jobs", "adapters", "key-ci", "key-old", "rotate-ci", "create-key", "audit"} <= set(page.ids)
+    assert "rotate-old" not in page.ids and "<script>alert" not in page.html and EVIL in page.text
+    jobs = page.text[page.text.index("Queues") : page.text.index("Adapters in")]
+    assert jobs.index("acme/runs/r-0") < jobs.index("acme/scans/s-1") and "r-1" not in jobs, (
+        "what runs, then what waits"
+    )
+    denied = errors.PermissionDenied("too low a role")
+    acme.services.scripts |= {"ListKeys": [denied], "ListAdapters": [denied], "ListAuditRecords": [denied]}
+    acme.services.scripts["Check"] = [errors.Unavailable("away")]
+    page = await acme.page(HERE)
+    assert {"keys-denied", "adapters-denied"} <= set(page.ids) and "unreachable" in page.text
+    await acme.page(f"{HERE}/audit", 403)
+
+
+async def test_health_is_live(acme: Browser) -> None:
+    events = await acme.listen(f"{HERE}/live", most=1)
+    part = Page(events[0][1])
+    assert part.ids[0] == "health" and part.text.count("serving") == 4
+
+
+async def test_a_secret_is_in_one_answer_only(acme: Browser) -> None:
+    page = await acme.page(HERE)
+    request_id = next(each["value"] for each in page.of("input") if each.get("name") == "request_id")
+    fields = {"key_id": "ci", "role": "contributor", "projects": ["acme"], "days": "90", "request_id": request_id}
+    answer = await acme.send(f"{HERE}/keys", **fields)
+    assert answer.status_code == 200 and SECRET in check(answer.text).text
+    assert answer.headers["cache-control"] == "no-store" and SECRET not in (await acme.http.get(HERE)).text
+    sent = acme.asked("CreateKey")
+    assert (sent.key_id, list(sent.key.projects), sent.request_id) == ("ci", ["projects/acme"], request_id)
+    assert sent.key.role == pb.ROLE_CONTRIBUTOR and not sent.key.all_projects and sent.key.HasField("expire_time")
+    answer = await acme.send(f"{HERE}/keys/ci/rotate", overlap_hours="2")
+    assert SECRET in check(answer.text).text and acme.asked("RotateKey").overlap.seconds == 7200
+    assert (await acme.send(f"{HERE}/keys/ci/revoke")).headers["location"] == f"{HERE}#keys"
+    assert acme.asked("RevokeKey").name == "keys/ci"
+    for bad in ({"role": "god"}, {"role": "reader", "days": "-1"}, {"role": "reader", "days": "nan"}):
+        assert (await acme.send(f"{HERE}/keys", **bad)).status_code == 400, bad
+    assert (await acme.send(f"{HERE}/keys/ci/rotate", overlap_hours="inf")).status_code == 400
+    assert acme.services.count("CreateKey") == 1
+
+
+async def test_the_audit_log_tells_who_changed_what_the_newest_first(acme: Browser) -> None:
+    change = AuditChange(name="projects/acme")
+    change.before.update({"title": "old", "same": 1})
+    change.after.update({"title": EVIL, "same": 1})
+    records = [
+        AuditRecord(method="/codegraft.ingest.v1.ProjectService/CreateProject", caller=EVIL, code="OK"),
+        AuditRecord(
+            method="/x/UpdateProject", caller="keys/ci", changes=[change], reason="ETAG_MISMATCH", code="ABORTED"
+        ),
+    ]
+    acme.services.scripts["ListAuditRecords"] = [ListAuditRecordsResponse(records=records)]
+    page = await acme.page(f"{HERE}/audit?project=acme&days=30")
+    assert page.text.index("UpdateProject") < page.text.index("CreateProject") and "<script>alert" not in page.html
+    assert f"title: old -> {EVIL}" in page.text and "same" not in page.text and "ETAG_MISMATCH" in page.text
+    assert acme.asked("ListAuditRecords").parent == "projects/acme"
+    acme.services.scripts["ListAuditRecords"] = [ListAuditRecordsResponse()]
+    assert "no-records" in (await acme.page(f"{HERE}/audit")).ids
+    assert acme.asked("ListAuditRecords").parent == "projects/-"
