@@ -109,15 +109,15 @@ class Browser:
             await self.page("/console")
         return await self.http.post(way, data={"csrf": self.csrf, **fields})
 
-    async def listen(self, way: str, last: str = "", most: int = 100) -> list[tuple[str, str, str]]:
-        """(kind, data, id) of a stream's events, to its end."""
+    async def listen(self, way: str, last: str = "", most: int = 100, until: str = "\0") -> list[tuple[str, str, str]]:
+        """(kind, data, id) of a stream's events, to its end, or to one whose data hold these words."""
         headers = {"accept": "text/event-stream", **({"last-event-id": last} if last else {})}
         found: list[tuple[str, str, str]] = []
         async with self.http.stream("GET", way, headers=headers) as answer:
             assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
             async for event in _events(answer.aiter_lines()):
                 found.append(event)
-                if event[0] in ("end", "failed") or len(found) == most:
+                if event[0] in ("end", "failed") or len(found) == most or until in event[1]:
                     break
         return found
 

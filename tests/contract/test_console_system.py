@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from codegraft.inference.v1.serving_pb2 import Adapter, ListAdaptersResponse
 from codegraft.ingest.v1.project_pb2 import ListProjectsResponse, Project
 from codegraft.scanner.v1.scan_pb2 import ListScansResponse, Scan
 from codegraft.trainer.v1.run_pb2 import ListRunsResponse, Run
+from services.client import retry
 from services.core import errors
+from services.core.backoff import Backoff
 from tests.contract.console_world import EVIL, Browser, Page, check
 
 pytest_plugins = ["tests.contract.console_fixtures"]
@@ -71,6 +74,17 @@ async def test_the_page_tells_of_health_jobs_adapters_and_keys(acme: Browser) ->
     page = await acme.page(HERE)
     assert {"keys-denied", "adapters-denied"} <= set(page.ids) and "unreachable" in page.text
     await acme.page(f"{HERE}/audit", 403)
+
+
+async def test_the_page_is_there_while_services_are_not(acme: Browser, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "_BACKOFF", Backoff(timedelta(milliseconds=2), timedelta(milliseconds=4)))
+    for method in ("Check", "ListRuns", "ListAdapters"):
+        acme.services.scripts[method] = [errors.Unavailable("away")]
+    page = await acme.page(HERE)
+    assert {"jobs-unknown", "adapters-denied", "key-ci"} <= set(page.ids) and "unreachable" in page.text
+    for method in ("GetCaller", "ListProjects", "ListKeys"):
+        acme.services.scripts[method] = [errors.Unavailable("away")]
+    assert {"health", "keys-denied"} <= set((await acme.page(HERE)).ids)
 
 
 async def test_health_is_live(acme: Browser) -> None:

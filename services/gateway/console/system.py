@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.responses import Response
 from starlette.routing import Route
@@ -16,9 +16,10 @@ from codegraft.ingest.v1.project_pb2 import Project
 from services.client.aio.caller import new_request_id
 from services.client.jobs import FINAL
 from services.core import names
+from services.core.errors import DeadlineExceeded, PermissionDenied, Unavailable
 from services.gateway.console import auditing, live
 from services.gateway.console.health import HealthOfAll
-from services.gateway.console.visit import House, Visit, first, if_allowed
+from services.gateway.console.visit import House, Visit, first
 
 T = TypeVar("T")
 
@@ -64,16 +65,22 @@ class System:
     async def show(self, visit: Visit) -> Response:
         """GET /console/system"""
         client = visit.client
-        projects = await first(client.projects.list(), _PROJECTS)
-        found = await asyncio.gather(*(_jobs(visit, project) for project in projects))
+        health, caller, jobs, adapters, keys = await asyncio.gather(
+            self._health.ask(),
+            _if_there(client.keys.whoami()),
+            _if_there(_all_jobs(visit)),
+            _if_there(_all(client.serving.adapters())),
+            _if_there(_all(client.keys.list())),
+        )
+        projects = await _if_there(first(client.projects.list(), _PROJECTS))
         return visit.page(
             "system.html",
-            caller=await client.keys.whoami(),
-            health=await self._health.ask(),
-            jobs=sorted((job for jobs in found for job in jobs), key=_order),
-            projects=[names.parse(names.PROJECT, each.name)["project"] for each in projects],
-            adapters=await if_allowed(_all(client.serving.adapters())),
-            keys=await if_allowed(_all(client.keys.list())),
+            health=health,
+            caller=caller,
+            jobs=jobs,
+            adapters=adapters,
+            keys=keys,
+            projects=[names.parse(names.PROJECT, each.name)["project"] for each in projects or ()],
             request_id=new_request_id(),
         )
 
@@ -86,6 +93,20 @@ class System:
                 await asyncio.sleep(_REFRESH)
 
         return live.answer(events())
+
+
+async def _if_there(call: Coroutine[Any, Any, T]) -> T | None:
+    """What a call gives; None where a service is away or the key may not: this page is looked at when something is."""
+    try:
+        return await call
+    except (Unavailable, DeadlineExceeded, PermissionDenied):
+        return None
+
+
+async def _all_jobs(visit: Visit) -> list[Job]:
+    projects = await first(visit.client.projects.list(), _PROJECTS)
+    found = await asyncio.gather(*(_jobs(visit, project) for project in projects))
+    return sorted((job for jobs in found for job in jobs), key=_order)
 
 
 async def _jobs(visit: Visit, project: Project) -> list[Job]:
