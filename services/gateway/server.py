@@ -9,11 +9,12 @@ import socket
 from collections.abc import AsyncIterator, Iterator
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.core import log
 from services.core.errors import Unavailable
 from services.gateway.config import GatewaySettings
+from services.gateway.edge.attending import LEAVING
 
 _HEAD_BYTES = 32 << 10
 """Longest head of a request."""
@@ -44,9 +45,14 @@ async def serving(settings: GatewaySettings, app: ASGIApp) -> AsyncIterator[str]
         Unavailable: the address cannot be bound.
     """
     with _bind(settings.listen) as listening:
+        leaving = asyncio.Event()
+
+        async def told(scope: Scope, receive: Receive, send: Send) -> None:
+            await app({**scope, LEAVING: leaving}, receive, send)
+
         server = _Server(
             uvicorn.Config(
-                app,
+                told,
                 http="h11",  # its limit on the head holds, and nothing has to be compiled
                 ws="none",
                 lifespan="off",
@@ -66,6 +72,7 @@ async def serving(settings: GatewaySettings, app: ASGIApp) -> AsyncIterator[str]
         try:
             yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
         finally:
+            leaving.set()
             server.should_exit = True
             await task
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -41,18 +42,27 @@ async def stranger() -> AsyncIterator[Browser]:
     await server.start()
     settings = GatewaySettings(
         listen="127.0.0.1:0",
-        drain_seconds=1,
+        drain_seconds=10,
         ingest_address=address,
         scanner_address=address,
         trainer_address=address,
         inference_address=address,
     )
-    async with (
-        connect(settings) as client,
-        serving(settings, application(settings, client)) as url,
-        httpx2.AsyncClient(base_url=url, timeout=20, verify=False, headers={"accept": "text/html"}) as http,
-    ):
-        yield Browser(http, services, keys.seen)
+    leaving = asyncio.Event()
+
+    async def running() -> None:
+        async with connect(settings) as client, serving(settings, application(settings, client)) as url:
+            started.set_result(url)
+            await leaving.wait()
+
+    started: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    task = asyncio.create_task(running())
+    await asyncio.wait((started, task), return_when=asyncio.FIRST_COMPLETED)
+    url = started.result() if started.done() else task.result()
+    async with httpx2.AsyncClient(base_url=str(url), timeout=20, verify=False, headers={"accept": "text/html"}) as http:
+        yield Browser(http, services, keys.seen, leaving.set)
+    leaving.set()
+    await task
     await server.stop(None)
 
 

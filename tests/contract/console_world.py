@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from typing import Any
@@ -84,6 +84,8 @@ class Browser:
     services: Fake
     keys: list[str]
     """What each call to a service came with."""
+    leave: Callable[[], None] = field(default=lambda: None)
+    """Tells the gateway to stop."""
     csrf: str = field(default="")
 
     async def page(self, way: str, status: int = 200) -> Page:

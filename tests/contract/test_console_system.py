@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -18,6 +19,7 @@ from codegraft.trainer.v1.run_pb2 import ListRunsResponse, Run
 from services.client import retry
 from services.core import errors
 from services.core.backoff import Backoff
+from services.gateway.console import auditing
 from tests.contract.console_world import EVIL, Browser, Page, check
 
 pytest_plugins = ["tests.contract.console_fixtures"]
@@ -85,6 +87,26 @@ async def test_the_page_is_there_while_services_are_not(acme: Browser, monkeypat
     for method in ("GetCaller", "ListProjects", "ListKeys"):
         acme.services.scripts[method] = [errors.Unavailable("away")]
     assert {"health", "keys-denied"} <= set((await acme.page(HERE)).ids)
+
+
+async def test_a_defect_of_ours_is_a_page_with_the_way_to_its_log(
+    acme: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auditing, "newest", None)
+    page = await acme.page(f"{HERE}/audit", 500)
+    answer = await acme.http.get(f"{HERE}/audit", headers={"x-request-id": "r-42"})
+    assert "INTERNAL" in page.text and "request id r-42 in the logs" in answer.text and "NoneType" not in answer.text
+
+
+async def test_live_streams_do_not_hold_the_gateway_up_at_its_end(acme: Browser) -> None:
+    async with acme.http.stream("GET", f"{HERE}/live", headers={"accept": "text/event-stream"}) as answer:
+        lines = answer.aiter_lines()
+        while await anext(lines) != "event: part":
+            pass
+        began = time.monotonic()
+        acme.leave()
+        rest = [line async for line in lines]
+    assert time.monotonic() - began < 2 and "event: end" not in rest, "browsers come back, to the next one"
 
 
 async def test_health_is_live(acme: Browser) -> None:

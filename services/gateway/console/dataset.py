@@ -92,7 +92,7 @@ async def follow(visit: Visit) -> Response:
             if batch[-1].report.file_count:
                 yield live.message("part", visit.part("parts/scan_report.html", **_report(batch[-1])))
 
-    return live.answer(events())
+    return live.answer(visit.request, events())
 
 
 async def new(visit: Visit) -> Response:

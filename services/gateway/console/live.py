@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Generic, TypeVar
@@ -19,7 +18,7 @@ from starlette.responses import Response
 
 from services.core.errors import CodegraftError, Unavailable
 from services.core.rpc import context
-from services.gateway.edge.attending import EventStream
+from services.gateway.edge.attending import LEAVING, EventStream
 
 T = TypeVar("T")
 
@@ -52,24 +51,42 @@ def last_position(request: Request) -> int:
     return int(given) if given.isdecimal() and len(given) < 19 else 0
 
 
-def answer(events: AsyncGenerator[bytes, None]) -> Response:
-    """The response; it lasts as long as the browser stays and the service has something to tell."""
+def answer(request: Request, events: AsyncGenerator[bytes, None]) -> Response:
+    """The response; it lasts as long as browser and gateway stay and the service has something to tell."""
     context.set_deadline(None)
-    return EventStream(_told(events), {})
+    return EventStream(_told(events, request.scope.get(LEAVING) or asyncio.Event()), {})
 
 
-async def _told(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    """With errors told as events, except outages: browsers come back by themselves."""
+async def _told(events: AsyncGenerator[bytes, None], leaving: asyncio.Event) -> AsyncGenerator[bytes, None]:
+    """With errors told as events, except outages and our own end: browsers come back by themselves."""
     yield _RETRY
+    left = asyncio.ensure_future(leaving.wait())
+    following: asyncio.Task[bytes | None] | None = None
     try:
-        async with contextlib.aclosing(events):
-            async for event in events:
-                yield event
+        while True:
+            following = asyncio.create_task(_next(events))
+            await asyncio.wait((following, left), return_when=asyncio.FIRST_COMPLETED)
+            if not following.done():
+                return
+            event = following.result()
+            if event is None:
+                break
+            yield event
         yield END
     except Unavailable:
         return
     except CodegraftError as error:
         yield message("failed", f"{error.message}. {error.hint}" if error.hint else error.message)
+    finally:
+        left.cancel()
+        if following is not None and not following.done():
+            following.cancel()
+            await asyncio.wait((following,))
+        await events.aclose()
+
+
+async def _next(events: AsyncGenerator[bytes, None]) -> bytes | None:
+    return await anext(events, None)
 
 
 class _Ended:

@@ -70,7 +70,7 @@ async def follow(visit: Visit) -> Response:
                 checkpoints = [each async for each in visit.client.runs.checkpoints(name)]
                 yield live.message("part", visit.part("parts/checkpoints.html", checkpoints=checkpoints))
 
-    return live.answer(events())
+    return live.answer(visit.request, events())
 
 
 async def act(visit: Visit) -> Response:

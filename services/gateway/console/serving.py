@@ -81,7 +81,7 @@ async def follow(visit: Visit) -> Response:
                 found = await lineage.of(client, batch[-1].status.active_checkpoint)
                 yield live.message("part", visit.part("parts/lineage.html", lineage=found))
 
-    return live.answer(events())
+    return live.answer(visit.request, events())
 
 
 async def choose(visit: Visit) -> Response:

@@ -58,7 +58,7 @@ async def follow(visit: Visit) -> Response:
             if not newest:
                 yield live.STILL_HERE
 
-    return live.answer(events())
+    return live.answer(visit.request, events())
 
 
 async def add(visit: Visit) -> Response:

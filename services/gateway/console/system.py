@@ -92,7 +92,7 @@ class System:
                 yield live.message("part", visit.part("parts/health.html", health=await self._health.ask()))
                 await asyncio.sleep(_REFRESH)
 
-        return live.answer(events())
+        return live.answer(visit.request, events())
 
 
 async def _if_there(call: Coroutine[Any, Any, T]) -> T | None:

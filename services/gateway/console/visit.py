@@ -12,7 +12,8 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from services.client import AsyncCodegraft
-from services.core.errors import CodegraftError, PermissionDenied, Unauthenticated
+from services.core import log
+from services.core.errors import CodegraftError, InternalError, PermissionDenied, Unauthenticated
 from services.core.rpc import context
 from services.gateway.api import desk
 from services.gateway.config import GatewaySettings
@@ -20,9 +21,11 @@ from services.gateway.console import forms
 from services.gateway.console.forms import Form
 from services.gateway.console.pages import Pages
 from services.gateway.console.session import PATH, Session, Vault
+from services.gateway.edge.attending import ClientGone
 from services.gateway.edge.problems import Refused, status_of
 
 T = TypeVar("T")
+_logger = log.get("gateway")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,14 @@ class House:
                 return await endpoint(visit)
             except (CodegraftError, Refused) as error:
                 return self.failed(visit, error)
+            except ClientGone:
+                raise
+            except Exception as error:
+                if not wants_page(request):
+                    raise
+                _logger.error("unexpected error", path=request.url.path, exc_info=error)
+                told = f"internal error; look for request id {context.request_id.get()} in the logs"
+                return self.failed(visit, InternalError(told))
 
         return Route(PATH + path, serve, methods=[method])
 

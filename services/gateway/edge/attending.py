@@ -11,6 +11,10 @@ from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
 
+LEAVING = "codegraft.leaving"
+"""Key of a request's scope: an asyncio.Event that is set once the server is about to stop. Streams without an end of
+their own end with it; they would hold it up."""
+
 
 class ClientGone(Exception):
     """Nobody waits for the answer any more."""
