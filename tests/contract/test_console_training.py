@@ -8,10 +8,13 @@ import json
 import tarfile
 from typing import Any
 
+import httpx2
+import pytest
+
 from codegraft.common.v1.artifact_pb2 import ArtifactFile, FileChunk
 from codegraft.common.v1.job_pb2 import Failure, JobState, JobStatus, Progress
 from codegraft.trainer.v1 import run_pb2 as pb
-from codegraft.trainer.v1.adapter_pb2 import DownloadCheckpointResponse, DownloadHeader
+from codegraft.trainer.v1.adapter_pb2 import ADAPTER_FORMAT_GGUF, DownloadCheckpointResponse, DownloadHeader
 from codegraft.trainer.v1.checkpoint_pb2 import Checkpoint
 from codegraft.trainer.v1.hyperparameters_pb2 import Hyperparameters, Plan, PlannedSetting
 from codegraft.trainer.v1.run_event_pb2 import EvalMetrics, Proof, ProofFigures, RunEvent, StepMetrics
@@ -196,8 +199,13 @@ async def test_an_adapter_is_downloaded_as_one_verified_tar(browser: Browser) ->
     assert answer.headers["content-disposition"] == 'attachment; filename="acme-r-1-120.tar"'
     with tarfile.open(fileobj=io.BytesIO(answer.content)) as tar:
         assert {member.name: tar.extractfile(member).read() for member in tar} == files  # type: ignore[union-attr]
-    stream[2] = DownloadCheckpointResponse(chunk=FileChunk(offset=2, data=b"v" * 1500))
-    answer = await browser.http.get(f"{HERE}/r-1/checkpoints/120/adapter.tar")
-    assert answer.status_code == 500 and "SHA-256" in check(answer.text).text, "nothing is sent of what is not right"
+    await browser.http.get(f"{HERE}/r-1/checkpoints/120/adapter.tar?format=gguf")
+    assert browser.asked("DownloadCheckpoint").format == ADAPTER_FORMAT_GGUF
+    assert (await browser.http.get(f"{HERE}/r-1/checkpoints/120/adapter.tar?format=exe")).status_code == 400
+    for wrong in (FileChunk(offset=2, data=b"v" * 1500), FileChunk(offset=2, data=b"w" * 1501), None):
+        rest = [DownloadCheckpointResponse(chunk=wrong)] if wrong else []
+        browser.services.scripts["DownloadCheckpoint"] = [[*stream[:2], *rest]]
+        with pytest.raises(httpx2.RemoteProtocolError):  # a browser calls that a failed download
+            await browser.http.get(f"{HERE}/r-1/checkpoints/120/adapter.tar")
     browser.services.scripts["DownloadCheckpoint"] = [errors.PermissionDenied("readers take no weights")]
     assert (await browser.http.get(f"{HERE}/r-1/checkpoints/120/adapter.tar")).status_code == 403

@@ -15,6 +15,7 @@ from services.client.aio.caller import Caller, new_request_id
 from services.client.aio.ingest import project_name
 from services.client.content import Content, announced, chunks
 from services.client.incoming import IncomingFiles
+from services.client.streams import AsyncStream
 from services.core.errors import CodegraftError
 
 FILES = ("adapter_model.safetensors", "adapter_config.json")
@@ -86,6 +87,20 @@ class Adapters:
                 failures += 1
         finally:
             incoming.discard()
+
+    def stream(
+        self,
+        name: str,
+        *,
+        format: adapter_pb2.AdapterFormat = adapter_pb2.ADAPTER_FORMAT_PEFT,
+        gguf_type: adapter_pb2.GgufType = adapter_pb2.GGUF_TYPE_UNSPECIFIED,
+    ) -> AsyncStream[adapter_pb2.DownloadCheckpointResponse]:
+        """What :meth:`download` writes, for callers who pass it on: progress, a header, chunks. They check the digests.
+
+        It is not repeated. Raises what :meth:`download` does.
+        """
+        request = adapter_pb2.DownloadCheckpointRequest(name=name, format=format, gguf_type=gguf_type)
+        return self._caller.stream(self._stub.DownloadCheckpoint, request, _itself)
 
     async def upload(
         self,

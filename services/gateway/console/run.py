@@ -13,7 +13,7 @@ from services.client.aio.trainer import Runs
 from services.core import names
 from services.core.errors import InvalidArgument
 from services.gateway.console import live, story
-from services.gateway.console.download import as_tar
+from services.gateway.console.download import FORMATS, as_tar
 from services.gateway.console.visit import House, Visit
 
 _ACTIONS: dict[str, Callable[[Runs, str], Awaitable[Run]]] = {
@@ -89,5 +89,8 @@ async def keep(visit: Visit) -> Response:
 
 
 async def download(visit: Visit) -> Response:
-    """GET /console/p/acme/training/r-0abc/checkpoints/120/adapter.tar: the adapter in PEFT's format."""
-    return await as_tar(visit.client.adapters, _checkpoint(visit))
+    """GET /console/p/acme/training/r-0abc/checkpoints/120/adapter.tar?format=: as PEFT reads it, merged, or as GGUF."""
+    wanted = FORMATS.get(visit.query.text("format", "peft"))
+    if wanted is None:
+        raise InvalidArgument("no such format", field="format", hint=f"One of {', '.join(FORMATS)}.")
+    return await as_tar(visit.client.adapters, _checkpoint(visit), wanted)
