@@ -48,8 +48,11 @@ async def test_the_key_goes_into_a_cookie_that_no_script_and_no_other_site_gets(
     assert "Max-Age" not in kept and KEY not in kept, "it ends with the browser, and does not show the key"
     await stranger.page("/console")
     assert set(stranger.keys) == {f"Bearer {KEY}"}
-    stranger.http.headers["x-forwarded-proto"] = "https"
-    assert "; Secure" in cookie(await stranger.sign_in(KEY))
+    for over_https in (
+        {"x-forwarded-proto": "https"},
+        {"origin": str(stranger.http.base_url).replace("http", "https")},
+    ):
+        assert "; Secure" in cookie(await stranger.sign_in(KEY, **over_https)), over_https
 
 
 async def test_a_key_that_no_service_knows_is_refused_in_place(stranger: Browser) -> None:
@@ -60,6 +63,16 @@ async def test_a_key_that_no_service_knows_is_refused_in_place(stranger: Browser
     for key in ("", "two words", "ä", "x" * 2401):
         assert (await stranger.sign_in(key)).status_code == 400
     assert stranger.services.count("GetCaller") == 1
+
+
+async def test_who_comes_by_a_link_from_elsewhere_stays_signed_in(browser: Browser) -> None:
+    session = browser.http.cookies[COOKIE]
+    browser.http.cookies.clear()  # as browsers do with a strict cookie then
+    login = await browser.page((await browser.http.get("/console/p/acme/sources")).headers["location"])
+    assert [each["href"] for each in login.of("a") if each.get("id") == "go-on"] == ["/console/p/acme/sources"]
+    assert COOKIE not in browser.http.cookies, "the session's is not touched"
+    browser.http.cookies.set(COOKIE, session, path="/console")
+    assert (await browser.http.get("/console")).status_code == 200
 
 
 async def test_signing_in_leads_nowhere_else(stranger: Browser) -> None:
@@ -140,6 +153,7 @@ async def test_a_key_that_ended_leads_to_the_login(browser: Browser) -> None:
     browser.services.scripts["ListProjects"] = [errors.KeyRevoked("the key was revoked")]
     answer = await browser.http.get("/console")
     assert answer.status_code == 303 and answer.headers["location"].startswith("/console/login")
+    assert COOKIE not in browser.http.cookies
 
 
 async def test_names_do_no_harm(browser: Browser) -> None:

@@ -12,6 +12,7 @@ from starlette.routing import Route
 from codegraft.scanner.v1.scan_pb2 import Scan, ScanReport
 from services.core import names
 from services.core.errors import InvalidArgument
+from services.core.rpc import context
 from services.gateway.api import desk
 from services.gateway.console import histogram, live, scan_settings
 from services.gateway.console.forms import Form
@@ -104,6 +105,7 @@ async def new(visit: Visit) -> Response:
 async def start(visit: Visit) -> Response:
     """POST /console/p/acme/dataset: a scan with the form's settings, or one more with another threshold."""
     form, client = visit.form, visit.client
+    context.set_deadline(None)  # a snapshot of many sources takes its time: the client knows how long
     if form.text("again"):
         before = await client.scans.get(scan_name(visit, form.text("again")))
         snapshot, settings = before.snapshot, before.settings

@@ -15,7 +15,8 @@ from services.gateway.edge import body
 TYPE = "application/x-www-form-urlencoded"
 CSRF_FIELD = "csrf"
 CSRF_HEADER = "x-csrf-token"
-_FIELDS = 500
+_FIELDS = 5000
+"""Most in a form; that of the languages has two for each."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from starlette.routing import Route
 from services.core.errors import CodegraftError
 from services.core.rpc import context
 from services.gateway.console import forms
-from services.gateway.console.session import LONGEST_KEY, PATH, Session, end, is_https
+from services.gateway.console.session import LOGIN_COOKIE, LOGIN_PATH, LONGEST_KEY, PATH, Session, end, is_https
 from services.gateway.console.visit import House, Visit, forged
 from services.gateway.edge.problems import Refused, status_of
 
@@ -29,20 +29,20 @@ class Login:
     def routes(self) -> list[Route]:
         """All of them."""
         return [
-            Route(f"{PATH}/login", self.show, methods=["GET"]),
-            Route(f"{PATH}/login", self.sign_in, methods=["POST"]),
+            Route(LOGIN_PATH, self.show, methods=["GET"]),
+            Route(LOGIN_PATH, self.sign_in, methods=["POST"]),
             self._house.route("/logout", sign_out, post=True),
         ]
 
     async def show(self, request: Request) -> Response:
         """GET /console/login"""
-        session = self._house.vault.read(request) or Session()
-        return self._page(request, Session(csrf=session.csrf), _next(request.query_params.get("next", "")))
+        session = self._house.vault.read(request, LOGIN_COOKIE) or Session()
+        return self._page(request, session, _next(request.query_params.get("next", "")))
 
     async def sign_in(self, request: Request) -> Response:
         """POST /console/login: takes a key that a service knows."""
         form = await forms.read(request, self._house.settings)
-        before, way = self._house.vault.read(request), _next(form.text("next"))
+        before, way = self._house.vault.read(request, LOGIN_COOKIE), _next(form.text("next"))
         if before is None or not before.owns(form.text(forms.CSRF_FIELD)):
             return self._page(request, Session(), way, forged())
         key = form.text("key")
@@ -52,7 +52,7 @@ class Login:
             context.authorization.set(f"Bearer {key}")
             await self._house.client.keys.whoami()
         except (CodegraftError, Refused) as error:
-            return self._page(request, Session(csrf=before.csrf), way, error)
+            return self._page(request, before, way, error)
         response = RedirectResponse(way, 303)
         self._house.vault.write(response, Session(key), secure=is_https(request))
         return response
@@ -78,7 +78,7 @@ class Login:
 
 async def sign_out(visit: Visit) -> Response:
     """POST /console/logout"""
-    response = visit.done(f"{PATH}/login")
+    response = visit.done(LOGIN_PATH)
     end(response)
     return response
 

@@ -18,6 +18,10 @@ from starlette.responses import Response
 COOKIE = "codegraft-console"
 PATH = "/console"
 """Where browsers send it: not to what editors use."""
+LOGIN_COOKIE = "codegraft-login"
+LOGIN_PATH = f"{PATH}/login"
+"""The form to sign in has a token of its own: whoever comes by a link from elsewhere gets there though he is signed in
+(browsers keep a strict cookie to themselves then), and must not lose his session."""
 HOURS = 12
 """After which one signs in again."""
 LONGEST_KEY = 2400
@@ -31,7 +35,7 @@ class Session:
     """What the cookie holds."""
 
     key: str = field(default="", repr=False)
-    """API key or OIDC token; empty before one signed in."""
+    """API key or OIDC token; empty before one signed in, when it goes into a cookie of its own."""
     csrf: str = field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)
     """What forms of this session carry."""
 
@@ -52,10 +56,10 @@ class Vault:
         secret = hashlib.sha256(key.encode()).digest() if key else secrets.token_bytes(32)
         self._fernet = Fernet(base64.urlsafe_b64encode(secret))
 
-    def read(self, request: Request) -> Session | None:
+    def read(self, request: Request, cookie: str = COOKIE) -> Session | None:
         """The request's session; None without one, or when it is over, forged or sealed with another key."""
         try:
-            opened = self._fernet.decrypt(request.cookies.get(COOKIE, "").encode(), ttl=HOURS * 3600).decode()
+            opened = self._fernet.decrypt(request.cookies.get(cookie, "").encode(), ttl=HOURS * 3600).decode()
         except (InvalidToken, UnicodeError):
             return None
         csrf, _, key = opened.partition(_SEPARATOR)
@@ -65,7 +69,8 @@ class Vault:
         """Gives the session to the browser: to no script, with no request from another site, and over https only where
         it was https."""
         sealed = self._fernet.encrypt(f"{session.csrf}{_SEPARATOR}{session.key}".encode()).decode()
-        response.set_cookie(COOKIE, sealed, path=PATH, secure=secure, httponly=True, samesite="strict")
+        cookie, path = (COOKIE, PATH) if session.key else (LOGIN_COOKIE, LOGIN_PATH)
+        response.set_cookie(cookie, sealed, path=path, secure=secure, httponly=True, samesite="strict")
 
 
 def end(response: Response) -> None:

@@ -16,7 +16,7 @@ from services.gateway.console import live
 from services.gateway.console.forms import Form
 from services.gateway.console.visit import House, Visit, if_allowed
 
-WATCHED = 100
+WATCHED = 50
 """Sources that one page follows; what else there is shows its state as of the page's loading."""
 SPLITS = {"auto": Split.SPLIT_AUTO, "train": Split.SPLIT_TRAIN, "test": Split.SPLIT_TEST}
 

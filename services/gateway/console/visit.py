@@ -20,7 +20,7 @@ from services.gateway.config import GatewaySettings
 from services.gateway.console import forms
 from services.gateway.console.forms import Form
 from services.gateway.console.pages import Pages
-from services.gateway.console.session import PATH, Session, Vault
+from services.gateway.console.session import LOGIN_PATH, PATH, Session, Vault, end
 from services.gateway.edge.attending import ClientGone
 from services.gateway.edge.problems import Refused, status_of
 
@@ -79,7 +79,7 @@ class House:
         """
         if request.method == "GET" and wants_page(request):
             way = request.url.path + (f"?{request.url.query}" if request.url.query else "")
-            return RedirectResponse(f"{PATH}/login?next={quote(way, safe='')}", 303)
+            return RedirectResponse(f"{LOGIN_PATH}?next={quote(way, safe='')}", 303)
         raise Refused(401, "UNAUTHENTICATED", "Nobody is signed in, or the session is over. Sign in again.")
 
     def failed(self, visit: Visit, error: CodegraftError | Refused) -> Response:
@@ -87,12 +87,14 @@ class House:
         if not wants_page(visit.request):
             raise error
         if isinstance(error, Unauthenticated):  # the key ended; Unauthenticated is the root of those errors
-            return self.signed_out(visit.request) if visit.request.method == "GET" else _to_login()
+            response = self.signed_out(visit.request) if visit.request.method == "GET" else _to_login()
+            end(response)
+            return response
         return visit.page("error.html", status_of(error), error=error, code=status_of(error))
 
 
 def _to_login() -> Response:
-    return RedirectResponse(f"{PATH}/login", 303)
+    return RedirectResponse(LOGIN_PATH, 303)
 
 
 @dataclass(frozen=True, slots=True)

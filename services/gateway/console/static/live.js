@@ -6,8 +6,13 @@ const policy = globalThis.trustedTypes?.createPolicy("codegraft-parts", { create
 export function followAll(within) {
   for (const each of within.querySelectorAll("[data-live]")) {
     const state = each.querySelector("[role=status]") ?? document.getElementById("live-state");
-    follow(each.dataset.live, { part: replace }, state);
+    follow(each.dataset.live, { part: replace, ended: () => ended(each) }, state);
   }
+}
+
+// What has ended may have more to show than its live parts.
+export function ended(element) {
+  if (element.dataset.ended === "reload") location.reload();
 }
 
 // Follows a stream; handlers are called with the data of their kind of event.
@@ -19,13 +24,14 @@ export function follow(address, handlers, state) {
     state.dataset.kind = kind;
   };
   source.addEventListener("open", () => tell("Live", "on"));
-  for (const [kind, handler] of Object.entries(handlers)) {
+  const { ended: whenOver, ...kinds } = handlers;
+  for (const [kind, handler] of Object.entries(kinds)) {
     source.addEventListener(kind, (event) => handler(event.data));
   }
   source.addEventListener("end", () => {
     source.close();
     tell("", "off");
-    handlers.ended?.();
+    whenOver?.();
   });
   source.addEventListener("failed", (event) => {
     source.close();

@@ -1,6 +1,6 @@
 // A run's page, and that of two runs: curves and log as the stream brings them.
 import { add, draw, empty } from "./curves.js";
-import { follow, replace } from "./live.js";
+import { ended, follow, replace } from "./live.js";
 
 const svg = document.getElementById("curves");
 const log = document.getElementById("log");
@@ -16,7 +16,7 @@ const runs = [svg.dataset.run, svg.dataset.other].filter(Boolean).map((address) 
       if (speed && points.speed) speed.textContent = `${Math.round(points.speed).toLocaleString("en")} tokens/s`;
     },
   };
-  if (log) handlers.part = replace;
+  if (log) Object.assign(handlers, { part: replace, ended: () => ended(svg) });
   follow(address, handlers, document.getElementById("live-state"));
   return run;
 });
