@@ -15,6 +15,9 @@ from tests.unit.client.conftest import Fake
 KEY = "cg_ops_0123456789abcdef"
 EVIL = "<script>alert(1)</script>\"'&{{7*7}}"
 """A name that does harm wherever it is not escaped."""
+_BLOCKS = frozenset(
+    ["div", "form", "p", "ul", "ol", "dl", "table", "section", "pre", "fieldset", "details", "h2", "h3"]
+)
 _VOID = frozenset(["meta", "link", "input", "br", "hr", "img"])
 
 
@@ -31,6 +34,8 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, {name: value or "" for name, value in attrs}))
+        assert "p" not in self.open or tag not in _BLOCKS, f"<{tag}> ends a paragraph in the middle"
+        assert not (tag in self.open and tag in ("form", "a", "button")), f"<{tag}> within another"
         if tag not in _VOID:
             self.open.append(tag)
 

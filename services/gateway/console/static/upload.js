@@ -11,6 +11,7 @@ const list = document.getElementById("transfers");
 const drop = document.getElementById("drop");
 const chosen = document.getElementById("files");
 
+form.addEventListener("submit", (event) => event.preventDefault());
 chosen.addEventListener("change", () => take([...chosen.files]));
 drop.addEventListener("dragover", (event) => {
   event.preventDefault();
