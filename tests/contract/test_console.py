@@ -34,7 +34,7 @@ async def test_without_a_session_every_page_leads_to_the_login_and_back(stranger
         assert answer.status_code == 303 and not stranger.services.requests
         login = await stranger.page(answer.headers["location"])
         assert {"name": "next", "value": way, "type": "hidden"} in login.of("input")
-    answer = await stranger.http.get("/console/p/acme/sources/live", headers={"accept": "text/event-stream"})
+    answer = await stranger.http.get("/console/p/acme/sources/-/live", headers={"accept": "text/event-stream"})
     assert answer.status_code == 401 and answer.json()["error"]["code"] == "UNAUTHENTICATED"
     assert (await stranger.http.post("/console/projects", data={"project_id": "x"})).status_code == 401
     assert not stranger.services.requests

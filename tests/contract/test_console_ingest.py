@@ -71,7 +71,7 @@ async def test_from_an_empty_project_to_a_fetched_source(operator: Browser) -> N
 
     answer = await operator.send(SOURCES, kind="file", upload=whole["name"], path="app.py", source_id="app")
     assert answer.status_code == 303, answer.text
-    events = await operator.listen(f"{SOURCES}/live", until='"state ready"')
+    events = await operator.listen(f"{SOURCES}/-/live", until='"state ready"')
     assert events[-1][0] == "part" and 'id="source-app-files">1<' in events[-1][1]
     page = await operator.page(f"{SOURCES}/app")
     assert {"source-app", "save-source", "sync-app"} <= set(page.ids)

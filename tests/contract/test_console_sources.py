@@ -123,14 +123,14 @@ async def test_every_change_of_a_source_arrives_as_the_part_of_the_page(browser:
         [now("a", pb.SOURCE_STATE_FAILED)],
         [now("b", pb.SOURCE_STATE_PENDING), now("b", pb.SOURCE_STATE_FETCHING), later],
     ]
-    events = await browser.listen(f"{HERE}/live")
+    events = await browser.listen(f"{HERE}/-/live")
     assert [kind for kind, _, _ in events] == ["part", "part", "part", "end"]
     parts = [Page(html) for _, html, _ in events[:3]]
     assert [part.elements[0][1]["id"] for part in parts] == ["source-a", "source-b", "source-b"]
     assert [part.ids[2] for part in parts] == ["source-a-state", "source-b-state", "source-b-state"]
     assert "fetching" in parts[1].text and "ready" in parts[2].text, "only the newest of what comes at once"
     browser.services.scripts["WatchSource"] = [errors.KeyRevoked("the key was revoked")]
-    assert (await browser.listen(f"{HERE}/live"))[-1][:2] == ("failed", "the key was revoked")
+    assert (await browser.listen(f"{HERE}/-/live"))[-1][:2] == ("failed", "the key was revoked")
 
 
 async def test_a_file_is_sent_on_from_where_it_stopped_in_messages_that_ingest_takes(browser: Browser) -> None:

@@ -26,7 +26,7 @@ def routes(house: House) -> list[Route]:
     return [
         house.route("/p/{project}/sources", show),
         house.route("/p/{project}/sources", add, post=True),
-        house.route("/p/{project}/sources/live", follow),
+        house.route("/p/{project}/sources/-/live", follow),
         house.route("/p/{project}/sources/{source}", one),
         house.route("/p/{project}/sources/{source}", save, post=True),
         house.route("/p/{project}/sources/{source}/sync", sync, post=True),
@@ -46,7 +46,7 @@ async def _credentials(visit: Visit) -> list[Credential]:
 
 
 async def follow(visit: Visit) -> Response:
-    """GET /console/p/acme/sources/live: each source as it is now, then after every change."""
+    """GET /console/p/acme/sources/-/live: each source as it is now, then after every change."""
     found = [each.name async for each in visit.client.sources.list(visit.project)][:WATCHED]
 
     async def events() -> AsyncGenerator[bytes, None]:
