@@ -355,7 +355,11 @@ async def test_secrets_are_stored_as_hashes_and_seeds_stay_revoked() -> None:
     following.cancel()
 
 
-@pytest.mark.parametrize(("key", "role"), [("cg_x_short", "reader"), ("", "reader"), (ApiKey.new("x").text, "king")])
+@pytest.mark.parametrize(
+    ("key", "role"),
+    [("cg_x_short", "reader"), ("", "reader"), (ApiKey.new("x").text, "king")],
+    ids=["short", "empty", "unknown role"],
+)
 def test_a_seed_that_cannot_be_is_refused_without_repeating_it(key: str, role: str) -> None:
     with pytest.raises(ValueError, match="must be"):
         Seed(key=key, role=role)  # type: ignore[arg-type]

@@ -147,6 +147,7 @@ async def test_mistakes_have_their_reason_and_field(client: AsyncCodegraft, proj
         (archive({}), errors.EmptySource),
         (archive({"../a.py": b"x"}), errors.EmptySource),
     ],
+    ids=["no archive", "cut", "empty", "outside"],
 )
 async def test_a_bad_archive_fails_with_its_reason(
     client: AsyncCodegraft, project: str, content: bytes, reason: type[errors.CodegraftError]
