@@ -14,7 +14,7 @@ pin = $(shell grep '^$(1)==' constraints.txt)
 # Named by what it was made from: a change of either file makes the set-up run again, nothing else does.
 STAMP := $(VENV)/.set-up-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 
-.PHONY: help setup proto proto-image demo promtool test chaos bench fuzz sshd lint format types deploy-check clean
+.PHONY: help setup proto proto-image docs demo promtool test chaos bench fuzz sshd lint format types deploy-check clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,11 @@ proto: setup ## Generate gen/ from protos/
 
 proto-image: setup ## Accept the contract as it is: refresh the image that `buf breaking` compares with
 	$(BIN)/buf build --exclude-source-info --output protos/codegraft.binpb
+
+docs: proto ## Make the pages of docs/ that come from the contract and the code
+	$(BIN)/python -m services.core.models.document > docs/models.md
+	$(BIN)/python -m tools.api_reference
+	$(BIN)/python -m tools.asyncapi
 
 demo: proto ## The main job, end to end (REPO=<path or URL>, ARGS="--json FILE")
 	@$(BIN)/codegraft demo $(if $(REPO),--repo '$(REPO)') $(ARGS)
@@ -91,7 +96,7 @@ format: setup ## Let ruff put things right
 	$(BIN)/ruff format .
 
 types: proto ## mypy, strict
-	$(BIN)/mypy --strict services hatch_build.py
+	$(BIN)/mypy --strict services tools hatch_build.py
 
 deploy-check: proto promtool ## Images, compose and the Helm chart: linted, rendered, held against schemas; no engine, no cluster
 	@$(BIN)/python -m pytest --quiet tests/unit/deploy $(ARGS)

@@ -14,6 +14,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from codegraft.inference.v1 import completion_pb2_grpc, serving_pb2_grpc
+from services.core.events import EventBus
 from services.core.models.catalogue import find
 from services.core.rpc.interceptors import CallInterceptor
 from services.core.runtime import Runtime
@@ -21,6 +22,7 @@ from services.inference import model as inference_model
 from services.inference.assembly import Replica
 from services.inference.config import InferenceSettings
 from services.inference.engine.scheduler import Limits
+from tests import published
 from tests.contract.inference_world import DIGEST, PROJECT, Peers, World
 from tests.unit.inference import tiny
 
@@ -42,6 +44,7 @@ async def worlds(
 ) -> AsyncIterator[Callable[..., Any]]:
     """Starts replicas; several may share one runtime."""
     running: list[Callable[[], Any]] = []
+    buses: list[EventBus] = []
 
     async def make(
         runtime: Runtime | None = None, peers: Peers | None = None, hold: Any = None, **fields: Any
@@ -81,6 +84,7 @@ async def worlds(
             assert replica.registry.streams(PROJECT) == {}, "a stream still holds its version"
 
         running.append(stop)
+        buses.append(runtime.events)
         completions = completion_pb2_grpc.CompletionServiceStub(channel)
         serving = serving_pb2_grpc.ServingServiceStub(channel)
         return World(runtime, peers, replica, completions, serving, reference, f"127.0.0.1:{port}")
@@ -88,6 +92,7 @@ async def worlds(
     yield make
     for stop in running:
         await stop()
+    published.check(buses)
 
 
 @pytest.fixture

@@ -40,6 +40,7 @@ from services.scanner.meter import Meter
 from services.scanner.part_worker import PartWorker
 from services.scanner.rules import Rules
 from services.scanner.worker import ScanWorker, stored_verdicts
+from tests import published
 from tests.contents import stored
 
 SCAN = "projects/demo/scans/one"
@@ -111,6 +112,7 @@ async def working(desk: SimpleNamespace, meter: Meter, name: str = "w") -> Async
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+    published.check([desk.runtime.events])
 
 
 async def until(condition: Callable[[], bool]) -> None:

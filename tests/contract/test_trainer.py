@@ -31,6 +31,7 @@ from codegraft.trainer.v1 import run_pb2_grpc
 from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest
 from codegraft.trainer.v1.hyperparameters_pb2 import Hyperparameters
 from services.core import errors
+from services.core.events import EventBus
 from services.core.models import prompts, weights
 from services.core.rpc.interceptors import CallInterceptor
 from services.core.rpc.status import from_rpc
@@ -41,6 +42,7 @@ from services.inference.adapters.verify import Base
 from services.inference.engine.scheduler import Limits
 from services.trainer.assembly import Trainer
 from services.trainer.config import TrainerSettings
+from tests import published
 from tests.unit.inference.tiny import make_model, make_tokenizer
 
 PROJECT = "projects/demo"
@@ -160,6 +162,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def worlds(base: Path, tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
     """Starts trainers; several may share one runtime."""
     running: list[Callable[[], Any]] = []
+    buses: list[EventBus] = []
 
     async def make(
         runtime: Runtime | None = None, scanner: Scanner | None = None, workers: int = 1, **changed: Any
@@ -200,11 +203,13 @@ async def worlds(base: Path, tmp_path: Path) -> AsyncIterator[Callable[..., Any]
 
         running.append(stop)
         runs, models = run_pb2_grpc.RunServiceStub(channel), run_pb2_grpc.ModelServiceStub(channel)
+        buses.append(runtime.events)
         return World(runtime, scanner, base, runs, models, trainer.tables, stop)
 
     yield make
     for stop in running:
         await stop()
+    published.check(buses)
 
 
 @pytest.fixture

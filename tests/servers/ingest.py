@@ -21,6 +21,7 @@ from services.core.runtime import Runtime
 from services.core.store import MemoryStore
 from services.ingest.assembly import Ingest
 from services.ingest.config import IngestSettings
+from tests import published
 
 KEY = Fernet.generate_key().decode()
 PROJECT = "demo"
@@ -82,6 +83,7 @@ async def world(tmp_path: Path, runtime: Runtime | None = None, **settings: obje
         with contextlib.suppress(errors.ResourceExists):
             await client.projects.create(PROJECT)
         yield World(runtime, client, ingest)
+    published.check([runtime.events])
 
 
 async def until(condition: Callable[[], object], seconds: float = 20) -> None:
