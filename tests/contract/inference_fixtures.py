@@ -92,7 +92,7 @@ async def worlds(
     yield make
     for stop in running:
         await stop()
-    published.check(buses)
+    published.check("inference", buses)
 
 
 @pytest.fixture

@@ -112,7 +112,7 @@ async def working(desk: SimpleNamespace, meter: Meter, name: str = "w") -> Async
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    published.check([desk.runtime.events])
+    published.check("scanner", [desk.runtime.events])
 
 
 async def until(condition: Callable[[], bool]) -> None:

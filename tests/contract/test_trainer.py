@@ -209,7 +209,7 @@ async def worlds(base: Path, tmp_path: Path) -> AsyncIterator[Callable[..., Any]
     yield make
     for stop in running:
         await stop()
-    published.check(buses)
+    published.check("trainer", buses)
 
 
 @pytest.fixture

@@ -83,7 +83,7 @@ async def world(tmp_path: Path, runtime: Runtime | None = None, **settings: obje
         with contextlib.suppress(errors.ResourceExists):
             await client.projects.create(PROJECT)
         yield World(runtime, client, ingest)
-    published.check([runtime.events])
+    published.check("ingest", [runtime.events])
 
 
 async def until(condition: Callable[[], object], seconds: float = 20) -> None:
