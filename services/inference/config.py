@@ -16,7 +16,7 @@ class InferenceSettings(CoreSettings):
     """What the inference service needs beyond the core's settings."""
 
     inference_model: str = DEFAULT_MODEL
-    """Base model: catalogue id, "hf:<organisation>/<name>" or "dir:<absolute path>"."""
+    """Base model: catalogue id, "hf:<organisation>/<name>", "store:<name>" or "dir:<absolute path>"."""
     inference_threads: int = Field(default=0, ge=0)
     """Threads of a step's arithmetic; 0 means one a core."""
     inference_weights: Literal["auto", "bf16", "int8"] = "auto"

@@ -24,7 +24,9 @@ RUNBOOKS = sorted((ROOT / "docs/runbooks").glob("*.md"))
 DOCUMENTS = [
     ROOT / "docs/operations.md",
     *RUNBOOKS,
-    ROOT / "docs/telemetry.md",
+    ROOT / "README.md",
+    *(ROOT / f"docs/{name}.md" for name in ("adding-a-base-model", "architecture", "console", "events", "scale")),
+    *(ROOT / f"docs/{name}.md" for name in ("security", "telemetry")),
     ROOT / "deploy/README.md",
     ROOT / "deploy/telemetry/README.md",
     ROOT / "deploy/images/README.md",
@@ -63,7 +65,9 @@ def problem(arguments: list[str]) -> str:
             return f"no command {rest[0]!r}"
         command = found
         rest.pop(0)
-    options = {name for one in command.params for name in (*one.opts, *one.secondary_opts) if name.startswith("-")}
+    options = {"--help"} | {
+        name for one in command.params for name in (*one.opts, *one.secondary_opts) if name.startswith("-")
+    }
     unknown = [one for one in rest if one.startswith("-") and one.partition("=")[0] not in options]
     return f"{command.name} has no {', '.join(unknown)}" if unknown else ""
 
