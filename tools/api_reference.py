@@ -195,7 +195,7 @@ def _where(rule: policy.Rule) -> str:
     if rule.all_projects:
         return "all projects"
     if rule.handler:
-        return "its own projects, of which it gets what is there"
+        return "the caller's own projects"
     if not rule.fields:
         return "any project"
     names = [re.sub(r"projects/\{(\w+)\}", r"\1", path) for path in rule.fields]
