@@ -38,6 +38,11 @@ class Weights:
     digest: str
     """Names what is computed with them: two of the same digest give the same keys and values."""
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether they lie in the memory of the CPU."""
+        return all(a.device.type == "cpu" for a, _ in self.layers.values())
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -67,9 +72,15 @@ class Active(threading.local):
         return self._mixer.order(weights)
 
     @contextmanager
-    def use(self, segments: list[Segment]) -> Iterator[None]:
-        """Sets the segments for one forward pass; tokens in none of them run on the base model."""
-        self.mix = self._mixer.mix(segments) if segments else None
+    def use(self, segments: list[Segment], *, beside: bool = False) -> Iterator[None]:
+        """Sets the segments for one forward pass; tokens in none of them run on the base model.
+
+        Args:
+            beside: the engine's steps go on meanwhile: nothing of theirs is used.
+        """
+        self.mix = None
+        if segments:
+            self.mix = Mix(alone=segments) if beside else self._mixer.mix(segments)
         try:
             yield
         finally:

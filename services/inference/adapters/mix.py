@@ -1,18 +1,23 @@
 """The adapters of one step, as few operations as can be: one by one where a part of the step is large, else stacked.
 
 An adapter's two products of a few tokens are cheap, calling torch for each adapter, layer and part is not. So adapters
-that are mixed in a step have slots in stacks, and each layer has one batched product for all of them.
+that are mixed in a step have slots in stacks, and each layer has one batched product for all of them: of torch, or for
+a few tokens on a CPU, a compiled one.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import gcd
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+
+from services.inference.engine import kernels
+from services.inference.engine.few import MOST
 
 if TYPE_CHECKING:
     from services.inference.adapters.lora import Segment, Weights
@@ -60,6 +65,8 @@ class Stack:
         """``[slots, pieces, rank, piece]``: in pieces of one size, all layers are one batched product."""
         self.owners: dict[Paths, torch.Tensor | None] = {}
         """The layer of each piece, int64; None where a layer is a piece."""
+        self.pieces = {paths: np.array(shape.owners) for paths, shape in groups.items()}
+        """The same for all."""
         self._slots: dict[str, int] = {}
         """By digest, the longest unmixed first."""
         self._size = 0
@@ -195,11 +202,28 @@ class Stacked:
 
 
 @dataclass(frozen=True, slots=True)
+class Placed:
+    """Tokens of a step over a few, whose adapters lie in one stack."""
+
+    stack: Stack
+    slots: Any
+    """Each token's, int64; -1 for those whose adapters lie elsewhere."""
+
+    def add(self, paths: Paths, x: torch.Tensor, y: torch.Tensor) -> None:
+        """See :meth:`Mix.add`."""
+        a, b, owners = self.stack.a[paths].numpy(), self.stack.b[paths].numpy(), self.stack.pieces[paths]
+        out = y.float()  # mostly y itself
+        kernels.adapt(x.float().numpy(), out.numpy(), a, b, owners, self.slots)
+        if out is not y:
+            y.copy_(out)
+
+
+@dataclass(frozen=True, slots=True)
 class Mix:
     """The adapters of one step."""
 
-    alone: list[Segment]
-    stacked: list[Stacked]
+    alone: list[Segment] = field(default_factory=list)
+    stacked: list[Stacked | Placed] = field(default_factory=list)
 
     def add(self, paths: Paths, x: torch.Tensor, y: torch.Tensor, outs: tuple[int, ...]) -> None:
         """Adds what the adapters give.
@@ -238,20 +262,23 @@ class Mixer:
 
     Args:
         groups: the layers of the model.
+        few: tokens of a step up to which the compiled product is quicker than torch's, on a CPU.
     """
 
-    def __init__(self, groups: Mapping[Paths, Shape]) -> None:
-        self._groups = groups
+    def __init__(self, groups: Mapping[Paths, Shape], few: int = MOST) -> None:
+        self._groups, self._few = groups, few
         self._stacks: dict[int, Stack] = {}
 
     def mix(self, segments: list[Segment]) -> Mix:
         """What a step with these segments needs."""
+        if segments[-1].end <= self._few and segments[0].weights.on_cpu:
+            return Mix(stacked=self._placed(segments))
         alone = [segment for segment in segments if segment.end - segment.begin > _FEW]
         by_rank: dict[int, list[Segment]] = {}
         for segment in segments:
             if segment.end - segment.begin <= _FEW:
                 by_rank.setdefault(_stack_rank(segment.weights), []).append(segment)
-        stacked = []
+        stacked = list[Stacked | Placed]()
         for rank, few in by_rank.items():
             if len(few) == 1 or (made := _stacked(self._stack(rank), few)) is None:
                 alone += few
@@ -271,6 +298,19 @@ class Mixer:
         rank = _stack_rank(weights)
         slot = self._stacks[rank].slot(weights) if rank in self._stacks else None
         return rank, slot if slot is not None else 2**31, id(weights)
+
+    def _placed(self, segments: list[Segment]) -> list[Stacked | Placed]:
+        by_rank: dict[int, list[Segment]] = {}
+        for segment in segments:
+            by_rank.setdefault(_stack_rank(segment.weights), []).append(segment)
+        placed = list[Stacked | Placed]()
+        for rank, mine in by_rank.items():
+            stack = self._stack(rank)
+            slots = np.full(mine[-1].end, -1, np.int64)
+            for segment, slot in zip(mine, stack.place([segment.weights for segment in mine]), strict=True):
+                slots[segment.begin : segment.end] = slot
+            placed.append(Placed(stack, slots))
+        return placed
 
     def _stack(self, rank: int) -> Stack:
         return self._stacks.setdefault(rank, Stack(rank, self._groups))

@@ -7,13 +7,16 @@ with the tokens of all sequences of a step side by side, and each sequence atten
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from services.inference.engine.rows import Batch, Row
+
+if TYPE_CHECKING:
+    from services.inference.engine.few import Few
 
 NAME = "codegraft"
 _FEW = 16
@@ -35,6 +38,8 @@ class Step:
     kv: list[torch.Tensor]
     """Keys and values by layer: ``[2, kv_heads, slots, head_dim]``, 16 slots a block. Each head's lie together, so that
     neighbouring blocks are one matrix."""
+    few: Few | None = None
+    """The same for the compiled kernels, where they are quicker."""
 
 
 def attend(

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from services.inference.engine import kernels
 from services.inference.engine.attention import Step, keep, look
+from services.inference.engine.blocks import BLOCK
 
 _FAMILY = ("LlamaDecoderLayer", "Qwen2DecoderLayer", "MistralDecoderLayer")
 """Two norms, rotary embeddings by halves, a gated MLP, and nothing else."""
@@ -28,6 +30,7 @@ class Block(nn.Module):
         attention, mlp = layer.self_attn, layer.mlp
         self._qkv, self._o = attention.q_proj.joint, attention.o_proj.joint
         self._gate_up, self._down = mlp.gate_proj.joint, mlp.down_proj.joint
+        self._layer, self._width, self._scale = attention.layer_idx, attention.head_dim, attention.scaling
         self._window = None
         if "Qwen2" in type(layer).__name__:
             self._window = attention.sliding_window
@@ -49,20 +52,40 @@ class Block(nn.Module):
         Args:
             position_embeddings: from :class:`Rotary`.
         """
-        x, attention = hidden_states[0], self.self_attn
+        x = hidden_states[0]
         qkv = self._qkv.compute(self.input_layernorm(x))
-        halves = qkv.view(x.shape[0], -1, 2, attention.head_dim // 2)[:, : self._turned]
-        cos, sin = position_embeddings
-        swapped = halves.flip(2)
-        halves.mul_(cos).addcmul_(swapped, sin)
-        kv = step.kv[attention.layer_idx]
-        heads = qkv.to(kv.dtype).view(x.shape[0], -1, attention.head_dim).transpose(0, 1)
-        keep(heads[self._query_heads :], kv, step)
-        seen = look(heads[: self._query_heads], kv, step, attention.scaling, self._window)
-        x = self._o.compute(seen.flatten(1)).add_(x)
+        way = self._many if step.few is None or qkv.dtype != torch.float32 else self._few
+        x = self._o.compute(way(qkv, position_embeddings, step)).add_(x)
         gate_up = self._gate_up.compute(self.post_attention_layernorm(x))
         gate, up = torch.split_with_sizes(gate_up, self._gate_up.outs, 1)
         return self._down.compute(self.mlp.act_fn(gate).mul_(up)).add_(x)[None]  # type: ignore[no-any-return]
+
+    def _many(self, qkv: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor], step: Step) -> torch.Tensor:
+        """From queries, keys and values to what is seen, ``[tokens, hidden]``."""
+        tokens, kv = qkv.shape[0], step.kv[self._layer]
+        halves = qkv.view(tokens, -1, 2, self._width // 2)[:, : self._turned]
+        cos, sin = turns
+        swapped = halves.flip(2)
+        halves.mul_(cos).addcmul_(swapped, sin)
+        heads = qkv.to(kv.dtype).view(tokens, -1, self._width).transpose(0, 1)
+        keep(heads[self._query_heads :], kv, step)
+        return look(heads[: self._query_heads], kv, step, self._scale, self._window).flatten(1)
+
+    def _few(self, qkv: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor], step: Step) -> torch.Tensor:
+        """The same for a few tokens on a CPU."""
+        few, tokens = step.few, qkv.shape[0]
+        assert few is not None
+        heads, kv = qkv.view(tokens, -1, self._width), few.kv[self._layer]
+        halves = heads.view(tokens, -1, 2, self._width // 2).numpy()
+        kernels.turn(halves, self._turned, turns[0].numpy(), turns[1].numpy(), kv, few.slots, few.begun)
+        if few.tables is None:
+            queries = heads[:, : self._query_heads].to(torch.bfloat16).transpose(0, 1)
+            return look(queries, step.kv[self._layer], step, self._scale, self._window).flatten(1).float()
+        seen = qkv.new_empty(tokens, self._query_heads * self._width)
+        out = seen.view(tokens, self._query_heads, -1).numpy()
+        window = self._window or few.tables.size * BLOCK
+        kernels.attend(heads.numpy(), kv, few.tables, few.pasts, window, self._scale, out)
+        return seen
 
 
 class Rotary(nn.Module):

@@ -6,6 +6,8 @@ from the engine's thread only.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from transformers import PreTrainedModel
 
@@ -14,6 +16,7 @@ from services.inference.engine.attention import NAME, Step
 from services.inference.engine.block import simplify
 from services.inference.engine.blocks import BLOCK, blocks_for
 from services.inference.engine.cores import reserve
+from services.inference.engine.few import MOST, bits, few
 from services.inference.engine.rows import Row, batches
 from services.inference.engine.sampler import Sampler
 from services.inference.engine.scheduler import Work
@@ -41,6 +44,7 @@ class Runner:
             torch.empty(2, kv_heads, blocks * BLOCK, head_dim, dtype=model.dtype, device=model.device)
             for _ in range(config.num_hidden_layers)
         ]
+        self._bits = bits(self._kv)
         model.set_attn_implementation(NAME)
 
     def begin(self) -> None:
@@ -80,6 +84,8 @@ class Runner:
             begun=torch.tensor(begun, device=device) if begun else None,
             kv=self._kv,
         )
+        if self._bits is not None and len(ids) <= MOST:
+            step = replace(step, few=few(step, self._bits))
         with self._active.use(segments):
             logits = self._model(
                 input_ids=torch.tensor([ids], device=device),
@@ -96,7 +102,8 @@ class Runner:
         results: list[Result | None] = [None] * len(work)
         sampling = [index for index, item in enumerate(work) if item.samples]
         if sampling:
-            logits = torch.cat([outputs[index] for index in sampling])
+            rows = [outputs[index] for index in sampling]
+            logits = rows[0] if len(rows) == 1 else torch.cat(rows)
             chosen = self._sampler.sample(logits, [(work[index].sequence, work[index].drafts) for index in sampling])
             for index, tokens in zip(sampling, chosen, strict=True):
                 top = work[index].sequence.sampling.logprobs
@@ -118,7 +125,7 @@ class Runner:
         # Memory of its own, so that the engine's is not touched.
         kv = [torch.zeros_like(layer[:, :, : len(row.blocks) * BLOCK]) for layer in self._kv]
         step = Step(batches=[], rows=[row], slots=torch.tensor(row.written(), device=device), begun=None, kv=kv)
-        with self._active.use([Segment(0, count, weights)]):
+        with self._active.use([Segment(0, count, weights)], beside=True):
             logits: torch.Tensor = self._model(
                 input_ids=torch.tensor([ids], device=device),
                 position_ids=torch.arange(count, device=device)[None],

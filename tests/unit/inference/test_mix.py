@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from services.inference.adapters import mix
-from services.inference.adapters.lora import Segment, Weights, prepare, siblings
+from services.inference.adapters.lora import Active, Segment, Weights, prepare, siblings
 from services.inference.adapters.mix import Mixer, Shape
 
 PATHS = ("a.q_proj", "a.k_proj", "a.v_proj")
@@ -48,8 +48,9 @@ def check(mixer: Mixer, segments: list[Segment], tokens: int) -> None:
         torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_any_mix_over_many_steps_gives_each_token_its_own_adapter() -> None:
-    rng, mixer = random.Random(3), Mixer(GROUPS)
+@pytest.mark.parametrize("few", [0, 32])
+def test_any_mix_over_many_steps_gives_each_token_its_own_adapter(few: int) -> None:
+    rng, mixer = random.Random(3), Mixer(GROUPS, few)
     known = [adapter(seed, rng.choice((2, 8, 9, 16, 64, 70))) for seed in range(30)]
     known += [adapter(99, 8, ("a.v_proj",)), adapter(98, 8, ("a.o_proj",))]
     for _ in range(150):
@@ -62,14 +63,15 @@ def test_any_mix_over_many_steps_gives_each_token_its_own_adapter() -> None:
         check(mixer, segments, at + 1)
 
 
-def test_the_same_adapter_in_two_objects_and_places() -> None:
-    mixer = Mixer(GROUPS)
+@pytest.mark.parametrize("few", [0, 32])
+def test_the_same_adapter_in_two_objects_and_places(few: int) -> None:
+    mixer = Mixer(GROUPS, few)
     segments = [Segment(0, 2, adapter(1, 4)), Segment(3, 4, adapter(1, 4)), Segment(4, 7, adapter(2, 4))]
     check(mixer, segments, 8)
 
 
 def test_decodes_on_different_adapters_are_stacked_and_one_alone_is_not() -> None:
-    mixer, known = Mixer(GROUPS), [adapter(seed, 16) for seed in range(8)]
+    mixer, known = Mixer(GROUPS, few=0), [adapter(seed, 16) for seed in range(8)]
     mixed = mixer.mix([Segment(n, n + 1, weights) for n, weights in enumerate(known)])
     assert (len(mixed.alone), len(mixed.stacked)) == (0, 1)
     one = mixer.mix([Segment(0, 8, known[0])])
@@ -77,7 +79,7 @@ def test_decodes_on_different_adapters_are_stacked_and_one_alone_is_not() -> Non
 
 
 def test_a_step_in_the_order_of_the_slots_gathers_nothing() -> None:
-    mixer, known = Mixer(GROUPS), [adapter(seed, 16) for seed in range(8)]
+    mixer, known = Mixer(GROUPS, few=0), [adapter(seed, 16) for seed in range(8)]
     mixer.mix([Segment(n, n + 1, weights) for n, weights in enumerate(known)])
     ordered = sorted(known[::-1], key=mixer.order)
     segments = [Segment(n + 2, n + 3, weights) for n, weights in enumerate(ordered)]
@@ -94,8 +96,9 @@ def test_what_is_staged_beside_the_steps_costs_no_step_a_copy(monkeypatch: pytes
     check(mixer, [Segment(0, 1, known[0]), Segment(1, 2, known[1])], 3)
 
 
-def test_steps_stay_right_while_other_adapters_are_staged() -> None:
-    rng, mixer, done = random.Random(5), Mixer(GROUPS), threading.Event()
+@pytest.mark.parametrize("few", [0, 32])
+def test_steps_stay_right_while_other_adapters_are_staged(few: int) -> None:
+    rng, mixer, done = random.Random(5), Mixer(GROUPS, few), threading.Event()
     known, others = ([adapter(seed, 16) for seed in seeds] for seeds in (range(20), range(20, 40)))
     staged = list[int]()
 
@@ -114,6 +117,14 @@ def test_steps_stay_right_while_other_adapters_are_staged() -> None:
         done.set()
         thread.join()
     assert len(staged) > 2
+
+
+def test_what_is_tried_beside_the_steps_takes_no_slot() -> None:
+    groups = {PATHS: GROUPS[PATHS]}
+    active, weights = Active(Mixer(groups)), adapter(1, 16)
+    with active.use([Segment(0, 3, weights)], beside=True):
+        assert active.mix == mix.Mix(alone=[Segment(0, 3, weights)])
+        assert active.order(weights)[1] == active.order(adapter(2, 16))[1], "it lies in a slot"
 
 
 def test_layers_with_the_same_input_are_found_by_their_names() -> None:

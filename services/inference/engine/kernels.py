@@ -1,0 +1,170 @@
+"""What lies between the products of a step over a few tokens on a CPU, compiled: one call instead of torch's dozens.
+
+torch takes 2 to 10 microseconds for a call, and for one token that is longer than the arithmetic. These take 1 to 3,
+and run in one thread. Keys and values are bfloat16: the upper half of a float32, which numpy holds as uint16.
+
+numba compiles each for the processor when it is first called, 3 seconds in all, and keeps that beside this file or,
+where that cannot be written, in the user's cache folder (NUMBA_CACHE_DIR names another).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numpy as np
+from numba import njit
+
+from services.inference.engine.blocks import BLOCK
+
+Kernel = TypeVar("Kernel", bound=Callable[..., None])
+_EXACT = {"reassoc", "contract", "nsz", "arcp"}
+"""What the compiler may do with floats: sum in another order, but minus infinity and NaN stay what they are."""
+
+
+def _compiled(function: Kernel) -> Kernel:
+    try:
+        return cast(Kernel, njit(fastmath=_EXACT, nogil=True, cache=True)(function))
+    except RuntimeError:  # no folder can be written
+        return cast(Kernel, njit(fastmath=_EXACT, nogil=True)(function))
+
+
+@_compiled
+def norm(x: Any, weight: Any, least: float, out: Any) -> None:
+    """Root mean square normalization.
+
+    Args:
+        x: ``[tokens, width]``, float32, as out.
+        weight: ``[width]``, float32, times the root of the width.
+        least: of the norm of x, by ``hypot``.
+    """
+    floor = np.float32(least * least)
+    for token in range(x.shape[0]):
+        total = floor
+        for at in range(x.shape[1]):
+            total += x[token, at] * x[token, at]
+        factor = np.float32(1.0) / np.float32(math.sqrt(total))
+        for at in range(x.shape[1]):
+            out[token, at] = x[token, at] * factor * weight[at]
+
+
+@_compiled
+def turn(qkv: Any, turned: int, cos: Any, sin: Any, kv: Any, slots: Any, begun: Any) -> None:
+    """Turns queries and keys by their positions, in place, and puts keys and values into a layer's memory.
+
+    Args:
+        qkv: ``[tokens, heads, 2, head_dim / 2]``, float32: queries, keys, values.
+        turned: heads that are turned.
+        cos: and sin ``[tokens, 1, 2, head_dim / 2]``, float32, see :class:`services.inference.engine.block.Rotary`.
+        kv: ``[2, kv_heads, slots, head_dim]``, bfloat16.
+        slots: where each token's go, int64.
+        begun: slots to be cleared, int64.
+    """
+    tokens, heads, _, half = qkv.shape
+    kv_heads = kv.shape[1]
+    queries = heads - 2 * kv_heads
+    bits = qkv.view(np.uint32)
+    for slot in begun:
+        for head in range(2 * kv_heads):
+            for at in range(2 * half):
+                kv[head // kv_heads, head % kv_heads, slot, at] = 0
+    for token in range(tokens):
+        for head in range(turned):
+            for at in range(half):
+                first, second = qkv[token, head, 0, at], qkv[token, head, 1, at]
+                qkv[token, head, 0, at] = first * cos[token, 0, 0, at] + second * sin[token, 0, 0, at]
+                qkv[token, head, 1, at] = second * cos[token, 0, 1, at] + first * sin[token, 0, 1, at]
+        for head in range(2 * kv_heads):
+            for part in range(2):
+                for at in range(half):
+                    number = bits[token, queries + head, part, at]
+                    # to the nearest, of two the even one
+                    number += np.uint32(0x7FFF) + ((number >> np.uint32(16)) & np.uint32(1))
+                    kv[head // kv_heads, head % kv_heads, slots[token], part * half + at] = number >> np.uint32(16)
+
+
+@_compiled
+def attend(qkv: Any, kv: Any, tables: Any, pasts: Any, window: int, scale: float, out: Any) -> None:
+    """What single tokens of several sequences see, each in the blocks of its own.
+
+    Args:
+        qkv: ``[tokens, heads, head_dim]``, float32: turned queries first.
+        kv: ``[2, kv_heads, slots, head_dim]``, bfloat16, theirs included.
+        tables: blocks of each token's sequence, ``[tokens, blocks]``, int64.
+        pasts: tokens before each, int64.
+        window: tokens that each sees at most, itself included.
+        out: ``[tokens, query_heads, head_dim]``, float32.
+    """
+    tokens, heads, head_dim = out.shape
+    kv_heads = kv.shape[1]
+    group = heads // kv_heads
+    row = np.empty(head_dim, np.float32)
+    bits = row.view(np.uint32)
+    for token in range(tokens):
+        end = pasts[token] + 1
+        begin = max(0, end - window)
+        weights = np.empty((group, end - begin), np.float32)
+        for head in range(kv_heads):
+            for at in range(begin, end):
+                key = kv[0, head, tables[token, at // BLOCK] * BLOCK + at % BLOCK]
+                for n in range(head_dim):
+                    bits[n] = np.uint32(key[n]) << np.uint32(16)
+                for member in range(group):
+                    query = qkv[token, head * group + member]
+                    score = np.float32(0.0)
+                    for n in range(head_dim):
+                        score += query[n] * row[n]
+                    weights[member, at - begin] = score * np.float32(scale)
+            for member in range(group):
+                largest = np.float32(-np.inf)
+                for at in range(end - begin):
+                    largest = max(largest, weights[member, at])
+                total = np.float32(0.0)
+                for at in range(end - begin):
+                    weight = np.float32(math.exp(weights[member, at] - largest))
+                    weights[member, at] = weight
+                    total += weight
+                for at in range(end - begin):
+                    weights[member, at] /= total
+                out[token, head * group + member] = 0.0
+            for at in range(begin, end):
+                value = kv[1, head, tables[token, at // BLOCK] * BLOCK + at % BLOCK]
+                for n in range(head_dim):
+                    bits[n] = np.uint32(value[n]) << np.uint32(16)
+                for member in range(group):
+                    seen = out[token, head * group + member]
+                    weight = weights[member, at - begin]
+                    for n in range(head_dim):
+                        seen[n] += weight * row[n]
+
+
+@_compiled
+def adapt(x: Any, y: Any, a: Any, b: Any, owners: Any, slots: Any) -> None:
+    """Adds to the products of layers with the same input what each token's adapter gives.
+
+    Args:
+        x: ``[tokens, in]``, float32, as y ``[tokens, outs side by side]``, a and b.
+        a: ``[slots, in, layers * rank]``.
+        b: ``[slots, pieces, rank, piece]``.
+        owners: the layer of each piece, int64.
+        slots: each token's, int64; -1 for none, also for those that are missing at the end.
+    """
+    pieces, rank, piece = b.shape[1:]
+    ranks = np.empty(a.shape[2], np.float32)
+    for token in range(len(slots)):
+        slot = slots[token]
+        if slot < 0:
+            continue
+        for n in range(len(ranks)):
+            ranks[n] = 0.0
+        for at in range(x.shape[1]):
+            value, row = x[token, at], a[slot, at]
+            for n in range(len(ranks)):
+                ranks[n] += value * row[n]
+        for part in range(pieces):
+            out = y[token, part * piece : (part + 1) * piece]
+            for n in range(rank):
+                value, row = ranks[owners[part] * rank + n], b[slot, part, n]
+                for at in range(piece):
+                    out[at] += value * row[at]

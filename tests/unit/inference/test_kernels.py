@@ -1,0 +1,104 @@
+"""The compiled kernels against torch's own operations on the same memory."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import MistralConfig, MistralForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from services.inference.adapters.lora import install
+from services.inference.engine.attention import Step
+from services.inference.engine.block import Block, Rotary, simplify
+from services.inference.engine.few import bits, few
+from services.inference.engine.layers import Norm
+from services.inference.engine.rows import Row, batches
+
+SLOTS = 24 * 16
+
+
+def make_block(window: int | None) -> tuple[Block, Rotary]:
+    torch.manual_seed(3)
+    config = MistralConfig(
+        vocab_size=32,
+        hidden_size=96,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        sliding_window=window,
+    )
+    model = MistralForCausalLM(config).eval()
+    install(model)
+    simplify(model)
+    (block,), rotary = model.model.layers, model.model.rotary_emb
+    assert isinstance(block, Block) and isinstance(rotary, Rotary)
+    return block, rotary
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_norms(tokens: int) -> None:
+    exact = LlamaRMSNorm(96, eps=1e-5)
+    exact.weight.data.uniform_(-2, 2)
+    for x in (torch.randn(1, tokens, 96), torch.randn(tokens, 96) * 1e-4):
+        torch.testing.assert_close(Norm(exact)(x), exact(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 5, 40])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param([(1, 0)], id="first token"),
+        pytest.param([(1, 47)], id="one"),
+        pytest.param([(1, 16), (1, 3), (1, 60)], id="three"),
+        pytest.param([(1, at) for at in (3, 30, 12, 17, 40, 9)], id="a batch"),
+        pytest.param([(6, 28)], id="guesses"),
+        pytest.param([(1, 20), (4, 28)], id="guesses beside one"),
+    ],
+)
+@torch.inference_mode()
+def test_what_tokens_see(rows: list[tuple[int, int]], window: int | None) -> None:
+    block, rotary = make_block(window)
+    begin, free, made, slots, begun, positions = 0, list(range(24)), list[Row](), list[int](), list[int](), list[int]()
+    for count, past in rows:
+        blocks = [free.pop(7 % len(free)) for _ in range((past + count + 15) // 16)]
+        made.append(Row(begin, count, past, blocks))
+        slots += made[-1].written()
+        begun += made[-1].begun()
+        positions += range(past, past + count)
+        begin += count
+    kv = torch.randn(2, 2, SLOTS, 16).bfloat16()
+    kv[:, :, begun] = math.nan
+    qkv = torch.randn(begin, 96 + 2 * 32)
+    turns = rotary(qkv, torch.tensor([positions]))
+    found = []
+    for compiled in (False, True):
+        memory = [kv.clone()]
+        together, alone = batches([Row(row.begin, row.count, row.past, row.blocks) for row in made], kv.device)
+        step = Step(together, alone, torch.tensor(slots), torch.tensor(begun) if begun else None, memory)
+        if compiled:
+            arrays = bits(memory)
+            assert arrays is not None
+            step = Step(together, alone, step.slots, step.begun, memory, few(step, arrays))
+        seen = (block._few if compiled else block._many)(qkv.clone(), turns, step)
+        found.append((seen.float(), memory[0].float()))
+    (wanted, kept), (seen, own) = found
+    assert ((seen - wanted).norm() / wanted.norm()).item() < 0.006
+    torch.testing.assert_close(own, kept, rtol=0.01, atol=1e-6)  # to a bit of bfloat16
+
+
+def test_single_tokens_are_read_in_place_and_others_left_to_torch() -> None:
+    memory = [torch.zeros(2, 2, SLOTS, 16, dtype=torch.bfloat16)]
+    arrays = bits(memory)
+    assert arrays is not None
+    one, many = Row(0, 1, 20, [4, 2]), Row(1, 3, 0, [7])
+    found = few(Step([], [one], torch.tensor([36]), None, memory), arrays)
+    assert found.tables.tolist() == [[4, 2]] and found.pasts.tolist() == [20]
+    assert few(Step([], [one, many], torch.arange(4), None, memory), arrays).tables is None
+    arrays[0][1, 1, 3, 5] = 0x3F80
+    assert memory[0][1, 1, 3, 5] == 1.0, "another memory"
+    assert bits([torch.zeros(2, 2, 16, 16)]) is None
+    assert np.shares_memory(arrays[0], memory[0].view(torch.uint16).numpy())
