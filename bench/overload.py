@@ -1,7 +1,7 @@
 """Overload: ``python -m bench.overload [--seconds N]``.
 
 First as many clients as keep a real inference process busy, each with its next request when the last one has ended:
-the peak. Then four times as many requests as that were, at random moments, for a minute.
+the peak. Then four times as many requests as that were, at random moments, for a minute once the first have ended.
 """
 
 from __future__ import annotations
@@ -97,13 +97,17 @@ async def closed(on: Replica, prompts: Prompts) -> tuple[float, float]:
 
 
 async def offered(
-    on: Replica, prompts: Prompts, rate: float, patience: float, seconds: float
+    on: Replica, prompts: Prompts, rate: float, patience: float, seconds: float, warm: float
 ) -> tuple[Seen, float, list[float]]:
-    """Offers so many completions a second; what became of them, the goodput, and the process's memory meanwhile."""
+    """Offers so many completions a second; what became of them, the goodput, and the process's memory meanwhile.
+
+    Args:
+        warm: seconds until the first ones have had time to end: from then on the goodput counts.
+    """
     seen, tasks, memory, times = Seen(), set[asyncio.Task[None]](), [on.resident()], random.Random(1)
     began = following = time.monotonic()
     number = 0
-    while following < began + seconds:
+    while following < began + warm + seconds:
         await asyncio.sleep(max(0.0, following - time.monotonic()))
         task = asyncio.create_task(request(on, prompts.next(), number, seen, patience))
         tasks.add(task)
@@ -111,7 +115,7 @@ async def offered(
         number, following = number + 1, following + times.expovariate(rate)
         if time.monotonic() > began + 5 * len(memory):
             memory.append(on.resident())
-    goodput, _ = seen.goodput(began, began + seconds)
+    goodput, _ = seen.goodput(began + warm, began + warm + seconds)
     await asyncio.wait(tasks, timeout=patience + 5)
     for task in tasks:
         task.cancel()
@@ -130,7 +134,9 @@ async def main(seconds: float) -> None:
         patience = PATIENCE * CLIENTS / completions
         said = f"{peak:.0f} tokens/s, {completions:.1f} completions/s of {CLIENTS / completions:.1f} s"
         row(f"peak, {CLIENTS} clients", said)
-        seen, goodput, memory = await offered(on, prompts, TIMES * completions, patience, seconds)
+        seen, goodput, memory = await offered(
+            on, prompts, TIMES * completions, patience, seconds, warm=CLIENTS / completions
+        )
         row(
             f"{TIMES} x offered for {seconds:.0f} s",
             f"{goodput:.0f} tokens/s, {goodput / peak:.0%} of the peak",
@@ -140,7 +146,8 @@ async def main(seconds: float) -> None:
         row("a refusal took", milliseconds(seen.refused) if seen.refused else "none was refused", "p95 50 ms")
         if seen.others:
             row("ended otherwise", ", ".join(f"{name} {count}" for name, count in seen.others.most_common()))
-        said = f"{memory[0]:.0f} MB before, {memory[-1]:.0f} MB after, {max(memory):.0f} MB at most"
+        half = memory[len(memory) // 2]
+        said = f"{memory[0]:.0f} MB before, {half:.0f} half way, {memory[-1]:.0f} after, {max(memory):.0f} at most"
         row("memory", said, "flat")
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _LEARN = 0.1
 """Weight of the last sequence in the mean time that they hold a place."""
-_CAUTION = 1.25
+_CAUTION = 1.5
 """Times the expected wait that a deadline has to leave time for: others come meanwhile, some of whom go first."""
 _SHORTEST_RETRY, _LONGEST_RETRY = 0.05, 60.0
 
