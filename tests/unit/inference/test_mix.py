@@ -78,6 +78,13 @@ def test_decodes_on_different_adapters_are_stacked_and_one_alone_is_not() -> Non
     assert (len(one.alone), len(one.stacked)) == (1, 0)
 
 
+def test_a_few_tokens_are_placed_and_many_on_one_adapter_are_not() -> None:
+    mixer, known = Mixer(GROUPS), [adapter(seed, rank) for seed, rank in enumerate((16, 16, 8))]
+    mixed = mixer.mix([Segment(0, 2, known[0]), Segment(2, 20, known[1]), Segment(20, 21, known[2])])
+    assert [segment.weights for segment in mixed.alone] == [known[1]]
+    assert [placed.slots.tolist().count(-1) for placed in mixed.stacked] == [0, 20]
+
+
 def test_a_step_in_the_order_of_the_slots_gathers_nothing() -> None:
     mixer, known = Mixer(GROUPS, few=0), [adapter(seed, 16) for seed in range(8)]
     mixer.mix([Segment(n, n + 1, weights) for n, weights in enumerate(known)])
