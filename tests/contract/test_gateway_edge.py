@@ -39,7 +39,7 @@ async def scripted(gateways: Callable[..., Any]) -> Gateway:
 
 
 def metadata(gateway: Gateway, method: str) -> dict[str, str]:
-    return dict(gateway.neighbours.contexts[method][-1].invocation_metadata())
+    return gateway.neighbours.metadata[method][-1]
 
 
 async def test_key_request_id_trace_and_deadline_go_on_to_the_services(scripted: Gateway) -> None:
@@ -52,7 +52,8 @@ async def test_key_request_id_trace_and_deadline_go_on_to_the_services(scripted:
         passed = metadata(scripted, method)
         assert passed["authorization"] == "Bearer cg_1_s3cret" and passed["x-request-id"] == "from-editor"
         assert passed["traceparent"].startswith("00-" + "a" * 32)
-        assert 0 < scripted.neighbours.contexts[method][-1].time_remaining() <= 120
+        left = scripted.neighbours.remaining[method][-1]
+        assert left is not None and 0 < left <= 120
     await scripted.post("/v1/completions", CODE)
     assert "authorization" not in metadata(scripted, "Complete"), "nobody's key is anybody else's"
 

@@ -29,7 +29,10 @@ class Fake(grpc.GenericRpcHandler):
 
     scripts: dict[str, list[Step | list[Step]]] = field(default_factory=dict)
     requests: dict[str, list[Any]] = field(default_factory=dict)
-    contexts: dict[str, list[Any]] = field(default_factory=dict)
+    metadata: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """What each call brought beside its request; read while it runs, for grpc forgets it afterwards."""
+    remaining: dict[str, list[float | None]] = field(default_factory=dict)
+    """Seconds that each call had left when it arrived."""
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
 
     def count(self, method: str) -> int:
@@ -53,7 +56,8 @@ class Fake(grpc.GenericRpcHandler):
                 copy = request_class()
                 copy.CopyFrom(request)
             self.requests.setdefault(name, []).append(copy)
-            self.contexts.setdefault(name, []).append(context)
+            self.metadata.setdefault(name, []).append(dict(context.invocation_metadata()))
+            self.remaining.setdefault(name, []).append(context.time_remaining())
             script = self.scripts.get(name, [response_class()])
             return script.pop(0) if len(script) > 1 else script[0]
 

@@ -144,7 +144,7 @@ async def test_a_server_that_restarts_is_waited_for(fake: Any) -> None:
 
 async def test_the_deadline_is_told_to_the_service_and_can_be_set(codegraft: Any, fake: Any) -> None:
     seen = []
-    fake.scripts["GetProject"] = [lambda _: seen.append(fake.contexts["GetProject"][-1].time_remaining()) or PROJECT]
+    fake.scripts["GetProject"] = [lambda _: seen.append(fake.remaining["GetProject"][-1]) or PROJECT]
     await codegraft.call(lambda c: c.projects.get("p"))
     await codegraft.call(lambda c: c.with_timeout(5).projects.get("p"))
     await codegraft.call(lambda c: c.projects.get("p"))
@@ -183,7 +183,7 @@ async def test_within_a_service_a_call_ends_with_the_call_it_is_made_for(fake: A
     began = time.monotonic()
     await asyncio.create_task(serve())
     assert time.monotonic() - began < 0.55
-    metadata = dict(fake.contexts["GetProject"][0].invocation_metadata())
+    metadata = fake.metadata["GetProject"][0]
     assert metadata["x-request-id"] == "req-9"
 
 

@@ -261,7 +261,7 @@ async def test_closing_the_client_ends_a_stream_with_an_error(fake: Any, address
 
 async def test_a_completions_deadline_is_its_own(codegraft: Any, fake: Any) -> None:
     seen = []
-    fake.scripts["Complete"] = [[lambda _: seen.append(fake.contexts["Complete"][-1].time_remaining()) or FINISHED]]
+    fake.scripts["Complete"] = [[lambda _: seen.append(fake.remaining["Complete"][-1]) or FINISHED]]
     await codegraft.take(lambda c: c.completions.complete("p", prefix="a"))
     await codegraft.take(lambda c: c.completions.complete("p", prefix="a", timeout=3))
     assert seen == [None, pytest.approx(3, abs=0.5)]
