@@ -41,7 +41,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (stack.up, stack.down, stack.status, doctor.doctor):
+for command in (stack.up, stack.down, stack.status, stack.console, doctor.doctor):
     app.command(rich_help_panel="Local stack", epilog=EXIT_CODES)(command)
 train.app.command()(adapters.download)
 train.app.command()(adapters.upload)

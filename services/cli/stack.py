@@ -1,8 +1,9 @@
-"""``codegraft up``, ``down`` and ``status``: the local stack."""
+"""``codegraft up``, ``down``, ``status`` and ``console``: the local stack."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,8 +13,9 @@ import typer
 from services.cli.local import gateway, supervisor
 from services.cli.local.files import DataFolder, StackInfo, StackState
 from services.cli.local.stack import SERVICES, check
-from services.cli.output import ExitCode, Json, err, print_json, print_table
+from services.cli.output import ExitCode, Json, err, out, print_json, print_table
 from services.client.addresses import default_data
+from services.core.errors import Unavailable
 from services.core.rpc import probe
 
 Data = Annotated[
@@ -68,6 +70,41 @@ def status(data: Data = None, json: Json = False) -> None:
         raise typer.Exit(ExitCode.UNAVAILABLE)
 
 
+def console(
+    data: Data = None,
+    key: Annotated[bool, typer.Option("--key", help="Print the key to sign in with, and nothing else.")] = False,
+    json: Json = False,
+) -> None:
+    """Say where the stack's console is, the pages for people, and how to sign in.
+
+    One signs in with an API key: the stack's operator has one in its data folder, others get theirs with
+    `codegraft key create`. Without --key no secret is printed.
+
+    Example: codegraft console --key | xclip -selection clipboard
+    """
+    folder = DataFolder(data or default_data())
+    info = folder.info()
+    if gateway.NAME not in info.processes:
+        raise Unavailable(f"no stack runs in {folder.root}", hint="Start it: codegraft up --detach")
+    if key:
+        out.print(folder.credentials().api_key)
+    elif json:
+        print_json({"url": _console(info), "credentials": str(folder.secrets)})
+    else:
+        out.print(_console(info))
+        err.print(sign_in(folder))
+
+
+def sign_in(folder: DataFolder) -> str:
+    """How one gets the key for the console, for people; the key itself belongs on no screen and in no log."""
+    chosen = "" if folder.root == default_data() else f" --data {shlex.quote(str(folder.root))}"
+    return f"to sign in: codegraft console --key{chosen}   (api_key in {folder.secrets})"
+
+
+def _console(info: StackInfo) -> str:
+    return gateway.console(info.processes[gateway.NAME].address)
+
+
 def _announce(folder: DataFolder, info: StackInfo, as_json: bool) -> None:
     _show(folder, info, as_json)
     if not as_json:
@@ -89,6 +126,8 @@ def _show(folder: DataFolder, info: StackInfo, as_json: bool) -> bool:
         print_table(["NAME", "STATE", "ADDRESS", "PID"], rows, empty="")
     if healthy:
         err.print(f"for editors: {gateway.url(info.processes[gateway.NAME].address)}/v1 (OpenAI), …/infill (llama.cpp)")
+        err.print(f"for people: {_console(info)}")
+        err.print(sign_in(folder))
     return healthy
 
 
@@ -109,6 +148,7 @@ def describe(folder: DataFolder, info: StackInfo, states: dict[str, str]) -> dic
         "state": info.state.value,
         "data": os.fspath(folder.root),
         "error": info.error,
+        "console": _console(info) if gateway.NAME in info.processes else "",
         "servers": [process for process in described if process["name"] not in SERVICES],
         "services": [process for process in described if process["name"] in SERVICES],
     }

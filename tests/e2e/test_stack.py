@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import psutil
 import pytest
 
@@ -93,7 +95,8 @@ def test_up_status_restart_down(data: Path) -> None:
                 assert is_loopback(connection.laddr.ip), f"{process} listens on {connection.laddr}"
         secret = json.loads((data / "credentials.json").read_text())
         services = [value for each in secret["services"].values() for value in each.values()]
-        for value in (secret["nats_password"], secret["s3_secret_key"], secret["api_key"], *services):
+        own = ("nats_password", "s3_secret_key", "api_key", "console_key")
+        for value in (*(secret[name] for name in own), *services):
             assert value not in " ".join(process.cmdline()), "a secret on a command line is a secret in `ps`"
     assert stat.S_IMODE((data / "credentials.json").stat().st_mode) == 0o600
 
@@ -108,15 +111,28 @@ def test_up_status_restart_down(data: Path) -> None:
     assert subprocess.run(create, env=stranger, timeout=60, check=False).returncode == 6, "authentication is on"
     assert subprocess.run(create, env=environment, timeout=60, check=False).returncode == 0
 
+    told = codegraft("console", data=data)
+    assert told.stdout.strip() == first["console"] and "codegraft console --key --data" in told.stderr
+    key = codegraft("console", "--key", data=data).stdout.strip()
+    assert key == secret["api_key"] and key not in told.stdout + told.stderr
+    browser = httpx2.Client(timeout=20)
+    page = browser.get(f"{told.stdout.strip()}/login")
+    form = {"key": key, "csrf": re.findall(r'name="csrf" value="([^"]+)"', page.text)[0]}
+    assert browser.post(str(page.url), data=form).status_code == 303
+    assert browser.get(told.stdout.strip()).status_code == 200, "signed in"
+
     codegraft("down", data=data)
     assert_gone(everything)
     codegraft("status", data=data, expect=5)
+    codegraft("console", data=data, expect=5)
     assert "no stack runs" in codegraft("down", data=data).stderr
 
     second = up(data)
     assert {name: p["address"] for name, p in processes(second).items()} == {
         name: p["address"] for name, p in processes(first).items()
     }
+    assert browser.get(first["console"]).status_code == 200, "a restart signs nobody out"
+    assert not [log for log in (data / "logs").iterdir() if key in log.read_text(errors="replace")]
     listed = subprocess.run(
         [*CODEGRAFT, "project", "list", "--json"], env=environment, timeout=60, check=True, capture_output=True
     )

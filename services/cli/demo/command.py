@@ -8,7 +8,6 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -28,11 +27,10 @@ from services.cli.bundle import make_bundle
 from services.cli.connect import id_of
 from services.cli.demo import editor, report
 from services.cli.demo.editor import Editor, Swap
+from services.cli.demo.house import started
 from services.cli.demo.material import HELD_OUT, Package, find_package
 from services.cli.demo.report import Figures
-from services.cli.local.files import DataFolder
-from services.cli.local.stack import Stack
-from services.cli.output import ExitCode, err, print_table
+from services.cli.output import ExitCode, print_table
 from services.cli.plot import curves, draw
 from services.cli.progress import JobBar
 from services.cli.train import event_line
@@ -62,25 +60,30 @@ def demo(
     data: Annotated[
         Path | None, typer.Option(help="Data folder to use and keep.", show_default="a temporary one")
     ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the stack running at the end, to look at.")] = False,
 ) -> None:
     """Run the main job on this machine: repository -> scan -> train -> swap under a running stream -> completions.
 
     It starts a stack of its own, takes a git repository and the source of an installed package (minio-py), and ends
-    everything it started, also on Ctrl-C.
+    everything it started, also on Ctrl-C. With --keep the stack outlives it, unless it fails: look around in the
+    console, ask for completions, then stop it as it says at the end.
 
     Examples: codegraft demo
 
     codegraft demo --repo https://example.com/team/app.git --json figures.json
+
+    codegraft demo --keep
     """
     began = time.monotonic()
     for number in (signal.SIGINT, signal.SIGTERM):  # both end it as Ctrl-C does, also where a shell had it ignore them
         signal.signal(number, signal.default_int_handler)
     package = find_package()
-    folder = data or Path(tempfile.mkdtemp(prefix="codegraft-demo-"))
+    folder, is_kept = data or Path(tempfile.mkdtemp(prefix="codegraft-demo-")), data is not None
     figures = Figures()
     try:
         with figures.phase("start"), contextlib.ExitStack() as stack:
-            client = stack.enter_context(_stack(folder))
+            house = stack.enter_context(started(folder, keep=keep))
+            client = house.client
             running = stack.pop_all()
         with running:
             with figures.phase("ingest"):
@@ -91,36 +94,19 @@ def demo(
                 events, swap = _train(client, scan, train_seconds)
             with figures.phase("complete"):
                 _complete(client, scan, package, figures)
+            draw(curves(events), "codegraft demo", output)
+            figures.add_run(events, swap)
+        is_kept = is_kept or keep
     finally:
-        if data is None:
+        if not is_kept:
             shutil.rmtree(folder, ignore_errors=True)
-    draw(curves(events), "codegraft demo", output)
-    figures.add_run(events, swap)
     figures.seconds["total"] = time.monotonic() - began
     report.show(figures, output)
+    house.tell(keep=keep)
     if json_file is not None:
         json_file.write_text(json.dumps(asdict(figures), indent=2) + "\n")
     if swap.broken:
         raise typer.Exit(ExitCode.FAILED)
-
-
-@contextlib.contextmanager
-def _stack(folder: Path) -> Iterator[Codegraft]:
-    data = DataFolder(folder)
-    data.create()
-    if not data.acquire():
-        raise FailedPrecondition(f"a stack runs in {folder} already", hint="Stop it, or choose another --data.")
-    stack = Stack(data, lambda line: err.print(line, style="dim"))
-    try:
-        stack.start()
-        with Codegraft.local(folder) as client:
-            yield client
-    finally:
-        # A second Ctrl-C while everything is being ended would leave something running.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        stack.stop()
-        data.release()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _ingest(client: Codegraft, repo: str, package: Package, folder: Path) -> str:

@@ -1,7 +1,7 @@
 """The data folder of a local stack: its lock, credentials, remembered ports, description and logs.
 
 lock                held by the supervisor as long as it lives; its process id is inside
-credentials.json    random keys of NATS, S3 and the services, readable by the owner only (0600)
+credentials.json    random keys of NATS, S3, the services and the console, readable by the owner only (0600)
 ports.json          the ports of the last start
 stack.json          what runs: state, processes, addresses; what clients read
 logs/<name>.log     output of every process
@@ -89,7 +89,9 @@ class Credentials:
     ingest_key: str = field(repr=False)
     """Encrypts the credentials of private repositories; a Fernet key."""
     api_key: str = field(repr=False)
-    """The operator's, with which the commands call."""
+    """The operator's, with which the commands call, and people sign in to the console."""
+    console_key: str = field(repr=False)
+    """Seals the console's cookies, so that a restart signs nobody out."""
     services: dict[str, ServiceCredentials] = field(repr=False)
 
     @classmethod
@@ -99,6 +101,7 @@ class Credentials:
             *_login(),
             ingest_key=base64.urlsafe_b64encode(secrets.token_bytes(32)).decode(),
             api_key=ApiKey.new("local").text,
+            console_key=secrets.token_urlsafe(32),
             services={name: ServiceCredentials.random(name) for name in SERVICES},
         )
 
@@ -188,13 +191,18 @@ class DataFolder:
 
     # --- what is in it ----------------------------------------------------------------------------------------------
 
+    @property
+    def secrets(self) -> Path:
+        """The file with :meth:`credentials`."""
+        return self.root / "credentials.json"
+
     def credentials(self) -> Credentials:
         """The stack's credentials, made at the first call.
 
         Raises:
             FailedPrecondition: the file is damaged.
         """
-        path = self.root / "credentials.json"
+        path = self.secrets
         if not path.exists():
             self._write(path, asdict(Credentials.random()))
         try:

@@ -103,7 +103,7 @@ class Stack:
         }
         for name in SERVICES:
             environment = (
-                gateway.environment(os.environ, {each: addresses[each] for each in SERVICES})
+                gateway.environment(os.environ, {each: addresses[each] for each in SERVICES}, credentials.console_key)
                 if name == gateway.NAME
                 else {**service_environment(os.environ, addresses, credentials, name), **own.get(name, {})}
             )

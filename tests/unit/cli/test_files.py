@@ -39,12 +39,15 @@ def test_credentials_are_private_random_and_kept(folder: DataFolder, tmp_path: P
 def test_what_an_older_version_did_not_write_is_added_and_the_rest_kept(folder: DataFolder) -> None:
     path = folder.root / "credentials.json"
     first = json.loads(json.dumps(asdict(folder.credentials())))
-    path.write_text(json.dumps({key: value for key, value in first.items() if key not in ("api_key", "services")}))
+    path.write_text(
+        json.dumps({key: value for key, value in first.items() if key not in ("api_key", "console_key", "services")})
+    )
     again = folder.credentials()
     assert (again.nats_password, again.ingest_key) == (first["nats_password"], first["ingest_key"])
-    assert again.api_key.startswith("cg_local_") and set(again.services) == {*SERVICES}
+    assert again.api_key.startswith("cg_local_") and len(again.console_key) >= 32 and set(again.services) == {*SERVICES}
     assert folder.credentials() == again
     secrets = [value for each in again.services.values() for value in asdict(each).values()]
+    secrets.append(again.console_key)
     assert len(set(secrets)) == len(secrets), "no two services share a secret"
     assert not any(secret in repr(again) for secret in secrets)
 
