@@ -27,7 +27,7 @@ OPERATOR = "{user: operator, password: $OPERATOR_PASSWORD}\n"
 """A person's user, for backups: may do everything."""
 
 Credentials = dict[str, dict[str, str]]
-"""By service, and beside them "minio" and "operator": name -> value, as in the chart's Secrets."""
+"""By service, and beside them "gateway", "minio" and "operator": name -> value, as in the chart's Secrets."""
 
 
 def credentials() -> Credentials:
@@ -43,6 +43,7 @@ def credentials() -> Credentials:
         made[service]["api-key"] = seeds[-1]["key"]
     made["ingest"]["seed-keys"] = json.dumps(seeds)
     made["ingest"]["credential-keys"] = json.dumps([base64.urlsafe_b64encode(os.urandom(32)).decode()])
+    made["gateway"] = {"console-key": secrets.token_urlsafe(32)}
     made["minio"] = store
     return made
 
@@ -67,6 +68,7 @@ def files(made: Credentials) -> dict[str, str]:
         users = users.replace(f"${user.upper()}_PASSWORD", json.dumps(made[user]["nats-password"]))
     return {
         **{f"{service}.toml": _toml(service, made[service]) for service in SERVICES},
+        "gateway.toml": f"gateway_console_key = {json.dumps(made['gateway']['console-key'])}\n",
         "nats-auth.conf": f"authorization {{ users: [\n{users}] }}\n",
         "operator.key": made["operator"]["api-key"] + "\n",
         **made["minio"],

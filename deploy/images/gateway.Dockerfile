@@ -41,5 +41,5 @@ WORKDIR /cache
 VOLUME ["/cache"]
 EXPOSE 8080
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8080/health', timeout=4)"]
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 CMD ["python", "-m", "services.gateway.probe"]
 ENTRYPOINT ["tini", "--", "python", "-m", "services.gateway"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field, SecretStr, field_validator
 
 from services.core.config import CoreSettings
@@ -23,9 +25,19 @@ class GatewaySettings(CoreSettings):
     """Longest time for an answer; a completion then ends with the text so far."""
     gateway_requests: int = Field(default=1000, ge=1)
     """Most requests at once; more get OVERLOADED at once, with the time after which to come back."""
+    gateway_cert_file: Path | None = None
+    """Certificate chain (PEM) with which it serves HTTPS; read anew when it changes. Unset serves plain HTTP, for
+    loopback or behind a proxy. It is not tls_cert_file, which it shows to the services."""
+    gateway_key_file: Path | None = None
+    """Its private key (PEM), without a password."""
     gateway_console_key: SecretStr = SecretStr("")
     """Seals the cookies of who is signed in to the console: 32 random characters or more, the same for all replicas.
     Empty takes a random one at every start."""
+
+    @field_validator("gateway_cert_file", "gateway_key_file")
+    @classmethod
+    def _is_a_file(cls, value: Path | None) -> Path | None:
+        return cls._is_file(value)
 
     @field_validator("gateway_console_key")
     @classmethod

@@ -1,4 +1,4 @@
-"""The HTTP server of the gateway: uvicorn, with the service's own logs, signals and drain."""
+"""The HTTP or HTTPS server of the gateway: uvicorn, with the service's own logs, signals and drain."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.core import log
 from services.core.errors import Unavailable
+from services.gateway import https
 from services.gateway.config import GatewaySettings
 from services.gateway.edge.attending import LEAVING
 
@@ -43,7 +44,9 @@ async def serving(settings: GatewaySettings, app: ASGIApp) -> AsyncIterator[str]
 
     Raises:
         Unavailable: the address cannot be bound.
+        InvalidArgument: the settings of HTTPS cannot be used.
     """
+    tls = https.context(settings)
     with _bind(settings.listen) as listening:
         leaving = asyncio.Event()
 
@@ -64,13 +67,14 @@ async def serving(settings: GatewaySettings, app: ASGIApp) -> AsyncIterator[str]
                 timeout_keep_alive=_IDLE,
                 timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
                 h11_max_incomplete_event_size=_HEAD_BYTES,
+                ssl_context_factory=(lambda config, default: tls) if tls else None,
             )
         )
         task = asyncio.create_task(server.serve(sockets=[listening]))
         await server.up.wait()
         host, port = listening.getsockname()[:2]
         try:
-            yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            yield f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}:{port}"
         finally:
             leaving.set()
             server.should_exit = True

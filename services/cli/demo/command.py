@@ -181,8 +181,10 @@ def _train(client: Codegraft, scan: Scan, seconds: float) -> tuple[list[RunEvent
                 bar.tell(line)
             if event.HasField("plan"):
                 first_evaluation = event.plan.hyperparameters.eval_steps
-            # The editor types around the first evaluation, which publishes the first best version.
-            if event.HasField("step") and event.step.step >= first_evaluation - 1 and not typing.streams:
+            # The editor types around the first evaluation, which publishes the first best version; a time limit may
+            # bring that forward.
+            is_near = event.HasField("step") and event.step.step >= first_evaluation - 1
+            if (is_near or event.HasField("best")) and not typing.streams:
                 typing.start()
             if event.HasField("best") and swap is None:
                 swap = _watch_swap(client, event, typing)

@@ -33,6 +33,8 @@ _HEADERS = {
     "content-security-policy": "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "cache-control": "no-store",
 }
+_HTTPS_ONLY = "max-age=31536000"
+"""Where we serve HTTPS ourselves, browsers come by it only, for a year. A proxy before us says so or not."""
 _CREDENTIALS = re.compile(r"[\x21-\x7e][\x20-\x7e]{0,4095}")
 """What gRPC takes as metadata."""
 _CLIENT_GONE = 499
@@ -64,7 +66,7 @@ class Edge:
         try:
             if self._running > self._most:
                 raise Refused(503, "OVERLOADED", "Too many requests are being answered.", retry_after=1.0)
-            self._guard.check(headers)
+            self._guard.check(headers, scope["scheme"])
             call_context.authorization.set(_credentials(headers.get("authorization", "")))
             # With an "app" the router raises for what it cannot route; without it would answer in a shape of its own.
             await self._app(call.scope, call.receive, call.send)
@@ -116,6 +118,8 @@ class _Call:
             headers[call_context.REQUEST_ID] = self.request_id
             for name, value in _HEADERS.items():
                 headers.setdefault(name, value)
+            if self.scope["scheme"] == "https":
+                headers["strict-transport-security"] = _HTTPS_ONLY
             if self._is_unread:  # nobody will read the rest of the body, however long it is
                 headers["connection"] = "close"
         await self._send(message)

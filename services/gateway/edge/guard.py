@@ -27,8 +27,12 @@ class Guard:
             self._hosts |= _LOOPBACK | {own}
         self._origins = {origin.lower().rstrip("/") for origin in settings.gateway_origins}
 
-    def check(self, headers: Headers) -> None:
+    def check(self, headers: Headers, scheme: str) -> None:
         """Lets a request pass.
+
+        Args:
+            scheme: https where we speak it ourselves. Who can make pages for our name over plain http, which needs no
+                certificate, is another origin then.
 
         Raises:
             Refused: it came by another name, or from another origin's page.
@@ -37,7 +41,8 @@ class Guard:
         if self._hosts and _name(authority) not in self._hosts:
             raise Refused(421, "UNKNOWN_HOST", "This host name is not the gateway's. See CODEGRAFT_GATEWAY_HOSTS.")
         origin = headers.get("origin", "").lower()
-        if origin and origin not in self._origins and _authority(origin) != authority:
+        own = _authority(origin) == authority and (scheme != "https" or origin.startswith("https:"))
+        if origin and origin not in self._origins and not own:
             raise Refused(403, "FOREIGN_ORIGIN", "Pages of other origins are refused. See CODEGRAFT_GATEWAY_ORIGINS.")
 
 

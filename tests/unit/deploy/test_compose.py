@@ -90,7 +90,9 @@ def test_nats_and_the_store_are_within() -> None:
 def test_no_secret_is_in_the_environment() -> None:
     for service in config("cpu")["services"].values():
         for variable, value in (service.get("environment") or {}).items():
-            assert not variable.endswith(("PASSWORD", "SECRET_KEY", "ACCESS_KEY", "CREDENTIAL_KEYS")), value
+            assert not variable.endswith(("PASSWORD", "SECRET_KEY", "ACCESS_KEY", "CREDENTIAL_KEYS", "CONSOLE_KEY")), (
+                value
+            )
 
 
 def new_secrets() -> dict[str, Any]:
@@ -121,6 +123,14 @@ def test_new_secrets_open_what_they_should(service: str, tmp_path: Path, monkeyp
         assert all(ApiKey.parse(key) for key in seeds)
     else:
         assert not [name for name in told if name.startswith("ingest")], "only ingest opens credentials"
+
+
+def test_new_secrets_seal_the_consoles_cookies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = new_secrets()
+    script["write"](tmp_path / "secrets", script["credentials"]())
+    monkeypatch.setenv("CODEGRAFT_CONFIG", str(tmp_path / "secrets" / "gateway.toml"))
+    assert len(CLASSES["gateway"]().gateway_console_key.get_secret_value()) >= 32  # type: ignore[attr-defined]
+    assert config("cpu")["services"]["gateway"]["secrets"] == [{"source": "gateway.toml", "target": "settings"}]
 
 
 def test_new_secrets_for_the_chart_are_those_that_its_pods_name() -> None:

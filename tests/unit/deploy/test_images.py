@@ -75,7 +75,8 @@ def test_services_are_probed_and_reaped(name: str) -> None:
 
 
 def test_the_gateway_is_probed_and_reaped() -> None:
-    assert "HEALTHCHECK" in text("gateway") and "http://127.0.0.1:8080/health" in text("gateway")
+    assert 'CMD ["python", "-m", "services.gateway.probe"]' in text("gateway")
+    assert importlib.util.find_spec("services.gateway.probe")
     assert 'ENTRYPOINT ["tini", "--", "python", "-m", "services.gateway"]' in text("gateway")
 
 

@@ -19,7 +19,7 @@ from services.inference.config import InferenceSettings
 from services.ingest.config import IngestSettings
 from services.scanner.config import ScannerSettings
 from services.trainer.config import TrainerSettings
-from tests.unit.deploy.chart import CHART, EXAMPLES, ROOT, Object, container, of_kind, rendered, workloads
+from tests.unit.deploy.chart import CHART, EXAMPLES, ROOT, Object, container, of_kind, pod, rendered, workloads
 
 CLASSES: dict[str, type[CoreSettings]] = {
     "ingest": IngestSettings,
@@ -43,6 +43,7 @@ MADE_BY_THE_CHART = {
 PLACEHOLDERS = {
     "CODEGRAFT_INGEST_CREDENTIAL_KEYS": json.dumps([Fernet.generate_key().decode()]),
     "CODEGRAFT_INGEST_SEED_KEYS": json.dumps([{"key": ApiKey.new("operator").text, "role": "operator"}]),
+    "CODEGRAFT_GATEWAY_CONSOLE_KEY": "k" * 32,
     "CODEGRAFT_INFERENCE_THREADS": "4",
     "CODEGRAFT_SCANNER_THREADS": "4",
     "CODEGRAFT_TRAINER_THREADS": "4",
@@ -55,8 +56,8 @@ def check(service: str, variables: dict[str, str], monkeypatch: pytest.MonkeyPat
     settings = CLASSES[service]
     ours = {name: value for name, value in variables.items() if name.startswith(PREFIX) and name != "CODEGRAFT_CONFIG"}
     for name in ours:
-        if name.startswith("CODEGRAFT_TLS_"):
-            assert ours[name].startswith("/etc/codegraft/tls/")
+        if name.startswith(("CODEGRAFT_TLS_", "CODEGRAFT_GATEWAY_CERT_", "CODEGRAFT_GATEWAY_KEY_")):
+            assert ours[name].startswith("/etc/codegraft/https/" if "GATEWAY" in name else "/etc/codegraft/tls/")
             ours[name] = __file__  # any file that is there
     unknown = {name for name in ours if name.removeprefix(PREFIX).lower() not in settings.model_fields}
     assert not unknown, f"{service} has no such settings"
@@ -132,6 +133,18 @@ def test_tls_is_for_both_ends() -> None:
     assert not [one for _, found in chart_environments("ha") for one in found if "TLS" in one]
 
 
+def test_the_gateway_speaks_https_where_it_has_a_certificate() -> None:
+    files = {f"CODEGRAFT_GATEWAY_{one}_FILE" for one in ("CERT", "KEY")}
+    assert files <= set(dict(chart_environments("external"))["gateway"])
+    assert not files & set(dict(chart_environments("ha"))["gateway"])
+    for name, scheme in (("external", "HTTPS"), ("ha", None)):
+        gateway = workloads(rendered(name))["gateway"]
+        probes = [container(gateway)[f"{kind}Probe"]["httpGet"] for kind in ("startup", "readiness", "liveness")]
+        assert {probe.get("scheme") for probe in probes} == {scheme}
+        mounted = {one["secret"]["secretName"] for one in pod(gateway)["volumes"] if one["name"] == "https"}
+        assert mounted == ({"gateway-tls"} if scheme else set())
+
+
 def test_tokens_of_an_issuer_mean_what_the_values_say() -> None:
     found = dict(chart_environments("external"))["scanner"]
     assert json.loads(found["CODEGRAFT_AUTH_ROLES"]) == {"dev-team": "contributor", "ml-ops": "operator"}
@@ -155,6 +168,7 @@ def test_secrets_are_named_not_told_and_only_to_those_who_use_them() -> None:
         sealing = {"CODEGRAFT_INGEST_CREDENTIAL_KEYS", "CODEGRAFT_INGEST_SEED_KEYS"} <= secrets
         assert sealing == (component == "ingest"), component
         assert ("CODEGRAFT_S3_SECRET_KEY" in secrets) == (component not in ("gateway", "nats")), component
+        assert ("CODEGRAFT_GATEWAY_CONSOLE_KEY" in secrets) == (component == "gateway"), component
         assert ("CODEGRAFT_API_KEY" in secrets) == (service in permissions.CALLS), component
         if component != "nats":
             named = {

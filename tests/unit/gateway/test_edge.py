@@ -54,25 +54,27 @@ def guard(**fields: object) -> Guard:
 
 
 @pytest.mark.parametrize(
-    ("settings", "headers", "status"),
+    ("settings", "headers", "scheme", "status"),
     [
-        ({}, {"host": "127.0.0.1:80"}, 0),
-        ({}, {"host": "[::1]:80"}, 0),
-        ({}, {"host": "evil.example"}, 421),
-        ({}, {}, 421),
-        ({"listen": "0.0.0.0:80"}, {"host": "anything.example"}, 0),
-        ({"listen": "0.0.0.0:80", "gateway_hosts": ("a.corp",)}, {"host": "b.corp"}, 421),
-        ({"listen": "0.0.0.0:80", "gateway_hosts": ("a.corp",)}, {"host": "A.corp:443"}, 0),
-        ({}, {"host": "localhost:80", "origin": "http://localhost:80"}, 0),
-        ({}, {"host": "localhost:80", "origin": "http://localhost:81"}, 403),
-        ({}, {"host": "localhost:80", "origin": "null"}, 403),
-        ({}, {"host": "localhost:80", "origin": "http://[broken"}, 403),
-        ({"gateway_origins": ("https://ide.corp/",)}, {"host": "localhost", "origin": "https://ide.corp"}, 0),
+        ({}, {"host": "127.0.0.1:80"}, "http", 0),
+        ({}, {"host": "[::1]:80"}, "http", 0),
+        ({}, {"host": "evil.example"}, "http", 421),
+        ({}, {}, "http", 421),
+        ({"listen": "0.0.0.0:80"}, {"host": "anything.example"}, "http", 0),
+        ({"listen": "0.0.0.0:80", "gateway_hosts": ("a.corp",)}, {"host": "b.corp"}, "http", 421),
+        ({"listen": "0.0.0.0:80", "gateway_hosts": ("a.corp",)}, {"host": "A.corp:443"}, "http", 0),
+        ({}, {"host": "localhost:80", "origin": "http://localhost:80"}, "http", 0),
+        ({}, {"host": "localhost:80", "origin": "http://localhost:81"}, "http", 403),
+        ({}, {"host": "localhost:80", "origin": "null"}, "http", 403),
+        ({}, {"host": "localhost:80", "origin": "http://[broken"}, "http", 403),
+        ({"gateway_origins": ("https://ide.corp/",)}, {"host": "localhost", "origin": "https://ide.corp"}, "http", 0),
+        ({}, {"host": "localhost", "origin": "https://localhost"}, "https", 0),
+        ({}, {"host": "localhost", "origin": "http://localhost"}, "https", 403),
     ],
 )
-def test_the_guard(settings: dict[str, object], headers: dict[str, str], status: int) -> None:
+def test_the_guard(settings: dict[str, object], headers: dict[str, str], scheme: str, status: int) -> None:
     try:
-        guard(**settings).check(Headers(headers))
+        guard(**settings).check(Headers(headers), scheme)
         refused = 0
     except Refused as refusal:
         refused = refusal.status

@@ -20,8 +20,10 @@ A Deployment with its ServiceAccount and disruption budget, and for what is call
 {{- $tls := $root.Values.tls.existingSecret }}
 {{- $jobs := and .jobs .jobs.enabled }}
 {{- $http := eq .component "gateway" }}
+{{- $https := default "" $values.tlsSecret }}
 {{- $of := .image }}
-{{- $secrets := dict "CODEGRAFT_NATS_PASSWORD" "nats-password" "CODEGRAFT_S3_ACCESS_KEY" "s3-access-key" "CODEGRAFT_S3_SECRET_KEY" "s3-secret-key" }}
+{{- $secrets := dict }}
+{{- if .stores }}{{ $secrets = dict "CODEGRAFT_NATS_PASSWORD" "nats-password" "CODEGRAFT_S3_ACCESS_KEY" "s3-access-key" "CODEGRAFT_S3_SECRET_KEY" "s3-secret-key" }}{{ end }}
 {{- range .secrets }}{{ $secrets = merge $secrets (dict . (. | trimPrefix "CODEGRAFT_" | trimPrefix (printf "%s_" (upper $of)) | lower | replace "_" "-")) }}{{ end }}
 apiVersion: v1
 kind: ServiceAccount
@@ -97,9 +99,13 @@ spec:
             {{- if .stores }}
             # A service is a user of its own name at NATS, which lets it do what it has to and no more.
             - {name: CODEGRAFT_NATS_USER, value: {{ .image }}}
+            {{- end }}
             {{- range $variable, $key := $secrets }}
             {{- include "codegraft.secret" (dict "root" $root "of" $of "variable" $variable "key" $key) | nindent 12 }}
             {{- end }}
+            {{- if $https }}
+            - {name: CODEGRAFT_GATEWAY_CERT_FILE, value: /etc/codegraft/https/tls.crt}
+            - {name: CODEGRAFT_GATEWAY_KEY_FILE, value: /etc/codegraft/https/tls.key}
             {{- end }}
             {{- if $tls }}
             - {name: CODEGRAFT_TLS_CA_FILE, value: /etc/codegraft/tls/ca.crt}
@@ -160,6 +166,9 @@ spec:
             {{- if $tls }}
             - {name: tls, mountPath: /etc/codegraft/tls, readOnly: true}
             {{- end }}
+            {{- if $https }}
+            - {name: https, mountPath: /etc/codegraft/https, readOnly: true}
+            {{- end }}
       volumes:
         - name: cache
           {{- if $values.cache.claim }}
@@ -182,6 +191,10 @@ spec:
         - name: tls
           secret: {secretName: {{ . }}, defaultMode: 0440}
         {{- end }}
+        {{- with $https }}
+        - name: https
+          secret: {secretName: {{ . }}, defaultMode: 0440}
+        {{- end }}
 ---
 apiVersion: policy/v1
 kind: PodDisruptionBudget
@@ -202,14 +215,14 @@ spec:
   {{- end }}
   selector: {{- include "codegraft.selector" . | nindent 4 }}
   ports:
-    - {name: {{ ternary "http" "grpc" $http }}, port: {{ .port }}, targetPort: {{ .port }}, appProtocol: {{ if $http }}http{{ else if $tls }}https{{ else }}kubernetes.io/h2c{{ end }}}
+    - {name: {{ ternary "http" "grpc" $http }}, port: {{ .port }}, targetPort: {{ .port }}, appProtocol: {{ if $https }}https{{ else if $http }}http{{ else if $tls }}https{{ else }}kubernetes.io/h2c{{ end }}}
 {{- end }}
 {{- end }}
 
 {{/* Kubernetes' own gRPC probe knows no TLS: with it the probe is ours, run in the container. */}}
 {{- define "codegraft.probe" -}}
 {{- if eq .component "gateway" }}
-httpGet: {path: /health, port: {{ .port }}}
+httpGet: {path: /health, port: {{ .port }}{{ if .values.tlsSecret }}, scheme: HTTPS{{ end }}}
 {{- else if .root.Values.tls.existingSecret }}
 exec:
   command: [python, -m, services.core.rpc.probe, --name, {{ include "codegraft.fullname" .root }}-{{ .image }}.{{ .root.Release.Namespace }}.svc{{ with .service }}, --service, {{ . }}{{ end }}]
