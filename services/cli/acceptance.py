@@ -20,8 +20,9 @@ def acceptance(
     """Show how many suggestions people took: per adapter, with the base model as the control.
 
     Editors tell what became of a suggestion with POST /v1/feedback at the gateway, or over gRPC; counts are all that is
-    stored. RATE is accepted of shown with its 95 % interval: where two intervals lie apart, one version is better. To
-    give the base model its part of the requests: codegraft serve set latest-best --split base --percent 10.
+    stored, unless the project keeps texts (`codegraft completions`). RATE is accepted of shown with its 95 % interval:
+    where two intervals lie apart, one version is better. To give the base model its part of the requests:
+    codegraft serve set latest-best --split base --percent 10.
 
     Example: codegraft acceptance -p acme --days 30
     """

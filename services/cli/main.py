@@ -14,6 +14,7 @@ from services.cli import (
     adapters,
     audit,
     complete,
+    completions,
     credential,
     doctor,
     key,
@@ -56,6 +57,7 @@ for name, group in (
     ("models", models.app),
     ("train", train.app),
     ("serve", serve.app),
+    ("completions", completions.app),
 ):
     app.add_typer(group, name=name, rich_help_panel="From code to completions", epilog=EXIT_CODES)
 app.command(rich_help_panel="From code to completions", epilog=EXIT_CODES)(complete.complete)

@@ -64,9 +64,20 @@ def set_(
     exclude_license: Annotated[
         list[str] | None, typer.Option(help="Licence that scans leave out, by SPDX id; * for anything; '' for none.")
     ] = None,
+    keep_completions: Annotated[
+        bool | None,
+        typer.Option(
+            "--keep-completions/--no-keep-completions",
+            help="Keep texts of completions that editors send with feedback, for 30 days; for operators.",
+            show_default=False,
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Change what is given and leave the rest; a list is replaced as a whole. The next snapshot has it.
+
+    Texts of completions are kept only where --keep-completions was set: what editors send as shown, taken or edited.
+    `codegraft completions` reads and deletes them.
 
     Example: codegraft project set acme --language-off SQL --language-off HTML --exclude-license 'GPL-*'
     """
@@ -82,6 +93,8 @@ def set_(
         ):
             if given is not None:
                 field[:] = [value for value in given if value]
+        if keep_completions is not None:
+            found.keep_completions = keep_completions
         found = client.projects.update(found)
     if json:
         print_json(found)
@@ -99,6 +112,8 @@ def _tell(project: Project) -> None:
     ):
         if values:
             out.print(f"  {name + ':':15}{', '.join(values)}")
+    if project.keep_completions:
+        out.print("  texts of completions are kept: codegraft completions list")
 
 
 @app.command()

@@ -24,7 +24,7 @@ from services.core.events.nats import NatsBus
 from services.core.jobs import JobQueue, MemoryQueue
 from services.core.jobs.nats import NatsQueue
 from services.core.nats_connection import NatsConnection, connect
-from services.core.state import MemoryState, StateStore
+from services.core.state import Bounds, MemoryState, StateStore
 from services.core.state.nats import NatsState
 from services.core.store import Artifacts, Blobs, MemoryStore, ObjectStore, S3Store
 from services.core.store.s3 import S3Address
@@ -53,7 +53,7 @@ class Runtime:
     def __init__(
         self,
         *,
-        state: Callable[[str], StateStore],
+        state: Callable[[str, Bounds | None], StateStore],
         jobs: JobQueue,
         events: EventBus,
         audit: AuditLog,
@@ -71,10 +71,14 @@ class Runtime:
         self.blobs = Blobs(store)
         self.artifacts = Artifacts(store, cache_dir)
 
-    def state(self, bucket: str) -> StateStore:
-        """The records of one bucket (one per service); the same object for the same bucket."""
+    def state(self, bucket: str, bounds: Bounds | None = None) -> StateStore:
+        """The records of one bucket (one per service); the same object for the same bucket.
+
+        Args:
+            bounds: of a bucket that does not keep everything.
+        """
         if bucket not in self._states:
-            self._states[bucket] = self._open_state(bucket)
+            self._states[bucket] = self._open_state(bucket, bounds)
         return self._states[bucket]
 
     async def check(self) -> None:
@@ -117,7 +121,7 @@ class Runtime:
                 await store.check()
 
             yield cls(
-                state=lambda bucket: NatsState(connection, bucket),
+                state=lambda bucket, bounds: NatsState(connection, bucket, bounds),
                 jobs=NatsQueue(connection),
                 events=NatsBus(connection, f"codegraft/{service}"),
                 audit=NatsAudit(connection, service),
@@ -135,7 +139,7 @@ class Runtime:
             return None
 
         runtime = cls(
-            state=lambda _bucket: MemoryState(),
+            state=lambda _bucket, _bounds: MemoryState(),
             jobs=MemoryQueue(),
             events=MemoryBus(),
             audit=MemoryAudit(),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from codegraft.inference.v1 import completion_pb2_grpc, feedback_pb2_grpc, serving_pb2_grpc
-from codegraft.inference.v1.feedback_pb2 import FeedbackHour
+from codegraft.inference.v1.feedback_pb2 import FeedbackHour, KeptCompletion
 from codegraft.inference.v1.serving_pb2 import Serving
 from services.core import log
 from services.core.errors import CodegraftError, NotFound, ServingNotFound
@@ -17,6 +17,7 @@ from services.core.rpc.server import Registration
 from services.core.runtime import Runtime
 from services.core.state import Table
 from services.core.telemetry import metrics
+from services.inference import kept
 from services.inference.adapters.disk import DiskCache
 from services.inference.adapters.follower import Follower
 from services.inference.adapters.host import HostCache
@@ -29,6 +30,7 @@ from services.inference.config import InferenceSettings
 from services.inference.engine.scheduler import Limits
 from services.inference.feedback import Feedback
 from services.inference.feedback_servicer import FeedbackServicer
+from services.inference.kept import Kept
 from services.inference.policy import BestSource, Policies, Projects
 from services.inference.prompter import Prompter
 from services.inference.servicer import CompletionServicer, ServingServicer
@@ -104,6 +106,7 @@ class Replica:
             standings=self.follower.standings,
         )
         feedback = Feedback(Table(runtime.state("inference"), FeedbackHour, missing=NotFound))
+        texts = Kept(Table(runtime.state(kept.BUCKET, kept.BOUNDS), KeptCompletion, missing=NotFound))
         self.services: list[Registration] = [
             (
                 completion_pb2_grpc.add_CompletionServiceServicer_to_server,
@@ -117,7 +120,7 @@ class Replica:
             ),
             (
                 feedback_pb2_grpc.add_FeedbackServiceServicer_to_server,
-                FeedbackServicer(feedback, projects, self.registry),
+                FeedbackServicer(feedback, texts, projects, self.registry),
                 "codegraft.inference.v1.FeedbackService",
             ),
         ]

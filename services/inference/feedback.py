@@ -1,4 +1,4 @@
-"""What became of completions in editors: counts per version, durable in JetStream KV. Nothing of the code is stored.
+"""What became of completions in editors: counts per version, durable in JetStream KV. Nothing of the code is in them.
 
 A completion's id says when it was made and by which version, so its events always belong to the same record, which
 holds the counts of one hour and what is in them already. Counting is one compare-and-set on that record: an event
@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
 from codegraft.inference.v1.feedback_pb2 import (
@@ -53,8 +53,11 @@ class Feedback:
     def __init__(self, table: Table[FeedbackHour]) -> None:
         self._table = table
 
-    async def record(self, project: str, completion: CompletionId, event: FeedbackEvent, characters: int) -> bool:
-        """Counts an event, and those that must have happened before it; False when it was counted before.
+    async def record(
+        self, project: str, completion: CompletionId, event: FeedbackEvent, characters: int
+    ) -> Sequence[FeedbackEvent]:
+        """Counts an event, and those that must have happened before it; returns what is news, which is nothing when
+        it was counted before.
 
         Raises:
             InvalidArgument: no such event, or characters that cannot be.
@@ -68,11 +71,10 @@ class Feedback:
                 f"characters is {characters}", field="characters", hint=f"Use 0 to {MOST_CHARACTERS:,}."
             )
         hour, part = int(completion.time) // _HOUR, _digest(completion.text) % _PARTS
-        name, is_news = f"{project}/feedback/{hour}-{part}", False
+        name, news = f"{project}/feedback/{hour}-{part}", list[FeedbackEvent]()
 
         def change(record: FeedbackHour) -> None:
-            nonlocal is_news
-            is_news = _count(record, completion, event, characters)
+            news[:] = _count(record, completion, event, characters)
 
         if await self._table.find(name) is None:
             record = FeedbackHour(name=name)
@@ -83,9 +85,9 @@ class Feedback:
                 pass  # another writer was faster: count in its record
             else:
                 await self._forget(project)
-                return True
+                return news
         await self._table.mutate(name, change)
-        return is_news
+        return news
 
     async def acceptance(self, project: str, since: float) -> list[AdapterAcceptance]:
         """Counts of the completions made from the hour of a moment on, per version, the most shown first.
@@ -106,29 +108,29 @@ class Feedback:
                     await self._table.delete(record.name)
 
 
-def _count(record: FeedbackHour, completion: CompletionId, event: FeedbackEvent, characters: int) -> bool:
-    """Counts into a record what is not in it yet."""
+def _count(
+    record: FeedbackHour, completion: CompletionId, event: FeedbackEvent, characters: int
+) -> list[FeedbackEvent]:
+    """Counts into a record what is not in it yet, and returns that."""
     seen = set(record.seen)
     if _digest(completion.text, event) in seen:
-        return False
+        return []
     version = completion.adapter_sha256
     entry = next((entry for entry in record.adapters if entry.adapter_sha256 == version), None)
     if len(seen) >= _MOST_SEEN or (entry is None and len(record.adapters) >= _MOST_VERSIONS):
         raise ResourceExhausted("more feedback came on this hour than is counted", hint="It need not be sent again.")
     if entry is None:
         entry = record.adapters.add(adapter_sha256=version)
-    for each in (*_BEFORE[event], event):
-        digest = _digest(completion.text, each)
-        if digest in seen:
-            continue
-        record.seen.append(digest)
+    news = [each for each in (*_BEFORE[event], event) if _digest(completion.text, each) not in seen]
+    for each in news:
+        record.seen.append(_digest(completion.text, each))
         counter = FeedbackEvent.Name(each).removeprefix("FEEDBACK_EVENT_").lower()
         setattr(entry, counter, getattr(entry, counter) + 1)
     if event == FEEDBACK_EVENT_ACCEPTED:
         entry.accepted_characters += characters
     if event == FEEDBACK_EVENT_EDITED:
         entry.edited_characters += characters
-    return True
+    return news
 
 
 def _totals(entries: Iterable[AdapterAcceptance]) -> list[AdapterAcceptance]:

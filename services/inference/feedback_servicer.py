@@ -13,9 +13,10 @@ from codegraft.inference.v1 import feedback_pb2 as pb
 from codegraft.inference.v1 import feedback_pb2_grpc
 from services.core import names
 from services.core.errors import InvalidArgument, ProjectNotFound
-from services.inference import completion_id
+from services.inference import completion_id, figures, kept
 from services.inference.adapters.registry import Registry
 from services.inference.feedback import DEFAULT_WINDOW, LONGEST_WINDOW, Feedback
+from services.inference.kept import Kept
 from services.inference.policy import Projects
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -24,14 +25,19 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class FeedbackServicer(feedback_pb2_grpc.FeedbackServiceServicer):
     """FeedbackService."""
 
-    def __init__(self, feedback: Feedback, projects: Projects, registry: Registry) -> None:
-        self._feedback, self._projects, self._registry = feedback, projects, registry
+    def __init__(self, feedback: Feedback, kept: Kept, projects: Projects, registry: Registry) -> None:
+        self._feedback, self._kept, self._projects, self._registry = feedback, kept, projects, registry
 
     async def RecordFeedback(self, request: pb.RecordFeedbackRequest, context: Context) -> pb.RecordFeedbackResponse:
         await self._check(request.parent)
         completion = completion_id.parse(request.completion_id, now=time.time())
-        recorded = await self._feedback.record(request.parent, completion, request.event, request.characters)
-        return pb.RecordFeedbackResponse(recorded=recorded)
+        kept.check(request.text)
+        news = await self._feedback.record(request.parent, completion, request.event, request.characters)
+        figures.told(request.parent, self._registry.find(completion.adapter_sha256), completion.adapter_sha256, news)
+        is_kept = bool(request.text) and await self._projects.keeps_completions(request.parent)
+        if is_kept:
+            is_kept = await self._kept.keep(request.parent, completion, request.event, request.text)
+        return pb.RecordFeedbackResponse(recorded=bool(news), text_kept=is_kept)
 
     async def GetAcceptance(self, request: pb.GetAcceptanceRequest, context: Context) -> pb.GetAcceptanceResponse:
         await self._check(request.parent)
@@ -49,7 +55,27 @@ class FeedbackServicer(feedback_pb2_grpc.FeedbackServiceServicer):
                 adapter.checkpoint = version.checkpoint
         return pb.GetAcceptanceResponse(adapters=adapters, since=since)
 
+    async def ListKeptCompletions(
+        self, request: pb.ListKeptCompletionsRequest, context: Context
+    ) -> pb.ListKeptCompletionsResponse:
+        names.parse(names.PROJECT, request.parent, field="parent")
+        since = await self._projects.created(request.parent)
+        if since is None:
+            raise _missing(request.parent)
+        found, token = await self._kept.page(request.parent, since, request.page_size, request.page_token)
+        return pb.ListKeptCompletionsResponse(completions=found, next_page_token=token)
+
+    async def DeleteKeptCompletions(
+        self, request: pb.DeleteKeptCompletionsRequest, context: Context
+    ) -> pb.DeleteKeptCompletionsResponse:
+        await self._check(request.parent)
+        return pb.DeleteKeptCompletionsResponse(deleted=await self._kept.delete(request.parent))
+
     async def _check(self, parent: str) -> None:
         names.parse(names.PROJECT, parent, field="parent")
         if not await self._projects.exists(parent):
-            raise ProjectNotFound(f"no project {parent}", field="parent", hint="Create the project first.", name=parent)
+            raise _missing(parent)
+
+
+def _missing(project: str) -> ProjectNotFound:
+    return ProjectNotFound(f"no project {project}", field="parent", hint="Create the project first.", name=project)

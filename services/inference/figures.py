@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
 from codegraft.event.v1.events_pb2 import SwapPhases
-from services.core.telemetry.metrics import SHORT, collected, counter, histogram
+from codegraft.inference.v1.feedback_pb2 import FeedbackEvent
+from services.core.telemetry.metrics import OTHER, PROJECTS, SHORT, collected, counter, histogram
+from services.inference.adapters.route import Version
 from services.inference.engine.sequence import Sequence
 
 _TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28)
@@ -82,6 +85,15 @@ SWAP_SECONDS = histogram(
     "phase",
     buckets=(0.001, *SHORT),
 )
+FEEDBACK = counter(
+    "codegraft_inference_feedback_total",
+    "What became of completions in editors, by project, version that made them (begin of the adapter's SHA-256; base, "
+    "which is the control; other, for those that the replica does not hold any more) and event: shown, accepted, "
+    "rejected, edited. Acceptance is accepted over shown.",
+    "project",
+    "version",
+    "event",
+)
 REFUSED = counter("codegraft_inference_adapters_refused_total", "Adapters that were not served, by reason.", "reason")
 
 
@@ -94,6 +106,20 @@ def finished(sequence: Sequence, reason: str) -> None:
         FIRST_TOKEN_SECONDS.observe(sequence.first_token_time - sequence.submit_time)
         if sequence.generated > 1:
             TOKEN_SECONDS.observe((time.monotonic() - sequence.first_token_time) / (sequence.generated - 1))
+
+
+def told(project: str, version: Version | None, sha256: str, events: Iterable[FeedbackEvent]) -> None:
+    """Counts feedback that is news.
+
+    Args:
+        version: that made the completion, while the replica holds it: ids are what callers send, and anything could
+            be in one.
+        sha256: of its weights, as the completion's id says; empty for the base model.
+    """
+    label = (sha256[:12] if version else OTHER) if sha256 else "base"
+    for event in events:
+        word = FeedbackEvent.Name(event).removeprefix("FEEDBACK_EVENT_").lower()
+        FEEDBACK.labels(PROJECTS.of(project), label, word).inc()
 
 
 def swapped(phases: SwapPhases, seconds: float) -> None:

@@ -52,16 +52,38 @@ class IngestProjects:
             task.add_done_callback(self._asking.discard)
         return True
 
+    async def keeps_completions(self, project: str) -> bool:
+        """See :class:`services.inference.policy.Projects`. It is asked every time: off means off at once."""
+        try:
+            found = await self._get(project)
+        except CodegraftError as error:
+            _logger.warning("ingest does not say whether texts are kept", project=project, error=str(error))
+            return False
+        return found is not None and found.keep_completions
+
+    async def created(self, project: str) -> float | None:
+        """See :class:`services.inference.policy.Projects`."""
+        found = await self._get(project)
+        return None if found is None else found.create_time.ToNanoseconds() / 1e9
+
+    async def _get(self, project: str) -> project_pb2.Project | None:
+        request = project_pb2.GetProjectRequest(name=project)
+        try:
+            return (await self._stub.GetProject(request, timeout=_TIMEOUT)).project
+        except grpc.aio.AioRpcError as error:
+            known: CodegraftError = from_rpc(error)
+            if isinstance(known, NotFound):
+                return None
+            raise known from None
+
     async def _ask(self, project: str) -> bool:
         again = _REMEMBERED
         try:
-            await self._stub.GetProject(project_pb2.GetProjectRequest(name=project), timeout=_TIMEOUT)
-        except grpc.aio.AioRpcError as error:
-            known = from_rpc(error)
-            if isinstance(known, NotFound):
+            if await self._get(project) is None:
                 self._due.pop(project, None)
                 return False
-            _logger.warning("ingest does not say whether a project exists", project=project, error=str(known))
+        except CodegraftError as error:
+            _logger.warning("ingest does not say whether a project exists", project=project, error=str(error))
             again = _AGAIN
         self._due.pop(project, None)
         self._due[project] = time.monotonic() + again

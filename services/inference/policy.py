@@ -67,6 +67,18 @@ class Projects(Protocol):
         """Whether there is a project of that name; True when that cannot be found out now."""
         ...
 
+    async def keeps_completions(self, project: str) -> bool:
+        """Whether it wants texts of completions kept, at this moment; False when that cannot be found out."""
+        ...
+
+    async def created(self, project: str) -> float | None:
+        """When it was created, seconds since 1970; None when there is none of that name.
+
+        Raises:
+            Unavailable, DeadlineExceeded: ingest does not answer.
+        """
+        ...
+
 
 class Policies:
     """The policies of all projects."""

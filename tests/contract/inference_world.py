@@ -47,9 +47,16 @@ class Peers:
     asked: int = 0
     kept: list[str] = field(default_factory=list)
     held: list[str] = field(default_factory=list)
+    keeps: bool = False
 
     async def exists(self, project: str) -> bool:
         return project != "projects/none"
+
+    async def keeps_completions(self, project: str) -> bool:
+        return self.keeps
+
+    async def created(self, project: str) -> float | None:
+        return 0.0 if project != "projects/none" else None
 
     async def best(self, project: str, base_model: str) -> Best | None:
         self.asked += 1

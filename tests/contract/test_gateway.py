@@ -16,6 +16,7 @@ from codegraft.trainer.v1.checkpoint_pb2 import Checkpoint
 from codegraft.trainer.v1.run_pb2 import ListCheckpointsResponse, ListRunsResponse, Run
 from services.client import Addresses, AsyncCodegraft
 from services.core import errors
+from services.inference import figures
 from services.inference.engine.scheduler import Limits
 from tests.contract.gateway_world import Gateway
 from tests.contract.inference_world import PROJECT, RUN, World, until
@@ -339,6 +340,26 @@ async def test_fill_in_the_middle_as_continue_asks_for_it(gateway: Gateway) -> N
 # --- feedback ---
 
 
+async def test_texts_are_kept_only_where_the_project_says_so(world: World, gateway: Gateway) -> None:
+    completion = (await gateway.post("/v1/completions", CODE)).json()["id"]
+    body = {"completion_id": completion, "event": "accepted", "model": "demo", "text": "y = 1"}
+    assert (await gateway.post("/v1/feedback", body)).status_code == 200
+    assert not await world.runtime.state("completions").list(), "off by default"
+    world.peers.keeps = True
+    assert (await gateway.post("/v1/feedback", {**body, "text": ""})).status_code == 200
+    assert (await gateway.post("/v1/feedback", body)).json() == {"recorded": False}
+    async with AsyncCodegraft(Addresses(*[world.address] * 4)) as codegraft:
+        (kept,) = [each async for each in codegraft.feedback.kept("demo", page_size=1)]
+        assert (kept.accepted, kept.shown, kept.name) == (b"y = 1", b"", f"{PROJECT}/completions/{completion[5:]}")
+        assert [each async for each in codegraft.feedback.kept("demo2")] == []
+        with pytest.raises(errors.ProjectNotFound):
+            await codegraft.feedback.delete_kept("none")
+        assert await codegraft.feedback.delete_kept("demo") == 1
+        assert [each async for each in codegraft.feedback.kept("demo")] == []
+    long = await gateway.post("/v1/feedback", {**body, "text": "x" * 20_001})
+    assert long.status_code == 400 and long.json()["error"]["param"] == "text"
+
+
 async def test_feedback_is_counted_for_the_version_that_answered(world: World, gateway: Gateway) -> None:
     base = (await gateway.post("/v1/completions", CODE)).json()["id"]
     best = await world.store(10, seed=1)
@@ -364,6 +385,15 @@ async def test_feedback_is_counted_for_the_version_that_answered(world: World, g
         best.sha256: (1, 1, 0),
     }
     assert {entry.checkpoint for entry in found} == {"", best.checkpoint}
+    told = [
+        (labels["version"], labels["event"], sample.value)
+        for family in figures.FEEDBACK.collect()
+        for sample in family.samples
+        if (labels := sample.labels) and labels["project"] == "demo" and sample.name.endswith("_total")
+    ]
+    assert {(version, event) for version, event, _ in told} >= {
+        ("base", "shown"), ("base", "rejected"), (best.sha256[:12], "accepted"), (best.sha256[:12], "shown"),
+    }  # fmt: skip
     for change, param in (
         ({"completion_id": "cmpl-1"}, "completion_id"),
         ({"event": "liked"}, "event"),

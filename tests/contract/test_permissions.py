@@ -23,6 +23,7 @@ from services.core.errors import StateUnavailable, StoreUnavailable
 from services.core.events.nats import NatsBus
 from services.core.jobs.nats import NatsQueue
 from services.core.nats_connection import NatsConnection
+from services.core.state import Bounds
 from services.core.state.nats import NatsState
 from services.core.store.s3 import S3Address, S3Store
 
@@ -65,6 +66,16 @@ async def test_a_service_does_all_that_it_does(connections: dict[str, NatsConnec
                 break
         await state.delete("projects/p/things/t", revision)
         await NatsBus(connection, name).publish(f"codegraft.{name}.thing.made.v1", "s", RunChanged(), id=f"{name}-1")
+        for bucket in permissions.SERVICES[name].buckets:
+            bounded = NatsState(connection, bucket, Bounds(timedelta(days=30), 1 << 20))
+            await bounded.update("projects/p/c", b"2", await bounded.create("projects/p/c", b"1"))
+            config = (await connection.js.stream_info(f"KV_{bucket}")).config
+            assert (config.max_age, config.max_bytes) == (30 * 86400, 1 << 20), "the server forgets by itself"
+            assert [entry.value for entry in await bounded.list("projects/p")] == [b"2"]
+            await bounded.delete("projects/p/c")
+            with pytest.raises(StateUnavailable):
+                for number in range(40):
+                    await bounded.create(f"projects/p/{number}", b"x" * (64 << 10))
         queue = NatsQueue(connection)
         for kind in permissions.SERVICES[name].jobs:
             await queue.submit(kind, "projects/p/jobs/j")
@@ -124,10 +135,11 @@ async def test_no_service_reaches_into_another(connections: dict[str, NatsConnec
     mine = hasty(connections[name])
     for other in permissions.SERVICES.keys() - {name}:
         await NatsState(connections[other], other).list()  # makes the bucket
-        state = NatsState(mine, other)
-        for attempt in (state.create("projects/p/x", b"x"), state.list()):
-            with pytest.raises(StateUnavailable):
-                await attempt
+        for bucket in (other, *permissions.SERVICES[other].buckets):
+            state = NatsState(mine, bucket)
+            for attempt in (state.create("projects/p/x", b"x"), state.list()):
+                with pytest.raises(StateUnavailable):
+                    await attempt
         for kind in permissions.SERVICES[other].jobs:
             for attempt in (NatsQueue(mine).submit(kind, "projects/p/j"), NatsQueue(mine).take(kind, 0.2)):
                 with pytest.raises(StateUnavailable):

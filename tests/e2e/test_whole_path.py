@@ -66,7 +66,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     try:
         assert up.returncode == 0, up.stdout + up.stderr
         addresses = {service["name"]: service["address"] for service in json.loads(up.stdout)["services"]}
-        yield addresses | {"key": json.loads((data / "credentials.json").read_text())["api_key"]}
+        key = json.loads((data / "credentials.json").read_text())["api_key"]
+        yield addresses | {"key": key, "data": str(data)}
     finally:
         subprocess.run([*CODEGRAFT, "down", "--data", str(data)], check=True, timeout=60)
 
@@ -220,3 +221,52 @@ async def test_an_editor_gets_the_new_adapter_over_http(stack: dict[str, str], s
     )
     (entry,) = json.loads(counted.stdout)["adapters"]
     assert (entry["adapter_sha256"], entry["accepted"], entry["accepted_characters"]) == (best, "1", "9")
+
+
+def test_code_in_editors_is_stored_only_where_a_project_says_so(stack: dict[str, str]) -> None:
+    data = Path(stack["data"])
+    environment = {**os.environ, "CODEGRAFT_DATA": str(data)}
+
+    def codegraft(*arguments: str, key: str = "", expect: int = 0) -> str:
+        own = {**environment, "CODEGRAFT_API_KEY": key} if key else environment
+        done = subprocess.run(
+            [*CODEGRAFT, *arguments], env=own, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == expect, done.stdout + done.stderr
+        return done.stdout
+
+    def lies(marker: str) -> set[str]:
+        files = (path for path in data.rglob("*") if path.is_file())
+        return {path.relative_to(data).parts[0] for path in files if marker.encode() in path.read_bytes()}
+
+    codegraft("project", "create", "quiet")
+    editor = json.loads(codegraft("key", "create", "ed", "--role", "completer", "-p", "quiet", "--json"))["secret"]
+    maker = json.loads(codegraft("key", "create", "maker", "--role", "contributor", "-p", "quiet", "--json"))["secret"]
+    other = json.loads(codegraft("key", "create", "else", "--role", "operator", "-p", "demo", "--json"))["secret"]
+    with httpx2.Client(base_url=f"http://{stack['gateway']}", headers=editors.bearer(editor), timeout=60) as http:
+
+        def write(marker: str) -> str:
+            asked = {"model": "quiet", "prompt": f"# {marker}\nx = ", "suffix": f"\n# {marker}", "max_tokens": 4}
+            answer = http.post("/v1/completions", json=asked)
+            assert answer.status_code == 200, answer.text
+            for event in ("shown", "accepted"):
+                told = {"completion_id": answer.json()["id"], "event": event, "text": marker, "model": "quiet"}
+                assert http.post("/v1/feedback", json=told).json() == {"recorded": True}
+            return str(answer.json()["id"])
+
+        write("marker-5e1f-of-a-quiet-project")
+        assert lies("marker-5e1f") == set(), "neither NATS nor S3 nor any log has it"
+        codegraft("project", "set", "quiet", "--keep-completions", key=maker, expect=6)
+        codegraft("project", "set", "quiet", "--keep-completions")
+        kept = write("marker-77aa-of-one-that-keeps")
+        assert lies("marker-77aa") == {"nats"}
+    (line,) = codegraft("completions", "list", "--json", "-p", "quiet").splitlines()
+    found = json.loads(line)
+    assert found["completion_id"] == kept.removeprefix("cmpl-") and found["event"] == "ACCEPTED"
+    assert found["shown"] == found["accepted"] == "marker-77aa-of-one-that-keeps"
+    for key in (editor, maker, other):
+        codegraft("completions", "list", "--json", "-p", "quiet", key=key, expect=6)
+    assert "keep_completions" in codegraft("audit", "-p", "quiet", "--changes", "--json")
+    codegraft("completions", "delete", "-p", "quiet", "--yes")
+    assert codegraft("completions", "list", "--json", "-p", "quiet") == ""
+    codegraft("project", "set", "quiet", "--no-keep-completions")

@@ -3,7 +3,7 @@
 ``python -m services.cli.local.permissions`` prints the NATS part for the configuration of a cluster, with
 ``$INGEST_PASSWORD`` and so on in place of passwords.
 
-A service publishes to its own bucket and its own events, takes jobs of its own kinds, reads the API keys and all
+A service publishes to its own buckets and its own events, takes jobs of its own kinds, reads the API keys and all
 events, and gets answers in an inbox of its own. What no rule of NATS can see: a service may have messages of its
 streams sent to any subject, so one that was taken over could still disturb others; it cannot read their buckets.
 """
@@ -28,13 +28,15 @@ class Service:
     writes_keys: bool = False
     reads_audit: bool = False
     writes_objects: bool = True
+    buckets: tuple[str, ...] = ()
+    """Of its own, beside that of its name."""
 
 
 SERVICES: dict[str, Service] = {
     "ingest": Service(writes_keys=True, reads_audit=True),
     "scanner": Service(jobs=("scan", "scan-part")),
     "trainer": Service(jobs=("run",)),
-    "inference": Service(writes_objects=False),
+    "inference": Service(writes_objects=False, buckets=("completions",)),
 }
 
 CALLS = {"trainer": "reader", "inference": "contributor"}
@@ -44,11 +46,13 @@ projects and best checkpoints, and has those kept that it serves."""
 
 def publish(name: str) -> list[str]:
     """Subjects that the service of that name may publish to, requests to JetStream among them."""
-    service, own = SERVICES[name], f"KV_{name}"
-    subjects = [f"$KV.{name}.>", f"codegraft.{name}.>", f"audit.{name}.>", f"{API}.STREAM.CREATE.AUDIT"]
+    service, buckets = SERVICES[name], (name, *SERVICES[name].buckets)
+    own = [f"KV_{bucket}" for bucket in buckets]
+    subjects = [f"$KV.{bucket}.>" for bucket in buckets]
+    subjects += [f"codegraft.{name}.>", f"audit.{name}.>", f"{API}.STREAM.CREATE.AUDIT"]
     if service.writes_keys:
         subjects.append("$KV.access.>")
-    for stream in (own, KEYS, "EVENTS", *(["AUDIT"] if service.reads_audit else [])):
+    for stream in (*own, KEYS, "EVENTS", *(["AUDIT"] if service.reads_audit else [])):
         subjects += [
             # An existing stream is not changed by this request.
             f"{API}.STREAM.CREATE.{stream}",
@@ -58,7 +62,7 @@ def publish(name: str) -> list[str]:
             f"{API}.CONSUMER.DELETE.{stream}.*",
             f"$JS.FC.{stream}.>",
         ]
-    subjects += [f"{API}.STREAM.MSG.GET.{stream}" for stream in (own, KEYS)]
+    subjects += [f"{API}.STREAM.MSG.GET.{stream}" for stream in (*own, KEYS)]
     if service.jobs:
         subjects += [f"{API}.STREAM.CREATE.{stream}" for stream in ("JOBS", "JOBS_DEAD")]
     for kind in service.jobs:

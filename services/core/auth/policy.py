@@ -157,6 +157,8 @@ POLICY: dict[str, dict[str, Rule]] = {
     "codegraft.inference.v1.FeedbackService": {
         "RecordFeedback": named(C, "parent"),
         "GetAcceptance": named(R, "parent"),
+        "ListKeptCompletions": named(O, "parent"),  # what people wrote
+        "DeleteKeptCompletions": named(O, "parent"),
     },
 }
 

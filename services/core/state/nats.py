@@ -20,7 +20,7 @@ from services.core import errors, log
 from services.core.backoff import Backoff
 from services.core.nats_connection import STREAM_EXISTS, NatsConnection, translated
 from services.core.nats_reader import Interrupted, OrderedReader
-from services.core.state.store import Entry, check_key
+from services.core.state.store import Bounds, Entry, check_key
 from services.core.telemetry import tracing
 
 RECONCILE_SECONDS = 120.0
@@ -37,11 +37,13 @@ class NatsState:
 
     Args:
         bucket: letters, digits, ``-`` and ``_``.
+        bounds: None keeps everything.
     """
 
-    def __init__(self, connection: NatsConnection, bucket: str) -> None:
+    def __init__(self, connection: NatsConnection, bucket: str, bounds: Bounds | None = None) -> None:
         self._connection = connection
         self._bucket = bucket
+        self._bounds = bounds
         self._stream = f"KV_{bucket}"
         self._subject = f"$KV.{bucket}."
         self._opened: KeyValue | None = None
@@ -153,6 +155,8 @@ class NatsState:
                     api.KeyValueConfig(
                         bucket=self._bucket,
                         history=1,
+                        ttl=self._bounds.age.total_seconds() if self._bounds else None,
+                        max_bytes=self._bounds.size if self._bounds else None,
                         storage=api.StorageType.FILE,
                         replicas=self._connection.replicas,
                         # Reads go to the leader: a replica could be behind an acknowledged write.

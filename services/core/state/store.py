@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Protocol
 
 from services.core.errors import InvalidName
@@ -23,6 +24,16 @@ class Entry:
     """Grows with every write to the bucket, so a key's own revisions grow, too."""
     traceparent: str = ""
     """W3C trace context of what wrote it, in entries of a watch; empty when nothing did that was traced."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a bucket keeps at most. The server itself sees to it."""
+
+    age: timedelta
+    """Since a key's last write; then it is gone."""
+    size: int
+    """Bytes of all keys; once they are reached writes fail with StateUnavailable."""
 
 
 class StateStore(Protocol):

@@ -234,5 +234,8 @@ class FeedbackAsk(Body):
     """What became of it. accepted and rejected stand for shown, edited for shown and accepted."""
     accepted_characters: int = Field(default=0, ge=0, le=1_000_000)
     """accepted: characters that were taken. edited: characters that were left of them."""
+    text: str = Field(default="", max_length=20_000)
+    """shown, rejected: the text that was shown. accepted: what was taken of it. edited: what was left of it. Kept only
+    where the project says so; counting does not need it."""
     model: _Name = ""
     """The answer's model; it says which project it is about, as for completions."""

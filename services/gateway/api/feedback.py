@@ -40,6 +40,6 @@ class FeedbackDesk:
         target = await self._desk.target(request, ask.model)
         completion = ask.completion_id.removeprefix("chatcmpl-").removeprefix("cmpl-")
         recorded = await self._desk.client.feedback.record(
-            target.project, completion, _EVENTS[ask.event], characters=ask.accepted_characters
+            target.project, completion, _EVENTS[ask.event], characters=ask.accepted_characters, text=ask.text
         )
         return desk.answer(FeedbackAnswer(recorded))

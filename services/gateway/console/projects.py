@@ -45,6 +45,7 @@ async def save(visit: Visit) -> Response:
     record.etag, record.title = form.text("etag"), form.text("title")
     record.exclude[:], record.include[:] = form.lines("exclude"), form.lines("include")
     record.exclude_licenses[:] = form.lines("exclude_licenses")
+    record.keep_completions = form.has("keep_completions")
     await visit.client.projects.update(record)
     return visit.done(visit.way())
 

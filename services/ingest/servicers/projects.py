@@ -10,8 +10,8 @@ import grpc
 from codegraft.ingest.v1 import project_pb2 as pb
 from codegraft.ingest.v1.project_pb2_grpc import ProjectServiceServicer
 from services.core import names
-from services.core.auth.caller import current
-from services.core.errors import InvalidArgument, NotFound, ProjectNotEmpty, ResourceExists
+from services.core.auth.caller import Role, current
+from services.core.errors import InvalidArgument, NotFound, PermissionDenied, ProjectNotEmpty, ResourceExists
 from services.core.masks import Masks
 from services.ingest.records import Tables, same_request
 
@@ -34,6 +34,7 @@ class ProjectServicer(ProjectServiceServicer):
             include=request.project.include,
             languages_off=request.project.languages_off,
             exclude_licenses=request.project.exclude_licenses,
+            keep_completions=request.project.keep_completions,
             request_id=request.request_id,
         )
         wanted.create_time.GetCurrentTime()
@@ -60,6 +61,13 @@ class ProjectServicer(ProjectServiceServicer):
         _check(request.project)
 
         def change(record: pb.Project) -> None:
+            if record.keep_completions != request.project.keep_completions and current().role < Role.OPERATOR:
+                raise PermissionDenied(
+                    "only an operator decides whether texts of completions are kept",
+                    field="project.keep_completions",
+                    hint="Send it as it is, or use an operator's key.",
+                )
+            record.keep_completions = request.project.keep_completions
             record.title = request.project.title
             record.exclude[:] = request.project.exclude
             record.include[:] = request.project.include
@@ -106,4 +114,4 @@ def _check(project: pb.Project) -> None:
 def _choices(project: pb.Project) -> tuple[object, ...]:
     """What the caller chose."""
     lists = project.exclude, project.include, project.languages_off, project.exclude_licenses
-    return project.title, *map(list, lists)
+    return project.title, project.keep_completions, *map(list, lists)

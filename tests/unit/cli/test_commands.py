@@ -580,6 +580,22 @@ def test_every_error_has_an_exit_code_and_no_trace(fake: Any, codegraft: Codegra
         assert "Traceback" not in done.err, error
 
 
+def test_kept_texts_are_written_a_line_each_and_deleted_when_asked(fake: Any, codegraft: Codegraft) -> None:
+    kept = feedback_pb2.KeptCompletion(
+        name="projects/acme/completions/c-base", shown='x = "ü"\n'.encode(), event=feedback_pb2.FEEDBACK_EVENT_SHOWN
+    )
+    fake.answers["ListKeptCompletions"] = feedback_pb2.ListKeptCompletionsResponse(completions=[kept, kept])
+    done = codegraft("completions", "list", "-p", "acme", "--json")
+    lines = [json.loads(line) for line in done.out.splitlines()]
+    assert len(lines) == 2 and lines[0]["completion_id"] == "c-base" and lines[0]["event"] == "SHOWN"
+    assert (lines[0]["shown"], lines[0]["accepted"]) == ('x = "ü"\n', "")
+    shown = codegraft("completions", "list", "-p", "acme").out.splitlines()
+    assert len(shown) == 3 and shown[1].split()[2:5] == ["base", "SHOWN", "8"]
+    fake.answers["DeleteKeptCompletions"] = feedback_pb2.DeleteKeptCompletionsResponse(deleted=2)
+    assert json.loads(codegraft("completions", "delete", "-p", "acme", "--yes", "--json").out) == {"deleted": 2}
+    assert fake.last("DeleteKeptCompletions").parent == "projects/acme"
+
+
 def test_acceptance_sets_versions_side_by_side(fake: Any, codegraft: Codegraft) -> None:
     best = feedback_pb2.AdapterAcceptance(
         adapter_sha256="a" * 64, checkpoint=f"{RUN}/checkpoints/20", shown=1200, accepted=300, rate=0.25, rate_low=0.2

@@ -82,9 +82,11 @@ CALLS: list[Callable[[Any], Any]] = [
     lambda c: c.keys.whoami(),
     lambda c: c.feedback.record("p", "id", FEEDBACK_EVENT_SHOWN),
     lambda c: c.feedback.acceptance("p", timedelta(days=1)),
+    lambda c: c.feedback.delete_kept("p"),
 ]
 ITERATIONS: list[Callable[[Any], Any]] = [
     lambda c: c.projects.list(),
+    lambda c: c.feedback.kept("p"),
     lambda c: c.sources.list("p"),
     lambda c: c.sources.watch(f"{P}/sources/s"),
     lambda c: c.snapshots.list("p"),

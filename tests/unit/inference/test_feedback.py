@@ -55,7 +55,7 @@ async def test_events_count_once_and_stand_for_those_before_them(table: Table[Fe
     one, other = Feedback(table), Feedback(table)  # two replicas
     taken, passed, base = made(), made(), made("")
     assert await one.record(P, taken, SHOWN, 0)
-    assert await one.record(P, taken, ACCEPTED, 12)
+    assert await one.record(P, taken, ACCEPTED, 12) == [ACCEPTED], "shown was told before"
     assert not await other.record(P, taken, ACCEPTED, 12)
     assert not await other.record(P, taken, SHOWN, 0)
     assert await other.record(P, passed, REJECTED, 0)
@@ -74,7 +74,7 @@ async def test_many_writers_lose_nothing(table: Table[FeedbackHour]) -> None:
     completions = [made() for _ in range(40)]
     replicas = [Feedback(table) for _ in range(3)]
     recorded = await asyncio.gather(*(r.record(P, c, SHOWN, 0) for c in completions for r in replicas))
-    assert sum(recorded) == len(completions)
+    assert sum(map(len, recorded)) == len(completions)
     (entry,) = await replicas[0].acceptance(P, 0)
     assert entry.shown == len(completions)
 

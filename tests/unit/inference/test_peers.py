@@ -21,7 +21,7 @@ class Ingest(project_pb2_grpc.ProjectServiceServicer):
     """Has some projects, and may have lost its own servers: then it is slow to say so."""
 
     def __init__(self) -> None:
-        self.projects = {"projects/one"}
+        self.projects = {"projects/one": project_pb2.Project(name="projects/one")}
         self.asked = 0
         self.lost = False
 
@@ -33,7 +33,7 @@ class Ingest(project_pb2_grpc.ProjectServiceServicer):
             await asyncio.sleep(30)
         if request.name not in self.projects:
             raise ProjectNotFound("no such project")
-        return project_pb2.GetProjectResponse()
+        return project_pb2.GetProjectResponse(project=self.projects[request.name])
 
 
 @pytest.fixture
@@ -73,5 +73,19 @@ async def test_a_project_that_was_deleted_is_found_out(asking: tuple[Ingest, Ing
     while await projects.exists("projects/one"):
         assert time.monotonic() < end
         await asyncio.sleep(0.02)
-    ingest.projects.add("projects/one")
+    ingest.projects["projects/one"] = project_pb2.Project(name="projects/one")
     assert await projects.exists("projects/one"), "one that is not there is not remembered"
+
+
+async def test_off_means_off_at_once_and_while_ingest_is_away(asking: tuple[Ingest, IngestProjects]) -> None:
+    ingest, projects = asking
+    record = ingest.projects["projects/one"]
+    assert not await projects.keeps_completions("projects/one") and not await projects.keeps_completions("projects/no")
+    record.keep_completions = True
+    record.create_time.FromSeconds(1_700_000_000)
+    assert await projects.keeps_completions("projects/one")
+    assert await projects.created("projects/one") == 1_700_000_000 and await projects.created("projects/no") is None
+    record.keep_completions = False
+    assert not await projects.keeps_completions("projects/one")
+    record.keep_completions = ingest.lost = True
+    assert not await projects.keeps_completions("projects/one"), "nobody says that it may"
