@@ -94,6 +94,18 @@ OVERVIEW = (
 HERE = "codegraft_inference_"
 PROMPT, CACHED = f"{HERE}prompt_tokens_total", f"{HERE}cached_prompt_tokens_total"
 TOKENS = ((rate(f"{HERE}generated_tokens_total", over="1m"), "generated"), (rate(PROMPT, over="1m"), "of prompts"))
+FEEDBACK = "codegraft_inference_feedback_total"
+ACCEPTANCE: Lines = (
+    (
+        " / ".join(
+            rate(FEEDBACK, "project, version", f'event="{event}"', over="1d") for event in ("accepted", "shown")
+        ),
+        each("project, version"),
+    ),
+)
+"""Of suggestions that were shown; base is the control."""
+SHOWN_IN_AN_HOUR = f'sum by (project, version) (increase({FEEDBACK}{{event="shown"}}[1h]))'
+
 COMPLETIONS = (
     Panel("Tokens per second", "short", TOKENS),
     Panel("Time to first token", "s", quantiles("gen_ai_server_time_to_first_token_seconds")),
@@ -114,6 +126,8 @@ COMPLETIONS = (
     Panel("Memory given up", "ops", ((rate(f"{HERE}preemptions_total"), "preemptions"),)),
     Panel("In flight by version", "short", total(f"{HERE}streams", "project, version")),
     Panel("Adapters in device memory", "short", total(f"{HERE}adapters", "instance, state")),
+    Panel("Acceptance by version, a day", "percentunit", ACCEPTANCE),
+    Panel("Shown by version, an hour", "short", ((SHOWN_IN_AN_HOUR, each("project, version")),)),
     Panel("Swaps", "s", p95(f"{HERE}swap_seconds", "phase", over="1h")),
     Panel("Behind their policy", "short", most(f"{HERE}adapter_behind", "project")),
     Panel("Waiting for approval", "short", most(f"{HERE}adapter_waiting", "project")),
