@@ -72,6 +72,7 @@ bench: proto sshd ## Benchmarks against named peers; the figures are in bench/RE
 	@$(BIN)/python -m bench.streams
 	@$(BIN)/python -m bench.overload
 	@$(BIN)/python -m bench.gateway
+	@$(BIN)/python -m bench.sessions
 	@$(BIN)/python -m bench.proof minio typer rich --seconds 300
 
 FUZZ_INPUTS ?= 100000

@@ -74,6 +74,7 @@ def p95(histogram: str, by: str, where: str = "", over: str = "5m") -> Lines:
 
 RPC = "rpc_server_call_duration_seconds"
 HTTP = "http_server_request_duration_seconds"
+AT_ONCE = (("sum(http_server_active_requests)", "requests"),)
 STATUS = "rpc_response_status_code"
 OVERVIEW = (
     Panel("Services that answer", "short", total(f"up{{{OURS}}}", COMPONENT)),
@@ -81,6 +82,7 @@ OVERVIEW = (
     Panel("Failed calls", "ops", rates(f"{RPC}_count", f"rpc_method, {STATUS}", f'{STATUS}!~"OK|CANCELLED"')),
     Panel("Calls without streams", "s", p95(RPC, "rpc_method", 'rpc_method!~".*/(Watch.*|Complete|Chat|Upload.*)"')),
     Panel("HTTP requests", "ops", rates(f"{HTTP}_count", "operation, http_response_status_code")),
+    Panel("HTTP requests at once", "short", AT_ONCE),
     Panel("Duration of HTTP requests", "s", p95(HTTP, "operation")),
     Panel("Connected to NATS", "short", (("min by (connection) (codegraft_nats_connected)", "{{connection}}"),)),
     Panel("Failed requests to NATS", "ops", ((rate("codegraft_nats_errors_total"), "failed"),)),

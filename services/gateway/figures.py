@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from services.core.telemetry.metrics import histogram
+from services.core.telemetry.metrics import gauge, histogram
+
+ACTIVE = gauge("http_server_active_requests", "HTTP requests that are being answered, open streams among them.")
 
 HTTP_SECONDS = histogram(
     "http_server_request_duration_seconds",

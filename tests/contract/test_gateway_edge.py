@@ -188,7 +188,7 @@ async def test_too_many_requests_at_once_are_told_when_to_come_back(gateways: Ca
     running = [asyncio.create_task(gateway.post("/v1/completions", CODE)) for _ in range(2)]
     await until(lambda: gateway.neighbours.count("Complete") == 2)
     refused = await gateway.post("/v1/completions", CODE)
-    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
     assert refused.json()["error"]["code"] == "OVERLOADED"
     for task in running:
         task.cancel()

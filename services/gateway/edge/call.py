@@ -21,7 +21,7 @@ from services.gateway.edge import problems
 from services.gateway.edge.attending import ClientGone
 from services.gateway.edge.guard import Guard
 from services.gateway.edge.problems import Refused
-from services.gateway.figures import HTTP_SECONDS
+from services.gateway.figures import ACTIVE, HTTP_SECONDS
 
 _HEADERS = {
     "x-content-type-options": "nosniff",
@@ -63,9 +63,10 @@ class Edge:
         call_context.set_deadline(self._timeout)
         structlog.contextvars.bind_contextvars(request_id=call.request_id)
         self._running += 1
+        ACTIVE.inc()
         try:
             if self._running > self._most:
-                raise Refused(503, "OVERLOADED", "Too many requests are being answered.", retry_after=1.0)
+                raise Refused(429, "OVERLOADED", "Too many requests are being answered.", retry_after=1.0)
             self._guard.check(headers, scope["scheme"])
             call_context.authorization.set(_credentials(headers.get("authorization", "")))
             # With an "app" the router raises for what it cannot route; without it would answer in a shape of its own.
@@ -83,6 +84,7 @@ class Edge:
             await call.failed(InternalError(message, request_id=call.request_id))
         finally:
             self._running -= 1
+            ACTIVE.dec()
             call.ended()
 
 
