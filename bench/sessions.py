@@ -1,8 +1,8 @@
 """Two hundred editors: ``python -m bench.sessions [--sessions N] [--keys K] [--seconds S]``.
 
 So many sessions type 5 keys a second each, against the local stack: the real gateway, the real inference, SmolLM2-135M.
-The machine is overloaded on purpose. What is asked: every answer is that of its own request, what was superseded or hung
-up on ends as such, nothing is answered with 5xx, nothing hangs, and afterwards nothing is held any more.
+The machine is overloaded on purpose. What is asked: every answer is that of its own request, what was superseded or
+hung up on ends as such, nothing is answered with 5xx, nothing hangs, and afterwards nothing is held any more.
 """
 
 from __future__ import annotations

@@ -126,3 +126,14 @@ async def test_temperature_samples_and_its_absence_does_not(gateway: Gateway) ->
     one, same = await text(temperature=1.5, seed=7), await text(temperature=1.5, seed=7)
     assert one == same != greedy
     assert await text(temperature=1.5, seed=-1) != await text(temperature=1.5, seed=-1)
+
+
+async def test_a_new_line_finds_the_cache_though_the_editors_window_slides(gateway: Gateway) -> None:
+    lines = [f"{number:03x}\n" for number in range(400)]
+    prompts = cached = 0
+    for at in range(300, 312):
+        body = {"input_prefix": "".join(lines[at - 200 : at]), "prompt": "x", "n_predict": 1}
+        answer = (await gateway.post("/projects/demo/infill", body)).json()
+        assert answer["truncated"]
+        prompts, cached = prompts + answer["tokens_evaluated"], cached + answer["tokens_cached"]
+    assert cached > 0.5 * prompts, "else every line is computed anew"

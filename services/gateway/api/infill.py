@@ -22,6 +22,7 @@ from services.gateway.api.desk import Desk
 from services.gateway.api.generation import Generation, Part
 from services.gateway.api.infill_answer import InfillAnswer, InfillChunk, chosen
 from services.gateway.api.models import alias
+from services.gateway.api.window import steady
 from services.gateway.edge import problems
 from services.gateway.edge.attending import EventStream, attended, event
 
@@ -39,7 +40,8 @@ class Infilling:
         ask = await self._desk.read(request, InfillAsk)
         target = await self._desk.target(request, ask.model or "")
         model = ask.model or alias(target.project)
-        prefix = ask.input_prefix + ask.prompt
+        above = steady(ask.input_prefix)
+        prefix = above + ask.prompt
         if ask.n_predict == 0 or not (prefix or ask.input_suffix):
             # llama.vscode warms a cache so. There is none to warm, but a caller without rights should learn of it.
             async for _ in self._desk.client.completions.models():
@@ -58,6 +60,7 @@ class Infilling:
             session=desk.session(request),
         )
         generation = await attended(request.receive, Generation.begun(stream))
+        generation.started.prompt_truncated |= above != ask.input_prefix
         if ask.stream:
             return EventStream(_events(generation, ask, model), generation.headers)
         part = await attended(request.receive, _whole(generation, ask, model))
