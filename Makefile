@@ -42,7 +42,7 @@ docs: proto ## Make the pages of docs/ that come from the contract and the code
 	$(BIN)/python -m tools.api_reference
 	$(BIN)/python -m tools.asyncapi
 
-demo: proto ## The main job, end to end (REPO=<path or URL>, ARGS="--json FILE")
+demo: proto ## The main job, end to end (REPO=<path or URL>, ARGS="--keep --json FILE")
 	@$(BIN)/codegraft demo $(if $(REPO),--repo '$(REPO)') $(ARGS)
 
 # The tests of private repositories talk to a real OpenSSH server.
@@ -73,6 +73,7 @@ bench: proto sshd ## Benchmarks against named peers; the figures are in bench/RE
 	@$(BIN)/python -m bench.overload
 	@$(BIN)/python -m bench.gateway
 	@$(BIN)/python -m bench.sessions
+	@$(BIN)/python -m bench.windows
 	@$(BIN)/python -m bench.proof minio typer rich --seconds 300
 
 FUZZ_INPUTS ?= 100000
