@@ -14,6 +14,7 @@ from services.core.events import bus
 from services.core.events import nats as events
 from services.core.jobs import nats as jobs
 from services.core.jobs import queue
+from services.inference import kept
 from tools import contract
 
 RECORDS: dict[str, tuple[str, ...]] = {
@@ -28,6 +29,7 @@ RECORDS: dict[str, tuple[str, ...]] = {
     "scanner": ("codegraft.scanner.v1.Scan", "codegraft.scanner.v1.Dataset"),
     "trainer": ("codegraft.trainer.v1.Run", "codegraft.trainer.v1.Checkpoint", "codegraft.trainer.v1.RunEvent"),
     "inference": ("codegraft.inference.v1.Serving", "codegraft.inference.v1.FeedbackHour"),
+    kept.BUCKET: ("codegraft.inference.v1.KeptCompletion",),
 }
 """By bucket of JetStream KV: the messages that it holds."""
 
@@ -65,8 +67,9 @@ def streams() -> dict[str, dict[str, Any]]:
             f"KV_{bucket}": {
                 "subjects": [f"$KV.{bucket}.>"],
                 "retention": "limits",
-                "max_age": 0.0,
+                "max_age": kept.BOUNDS.age.total_seconds() if bucket == kept.BUCKET else 0.0,
                 "max_msgs_per_subject": 1,
+                **({"max_bytes": kept.BOUNDS.size} if bucket == kept.BUCKET else {}),
             }
             for bucket in RECORDS
         },
@@ -112,11 +115,14 @@ def channels() -> dict[str, Any]:
 
 
 def _bucket(bucket: str) -> dict[str, Any]:
+    described = {
+        keyring.BUCKET: "Records of the API keys: ingest writes, every service reads.",
+        kept.BUCKET: "Texts of completions that a project wants kept, for inference alone.",
+    }
+    alone = f"Records of {bucket}, for itself alone: others ask it by gRPC (Get, List, Watch)."
     return {
         "address": f"$KV.{bucket}.{{key}}",
-        "description": "Records of the API keys: ingest writes, every service reads."
-        if bucket == keyring.BUCKET
-        else f"Records of {bucket}, for itself alone: others ask it by gRPC (Get, List, Watch).",
+        "description": described.get(bucket, alone),
         "parameters": {
             "key": {"description": "Message and resource, dots for slashes: Source.projects.acme.sources.app."}
         },
@@ -159,6 +165,8 @@ def operations() -> dict[str, Any]:
             add(name, "reads.audit", "audit", "receive", "For AuditService.ListAuditRecords.")
         add(name, "writes.state", f"state-{name}", "send", "Compare-and-set on the key's revision.")
         add(name, "follows.state", f"state-{name}", "receive", "Begun anew behind the last revision every two minutes.")
+        for bucket in service.buckets:
+            add(name, f"writes.{bucket}", f"state-{bucket}", "send", "Compare-and-set on the key's revision.")
         if service.writes_keys:
             add(name, "writes.keys", f"state-{keyring.BUCKET}", "send", "Compare-and-set on the key's revision.")
         add(name, "follows.keys", f"state-{keyring.BUCKET}", "receive", "So that no call waits for NATS.")
