@@ -67,11 +67,12 @@ class Kept:
         Raises:
             InvalidPageSize, InvalidPageToken.
         """
+        first = round(since * 1000)  # ids tell milliseconds
         return await self._table.page(
             f"{project}/completions",
             page_size,
             page_token,
-            where=lambda record: record.create_time.ToNanoseconds() >= since * 1e9,
+            where=lambda record: record.create_time.ToMilliseconds() >= first,
         )
 
     async def delete(self, project: str) -> int:

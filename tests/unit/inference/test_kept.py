@@ -32,7 +32,9 @@ def texts() -> Kept:
 
 
 async def test_a_completions_texts_lie_beside_each_other(texts: Kept) -> None:
-    first, second = made(), made()
+    first = made()
+    await asyncio.sleep(0.002)  # ids are in order by the millisecond
+    second = made()
     for event, text in ((SHOWN, "retürn x + y"), (ACCEPTED, "retürn x"), (EDITED, "return z")):
         assert await texts.keep(P, first, event, text)
     assert await texts.keep(P, second, REJECTED, "pass")
