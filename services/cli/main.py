@@ -21,6 +21,7 @@ from services.cli import (
     manifest,
     models,
     project,
+    quota,
     scan,
     serve,
     snapshot,
@@ -49,6 +50,7 @@ train.app.command()(adapters.upload)
 train.app.command()(manifest.manifest)
 for name, group in (
     ("key", key.app),
+    ("quota", quota.app),
     ("project", project.app),
     ("source", source.app),
     ("credential", credential.app),

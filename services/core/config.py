@@ -17,6 +17,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from services.core.errors import InvalidArgument
+from services.core.quota.limits import Defaults
 
 PREFIX = "CODEGRAFT_"
 FILE_VARIABLE = PREFIX + "CONFIG"
@@ -71,6 +72,12 @@ class CoreSettings(BaseSettings):
     names."""
     auth_projects_claim: str = "codegraft_projects"
     """Claim with the ids of the caller's projects; "*" means all."""
+
+    quota_project: Defaults = Defaults()
+    """What a project may use for which no operator has set anything, a JSON object with any of requests_per_minute,
+    tokens_per_minute, storage_bytes, runs and scans; empty limits nothing."""
+    quota_key: Defaults = Defaults()
+    """The same for an API key, or the subject of a token."""
 
     tls_cert_file: Path | None = None
     """Certificate chain (PEM) of the gRPC server, and of the service when it calls others; read anew when it changes.

@@ -494,6 +494,12 @@ class QueueFull(ResourceExhausted):
     reason = "QUEUE_FULL"
 
 
+class QuotaExceeded(ResourceExhausted):
+    """A project or a key is over a limit of its quota; metadata says which, whose, the limit and what is used of it."""
+
+    reason = "QUOTA_EXCEEDED"
+
+
 class Unavailable(CodegraftError):
     """A service this one stands on cannot be reached now; the call may be repeated."""
 

@@ -24,6 +24,8 @@ RUN = PROJECT + "/runs/{run}"
 CHECKPOINT = RUN + "/checkpoints/{step}"
 SERVING = PROJECT + "/serving"
 KEY = "keys/{key}"
+PROJECT_QUOTA = PROJECT + "/quota"
+KEY_QUOTA = KEY + "/quota"
 
 _ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?")
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: no letter that looks like a digit

@@ -16,6 +16,7 @@ from typing import TypeVar
 from services.core import config, log
 from services.core.audit.log import AuditLog, MemoryAudit
 from services.core.audit.nats import NatsAudit
+from services.core.auth import keyring
 from services.core.backoff import Backoff
 from services.core.config import CoreSettings
 from services.core.errors import CodegraftError, InvalidArgument, StateUnavailable, Unavailable
@@ -24,6 +25,8 @@ from services.core.events.nats import NatsBus
 from services.core.jobs import JobQueue, MemoryQueue
 from services.core.jobs.nats import NatsQueue
 from services.core.nats_connection import NatsConnection, connect
+from services.core.quota.limits import NONE, Defaults
+from services.core.quota.quotas import Quotas
 from services.core.state import Bounds, MemoryState, StateStore
 from services.core.state.nats import NatsState
 from services.core.store import Artifacts, Blobs, MemoryStore, ObjectStore, S3Store
@@ -48,6 +51,7 @@ class Runtime:
         store: objects by key.
         blobs: objects by digest, over the store.
         artifacts: immutable named artifacts, over the store and the local cache.
+        quotas: what projects and keys may use; the server keeps them up to date.
     """
 
     def __init__(
@@ -60,6 +64,8 @@ class Runtime:
         store: ObjectStore,
         cache_dir: Path,
         check: Callable[[], Awaitable[None]],
+        quota_project: Defaults = NONE,
+        quota_key: Defaults = NONE,
     ) -> None:
         self._open_state = state
         self._states: dict[str, StateStore] = {}
@@ -70,6 +76,7 @@ class Runtime:
         self.store = store
         self.blobs = Blobs(store)
         self.artifacts = Artifacts(store, cache_dir)
+        self.quotas = Quotas(self.state(keyring.BUCKET), quota_project, quota_key)
 
     def state(self, bucket: str, bounds: Bounds | None = None) -> StateStore:
         """The records of one bucket (one per service); the same object for the same bucket.
@@ -128,10 +135,14 @@ class Runtime:
                 store=store,
                 cache_dir=settings.cache_dir,
                 check=check,
+                quota_project=settings.quota_project,
+                quota_key=settings.quota_key,
             )
 
     @classmethod
-    def memory(cls, cache_dir: Path | None = None) -> Runtime:
+    def memory(
+        cls, cache_dir: Path | None = None, *, quota_project: Defaults = NONE, quota_key: Defaults = NONE
+    ) -> Runtime:
         """Fakes of everything, for tests; the cache is a temporary folder unless given."""
         folder = cache_dir or Path(tempfile.mkdtemp(prefix="codegraft-"))
 
@@ -146,6 +157,8 @@ class Runtime:
             store=MemoryStore(),
             cache_dir=folder,
             check=check,
+            quota_project=quota_project,
+            quota_key=quota_key,
         )
         if cache_dir is None:
             weakref.finalize(runtime, shutil.rmtree, folder, ignore_errors=True)

@@ -49,6 +49,7 @@ async def main(settings: InferenceSettings) -> None:
                 replica.services,
                 keys=runtime.state(keyring.BUCKET),
                 audit=runtime.audit,
+                quotas=runtime.quotas,
                 background=[replica.run],
                 serving_after={COMPLETION_SERVICE: replica.model},
             )

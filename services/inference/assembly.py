@@ -13,6 +13,9 @@ from services.core import log
 from services.core.errors import CodegraftError, NotFound, ServingNotFound
 from services.core.models import stored
 from services.core.models.catalogue import ModelSpec
+from services.core.quota.limits import Kind
+from services.core.quota.quotas import Quotas
+from services.core.quota.usage import Count, usage
 from services.core.rpc.server import Registration
 from services.core.runtime import Runtime
 from services.core.state import Table
@@ -87,6 +90,7 @@ class Replica:
             projects=projects,
             prompter=Prompter(settings.inference_prompt_tokens),
             load_wait=settings.inference_load_wait_seconds,
+            tokens=runtime.quotas.tokens,
         )
         desk = ServingDesk(
             policies=Policies(table),
@@ -123,6 +127,7 @@ class Replica:
                 FeedbackServicer(feedback, texts, projects, self.registry),
                 "codegraft.inference.v1.FeedbackService",
             ),
+            usage(runtime.quotas, {Kind.TOKENS: _tokens(runtime.quotas)}),
         ]
 
     async def run(self) -> None:
@@ -154,6 +159,13 @@ class Replica:
         """Ends the engine; what still runs ends as cancelled."""
         if self.model.done() and not self.model.cancelled() and self.model.exception() is None:
             self.model.result().engine.stop()
+
+
+def _tokens(quotas: Quotas) -> Count:
+    async def used(owner: str) -> int | None:
+        return quotas.tokens.used(owner)
+
+    return used
 
 
 def limits(settings: InferenceSettings) -> Limits:

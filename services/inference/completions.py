@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from services.core import log
+from services.core.auth.caller import current
 from services.core.errors import (
     DeadlineExceeded,
     InternalError,
@@ -19,6 +20,8 @@ from services.core.errors import (
     Unavailable,
 )
 from services.core.models.prompts import Prompt, PromptFormat
+from services.core.quota.quotas import owners
+from services.core.quota.rates import Rates
 from services.core.telemetry import tracing
 from services.inference import completion_id, figures
 from services.inference.adapters.follower import Follower
@@ -125,6 +128,7 @@ class Completions:
     Args:
         model: becomes the loaded model.
         load_wait: seconds that a request waits for it.
+        tokens: of what projects and keys may use.
     """
 
     def __init__(
@@ -137,7 +141,9 @@ class Completions:
         projects: Projects,
         prompter: Prompter,
         load_wait: float,
+        tokens: Rates,
     ) -> None:
+        self.tokens = tokens
         self._model, self._registry, self._follower, self._loader = model, registry, follower, loader
         self._projects, self.prompter, self._load_wait = projects, prompter, load_wait
         self.post = Post()
@@ -153,19 +159,23 @@ class Completions:
 
         Raises:
             ProjectNotFound, CheckpointNotFound, ModelLoading, QueueFull, PromptTooLong, ChatUnsupported, ShuttingDown,
-            AdapterRejected, StoreUnavailable, ResourceExhausted: before the first part.
+            AdapterRejected, StoreUnavailable, QuotaExceeded, ResourceExhausted: before the first part.
             DeadlineExceeded: the deadline passed before the first step.
         """
         model, pin = await self.hold(request)
-        inbox = Inbox(request.n, pin, self.post)
+        inbox, charge = Inbox(request.n, pin, self.post), None
         try:
             # The version that answers says how it wants its prompts.
             fmt = (pin.version.format if pin.version else None) or model.format
             prompt = await self._prompt(model, fmt, request)
             sequences = self._sequences(model, fmt, request, prompt, inbox)
+            most = len(prompt.ids) + request.n * request.stop.max_tokens
+            charge = self.tokens.take(owners(current(), request.project), most)
             model.engine.submit(*sequences)
         except BaseException:
             pin.release()
+            if charge is not None:
+                charge.settle(0)
             raise
         version, started = pin.version, False
         try:
@@ -192,6 +202,7 @@ class Completions:
         finally:
             for index in inbox.awaited:
                 model.engine.cancel(sequences[index])
+            charge.settle(taken(sequences))
 
     def _trace_first(self, project: str, version: Version | None) -> None:
         """The end of the trace that led to a version: the first completion on it, whoever asked for that."""
@@ -291,6 +302,13 @@ class Completions:
             )
             sequences.append(sequence)
         return sequences
+
+
+def taken(sequences: Sequence[engine.Sequence]) -> int:
+    """Tokens that the sequences of one prompt took: the prompt's once, and theirs; none where none got a place."""
+    if all(sequence.start_time is None for sequence in sequences):
+        return 0
+    return len(sequences[0].prompt) + sum(sequence.generated for sequence in sequences)
 
 
 def raise_if_broken(reason: engine.Reason | None, *, is_waiting: bool) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from services.core.auth.caller import current
 from services.core.errors import DeadlineExceeded
+from services.core.quota.quotas import owners
 from services.inference.completions import Completions, Logprob, Request, raise_if_broken
 from services.inference.engine import sequence as engine
 from services.inference.engine.text import TextStream
@@ -32,10 +34,11 @@ async def score(completions: Completions, request: Request, code: Code, continua
     Raises:
         PromptTooLong: prompt and continuation do not fit the model's context.
         DeadlineExceeded: the deadline passed.
-        ProjectNotFound, CheckpointNotFound, ModelLoading, QueueFull, ShuttingDown, AdapterRejected: as a completion.
+        ProjectNotFound, CheckpointNotFound, ModelLoading, QueueFull, QuotaExceeded, ShuttingDown, AdapterRejected: as
+            a completion.
     """
     model, pin = await completions.hold(request)
-    inbox = Inbox(1, pin, completions.post)
+    inbox, charge = Inbox(1, pin, completions.post), None
     try:
         fmt = (pin.version.format if pin.version else None) or model.format
         prompt, ids = await completions.prompter.scored(model, fmt, code, continuation)
@@ -53,9 +56,13 @@ async def score(completions: Completions, request: Request, code: Code, continua
             project=request.project,
             targets=tuple(ids[before:]),
         )
+        most = len(prompt.ids) + len(ids)
+        charge = completions.tokens.take(owners(current(), request.project), most)
         model.engine.submit(sequence)
     except BaseException:
         pin.release()
+        if charge is not None:
+            charge.settle(0)
         raise
     try:
         output = engine.Output()
@@ -64,6 +71,7 @@ async def score(completions: Completions, request: Request, code: Code, continua
     finally:
         if inbox.awaited:
             model.engine.cancel(sequence)
+        charge.settle(most if sequence.start_time is not None else 0)
     raise_if_broken(output.reason, is_waiting=sequence.start_time is None)
     if output.reason is engine.Reason.DEADLINE:
         raise DeadlineExceeded("the deadline passed before the end was scored", hint="Give more time.")

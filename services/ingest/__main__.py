@@ -22,6 +22,7 @@ async def main(settings: IngestSettings) -> None:
             ingest.services,
             keys=opened.state(keyring.BUCKET),
             audit=opened.audit,
+            quotas=opened.quotas,
             background=[ingest.fetcher.run],
         )
 

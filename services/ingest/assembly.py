@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from codegraft.access.v1 import access_pb2_grpc, audit_pb2_grpc
+from codegraft.access.v1 import access_pb2_grpc, audit_pb2_grpc, quota_pb2_grpc
 from codegraft.ingest.v1 import (
     credential_pb2_grpc,
     project_pb2_grpc,
@@ -13,21 +13,26 @@ from codegraft.ingest.v1 import (
     upload_pb2_grpc,
 )
 from services.core.auth import keyring
+from services.core.quota.limits import Kind
+from services.core.quota.usage import usage
 from services.core.rpc.server import Registration
 from services.core.runtime import Runtime
 from services.ingest.collector import Collector
 from services.ingest.config import IngestSettings
 from services.ingest.fetcher import Fetcher
 from services.ingest.keys import Keys
+from services.ingest.quotas import QuotaDesk
 from services.ingest.records import BUCKET, Tables
 from services.ingest.servicers.access import AccessServicer
 from services.ingest.servicers.audit import AuditServicer
 from services.ingest.servicers.credentials import CredentialServicer
 from services.ingest.servicers.projects import ProjectServicer
+from services.ingest.servicers.quotas import QuotaServicer
 from services.ingest.servicers.snapshots import SnapshotServicer
 from services.ingest.servicers.sources import SourceServicer
 from services.ingest.servicers.uploads import UploadServicer
 from services.ingest.snapshots import Snapshots
+from services.ingest.storage import Storage
 from services.ingest.uploads import Uploads
 from services.ingest.workspace import Workspace
 
@@ -50,7 +55,8 @@ class Ingest:
         snapshots = Snapshots(runtime, tables)
         workspace = Workspace(settings.cache_dir / "ingest", settings.ingest_kept_bytes)
         collector = Collector(runtime, settings, tables, uploads, workspace)
-        self.fetcher = Fetcher(runtime, settings, tables, collector, snapshots, workspace)
+        storage = Storage(runtime, tables)
+        self.fetcher = Fetcher(runtime, settings, tables, collector, snapshots, workspace, storage.places)
         self.services: Sequence[Registration] = [
             (
                 project_pb2_grpc.add_ProjectServiceServicer_to_server,
@@ -59,12 +65,12 @@ class Ingest:
             ),
             (
                 source_pb2_grpc.add_SourceServiceServicer_to_server,
-                SourceServicer(tables, settings, snapshots),
+                SourceServicer(tables, settings, snapshots, storage.places),
                 "codegraft.ingest.v1.SourceService",
             ),
             (
                 upload_pb2_grpc.add_UploadServiceServicer_to_server,
-                UploadServicer(tables, uploads),
+                UploadServicer(tables, uploads, storage.places),
                 "codegraft.ingest.v1.UploadService",
             ),
             (
@@ -87,4 +93,10 @@ class Ingest:
                 AuditServicer(runtime.audit),
                 "codegraft.access.v1.AuditService",
             ),
+            (
+                quota_pb2_grpc.add_QuotaServiceServicer_to_server,
+                QuotaServicer(QuotaDesk(runtime.state(keyring.BUCKET), tables, self.keys, runtime.quotas)),
+                "codegraft.access.v1.QuotaService",
+            ),
+            usage(runtime.quotas, {Kind.STORAGE: storage.places.used}),
         ]

@@ -34,6 +34,7 @@ from services.core.errors import (
     NotFound,
     Unavailable,
 )
+from services.core.quota.places import Places
 from services.core.runtime import Runtime
 from services.core.telemetry import metrics, tracing
 from services.ingest import figures
@@ -42,6 +43,7 @@ from services.ingest.config import IngestSettings
 from services.ingest.limits import Meter
 from services.ingest.records import Tables
 from services.ingest.snapshots import Snapshots
+from services.ingest.storage import owners_of
 from services.ingest.workspace import Workspace
 
 CHANGED = "codegraft.ingest.source.changed.v1"
@@ -68,7 +70,9 @@ class Fetcher:
         collector: Collector,
         snapshots: Snapshots,
         workspace: Workspace,
+        places: Places,
     ) -> None:
+        self._places = places
         self._runtime = runtime
         self._settings = settings
         self._sources = tables.sources
@@ -167,7 +171,8 @@ class Fetcher:
                 await _ended(work, meter)
                 await keeper
             fetched = await work
-            await self._finish(source, fetched)
+            async with self._places.claim(_owners(source), source.name, fetched.files.byte_count):
+                await self._finish(source, fetched)
         except (LeaseLost, NotFound) as error:
             if await self._sources.find(source.name) is None or isinstance(error, LeaseLost):
                 raise
@@ -205,6 +210,8 @@ class Fetcher:
     async def _attempts(self, source: Source, meter: Meter) -> Collected:
         for attempt in itertools.count(1):
             try:
+                rooms = [await self._places.room(owner, source.name) for owner in _owners(source)]
+                meter.room = min((room for room in rooms if room), key=lambda room: room.left, default=None)
                 return await self._collector.collect(source, meter.anew())
             except Unavailable:
                 if attempt == RETRIES:
@@ -293,6 +300,11 @@ class Fetcher:
         event = SourceChanged(source=source.name, state=word, content_digest=source.content_digest)
         with contextlib.suppress(Unavailable):  # the record is the truth; who follows it misses nothing
             await self._runtime.events.publish(CHANGED, source.name, event, id=f"{source.name}@{source.etag}")
+
+
+def _owners(source: Source) -> list[str]:
+    """Whose quotas its files have to fit."""
+    return owners_of(names.project_of(source.name), source.creator)
 
 
 async def _ended(work: asyncio.Task[Collected], meter: Meter) -> None:

@@ -13,7 +13,9 @@ from pydantic import BaseModel, SecretStr, field_validator
 from codegraft.access.v1.access_pb2 import Key, KeySecret, StoredKey
 from codegraft.access.v1.access_pb2 import Role as PbRole
 from services.core import log, names
+from services.core.audit import record as audit
 from services.core.auth.caller import Caller, Role
+from services.core.auth.keyring import SETTINGS
 from services.core.auth.keys import ApiKey, is_id
 from services.core.errors import (
     InvalidArgument,
@@ -40,7 +42,8 @@ class Seed(BaseModel, frozen=True, extra="forbid"):
     key: SecretStr
     """cg_{id}_{secret}"""
     role: str
-    """reader, completer, contributor or operator; in all projects."""
+    """reader, completer, contributor or operator; in all projects. A key that is no operator's is taken for a
+    service's, to which no quota applies."""
 
     @field_validator("key")
     @classmethod
@@ -82,6 +85,7 @@ class Keys:
                 field="key_id",
                 hint="Use 1 to 32 lower-case letters, digits and inner hyphens.",
             )
+        audit.about(names.build(names.KEY, key=id), asked.projects)
         _check(caller, asked)
         secret = ApiKey.new(id)
         key = Key(
@@ -120,6 +124,15 @@ class Keys:
 
         return await self._table.mutate(wanted.name, change)
 
+    async def get(self, name: str, field: str = "name") -> Key:
+        """The key of that name, for ingest itself.
+
+        Raises:
+            InvalidName, KeyNotFound.
+        """
+        names.parse(names.KEY, name, field=field)
+        return shown(await self._table.get(name))
+
     async def page(self, caller: Caller, page_size: int, page_token: str) -> tuple[list[Key], str]:
         """A page of the keys whose projects are all the caller's.
 
@@ -148,6 +161,7 @@ class Keys:
         ends = now + round(overlap.total_seconds() * 1e9)
 
         def change(there: StoredKey) -> None:
+            audit.about(name, there.key.projects)
             _check_owner(caller, there.key)
             if there.key.HasField("revoke_time"):
                 raise KeyRevoked(f"{name} was revoked", field="name", hint="Make another key.")
@@ -170,6 +184,7 @@ class Keys:
         _check_name(name)
 
         def change(there: StoredKey) -> None:
+            audit.about(name, there.key.projects)
             _check_owner(caller, there.key)
             if not there.key.HasField("revoke_time"):
                 there.key.revoke_time.GetCurrentTime()
@@ -187,7 +202,7 @@ class Keys:
             if key is None:  # the settings have been checked
                 continue
             wanted = StoredKey(name=key.name)
-            wanted.key.name, wanted.key.creator, wanted.key.all_projects = key.name, "settings", True
+            wanted.key.name, wanted.key.creator, wanted.key.all_projects = key.name, SETTINGS, True
             wanted.key.role = PbRole.Value(f"ROLE_{seed.role.upper()}")  # type: ignore[assignment]
             wanted.key.create_time.GetCurrentTime()
             wanted.secrets.add(sha256=key.digest)
@@ -201,7 +216,7 @@ class Keys:
 
 
 def _reseed(there: StoredKey, wanted: StoredKey) -> None:
-    if there.key.creator != "settings":
+    if there.key.creator != SETTINGS:
         logger.error("the settings give a key whose id belongs to another one", key=there.name)
         return
     there.key.role = wanted.key.role
@@ -243,9 +258,14 @@ def _check(caller: Caller, asked: Key) -> None:
     _check_owner(caller, asked)
 
 
+def covers(caller: Caller, key: Key) -> bool:
+    """Whether the caller may do itself what the key may."""
+    return caller.covers(_projects(key)) and caller.role >= key.role
+
+
 def _check_owner(caller: Caller, key: Key) -> None:
     """A caller of some projects has no say over keys that reach farther."""
-    if not caller.covers(_projects(key)) or caller.role < key.role:
+    if not covers(caller, key):
         raise PermissionDenied(
             f"{caller.subject} may not do itself what {key.name or 'the key'} may",
             field="key.projects",

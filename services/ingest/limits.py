@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from services.core.errors import Cancelled, LimitExceeded
+from services.core.quota.places import Room
 
 MiB = 1 << 20
 
@@ -47,6 +48,8 @@ class Meter:
     bytes: int = 0
     compressed: int = 0
     """Compressed bytes that were fed to a decompressor so far; 0 for what is not compressed."""
+    room: Room | None = None
+    """What a quota has left for the source; None for any number of bytes."""
     _began: float = field(default_factory=time.monotonic)
 
     def count_file(self) -> None:
@@ -73,7 +76,7 @@ class Meter:
 
     def anew(self) -> Meter:
         """One that begins to count anew."""
-        return Meter(self.limits, self.stop, self.tell)
+        return Meter(self.limits, self.stop, self.tell, room=self.room)
 
     @property
     def seconds_left(self) -> float:
@@ -97,7 +100,9 @@ class Meter:
             raise _exceeded(f"it inflates to more than {self.limits.max_ratio} times its size", "INGEST_MAX_RATIO")
 
     def check_size(self, size: int) -> None:
-        """Raises LimitExceeded when so many bytes are more than a source may have."""
+        """Raises LimitExceeded when so many bytes are more than a source may have, QuotaExceeded without room."""
+        if self.room is not None:
+            self.room.check(size)
         if size > self.limits.max_total_bytes:
             raise _exceeded(f"more than {self.limits.max_total_bytes:,} bytes", "INGEST_MAX_TOTAL_BYTES")
 

@@ -34,6 +34,8 @@ class Announced:
     size: int
     """In bytes."""
     filename: str
+    creator: str = ""
+    """Who sends it."""
 
     @property
     def name(self) -> str:
@@ -79,7 +81,7 @@ class Uploads:
                 second case what arrived is thrown away.
             StoreUnavailable: the store failed; what arrived is kept, so that the call can be repeated without chunks.
         """
-        self._check(announced)
+        self.check(announced)
         if (there := await self._table.find(announced.name)) is not None:
             return there
         async with self._locks.setdefault(announced.name, asyncio.Lock()):
@@ -148,6 +150,7 @@ class Uploads:
             filename=announced.filename,
             offset=announced.size,
             complete=True,
+            creator=announced.creator,
         )
         upload.complete_time.GetCurrentTime()
         try:
@@ -155,7 +158,8 @@ class Uploads:
         except ResourceExists:  # another replica received the same
             return await self._table.get(announced.name)
 
-    def _check(self, announced: Announced) -> None:
+    def check(self, announced: Announced) -> None:
+        """Raises InvalidArgument or LimitExceeded for what no chunks could make good."""
         check_sha256(announced.sha256)
         if announced.size < 0:
             raise InvalidArgument("a size cannot be negative", field="header.size", hint="Give the size in bytes.")

@@ -22,6 +22,9 @@ from services.core.errors import DatasetNotFound, ScanNotFound
 from services.core.jobs import JobRunner
 from services.core.jobs.announcer import announce
 from services.core.jobs.parts import PartRunner
+from services.core.quota.jobs import places
+from services.core.quota.limits import Kind
+from services.core.quota.usage import usage
 from services.core.rpc.server import serve
 from services.core.runtime import Runtime
 from services.core.state import Table
@@ -48,6 +51,7 @@ async def main(settings: ScannerSettings) -> None:
         datasets = Table(state, Dataset, missing=DatasetNotFound)
         worker = ScanWorker(opened, settings, scans, datasets)
         maker = PartWorker(opened, settings, scans)
+        room = places(opened.quotas, Kind.SCANS, state, scans)
         me = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
         runners = [
             JobRunner(KIND, scans, opened.jobs, worker.handle, worker_id=f"{me}-{number}")
@@ -62,12 +66,14 @@ async def main(settings: ScannerSettings) -> None:
             [
                 (
                     scan_pb2_grpc.add_ScanServiceServicer_to_server,
-                    ScanServicer(opened, settings, scans, datasets),
+                    ScanServicer(opened, settings, scans, datasets, room),
                     SERVICE,
-                )
+                ),
+                usage(opened.quotas, {Kind.SCANS: room.used}),
             ],
             keys=opened.state(keyring.BUCKET),
             audit=opened.audit,
+            quotas=opened.quotas,
             background=[
                 *(runner.run for runner in runners),
                 *(runner.run for runner in part_runners),

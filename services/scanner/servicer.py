@@ -15,8 +15,11 @@ from codegraft.scanner.v1 import scan_pb2 as pb
 from codegraft.scanner.v1 import scan_pb2_grpc, verdict_pb2
 from codegraft.scanner.v1.dataset_pb2 import Dataset
 from services.core import names
+from services.core.auth.caller import current
 from services.core.errors import DatasetNotFound, InvalidArgument, InvalidName, RequestIdReused, ResourceExists
 from services.core.jobs import is_final, new_status, request_cancel
+from services.core.quota.places import Places
+from services.core.quota.quotas import owners
 from services.core.runtime import Runtime
 from services.core.state import Table
 from services.scanner import rules, snapshot, verdict_log, worker
@@ -34,9 +37,15 @@ class ScanServicer(scan_pb2_grpc.ScanServiceServicer):
     """See the proto for what every call does and which errors it has."""
 
     def __init__(
-        self, runtime: Runtime, settings: ScannerSettings, scans: Table[pb.Scan], datasets: Table[Dataset]
+        self,
+        runtime: Runtime,
+        settings: ScannerSettings,
+        scans: Table[pb.Scan],
+        datasets: Table[Dataset],
+        places: Places,
     ) -> None:
         self._runtime = runtime
+        self._places = places
         self._settings = settings
         self._scans = scans
         self._datasets = datasets
@@ -64,18 +73,21 @@ class ScanServicer(scan_pb2_grpc.ScanServiceServicer):
             settings=rules.to_settings(settled),
             status=new_status(),
             request_id=request.request_id,
+            creator=current().subject,
         )
-        try:
-            scan = await self._scans.create(scan)
-        except ResourceExists:
-            there = await self._scans.get(scan.name)
-            if (there.snapshot, there.settings) != (scan.snapshot, scan.settings):
-                raise RequestIdReused(
-                    f"request_id {request.request_id!r} came before with another snapshot or other settings",
-                    field="request_id",
-                    hint="Use a new request_id for a new request.",
-                ) from None
-            scan = there
+        if (there := await self._scans.find(scan.name)) is None:
+            async with self._places.claim(owners(current(), request.parent), scan.name):
+                try:
+                    there = scan = await self._scans.create(scan)
+                except ResourceExists:
+                    there = await self._scans.get(scan.name)
+        if (there.snapshot, there.settings) != (scan.snapshot, scan.settings):
+            raise RequestIdReused(
+                f"request_id {request.request_id!r} came before with another snapshot or other settings",
+                field="request_id",
+                hint="Use a new request_id for a new request.",
+            )
+        scan = there
         if not is_final(scan.status):
             await self._runtime.jobs.submit(KIND, scan.name)
         return pb.CreateScanResponse(scan=scan)

@@ -25,6 +25,7 @@ async def main(settings: TrainerSettings) -> None:
             trainer.services,
             keys=opened.state(keyring.BUCKET),
             audit=opened.audit,
+            quotas=opened.quotas,
             background=trainer.background,
         )
 

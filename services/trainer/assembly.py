@@ -12,6 +12,9 @@ from codegraft.event.v1.events_pb2 import RunChanged
 from codegraft.trainer.v1 import adapter_pb2_grpc, run_pb2_grpc
 from services.core.jobs import JobRunner
 from services.core.jobs.announcer import announce
+from services.core.quota.jobs import places
+from services.core.quota.limits import Kind
+from services.core.quota.usage import usage
 from services.core.rpc.server import Background, Registration
 from services.core.runtime import Runtime
 from services.trainer.adapter_servicer import AdapterServicer
@@ -61,10 +64,11 @@ class Trainer:
             *(runner.run for runner in runners),
             lambda: announce(KIND, tables.runs, runtime.events, CHANGED, _changed),
         ]
+        room = places(runtime.quotas, Kind.RUNS, runtime.state(BUCKET), tables.runs)
         self.services: Sequence[Registration] = [
             (
                 run_pb2_grpc.add_RunServiceServicer_to_server,
-                RunServicer(runtime, settings, tables, newest),
+                RunServicer(runtime, settings, tables, newest, room),
                 "codegraft.trainer.v1.RunService",
             ),
             (
@@ -77,6 +81,7 @@ class Trainer:
                 AdapterServicer(runtime, settings, tables),
                 "codegraft.trainer.v1.AdapterService",
             ),
+            usage(runtime.quotas, {Kind.RUNS: room.used}),
         ]
 
 

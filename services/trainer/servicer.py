@@ -16,6 +16,7 @@ from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest
 from codegraft.trainer.v1.hyperparameters_pb2 import Hyperparameters
 from codegraft.trainer.v1.run_pb2_grpc import RunServiceServicer
 from services.core import names
+from services.core.auth.caller import current
 from services.core.errors import (
     BaseModelMismatch,
     CheckpointNotFound,
@@ -29,6 +30,8 @@ from services.core.jobs import is_final, new_status, request_cancel, request_pau
 from services.core.models import catalogue
 from services.core.models.catalogue import ModelSpec
 from services.core.pages import bounds, token
+from services.core.quota.places import Places
+from services.core.quota.quotas import owners
 from services.core.runtime import Runtime
 from services.trainer import datasets
 from services.trainer.config import TrainerSettings
@@ -51,8 +54,11 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class RunServicer(RunServiceServicer):
     """See the proto for what every call does and which errors it has."""
 
-    def __init__(self, runtime: Runtime, settings: TrainerSettings, tables: Tables, newest: Newest) -> None:
+    def __init__(
+        self, runtime: Runtime, settings: TrainerSettings, tables: Tables, newest: Newest, places: Places
+    ) -> None:
         self._runtime = runtime
+        self._places = places
         self._settings = settings
         self._tables = tables
         self._newest = newest
@@ -73,7 +79,6 @@ class RunServicer(RunServiceServicer):
         if (there := await self._tables.runs.find(f"{request.parent}/runs/{run_id}")) is not None:
             return pb.CreateRunResponse(run=await self._again(there, request, spec))
         manifest = await datasets.find(self._runtime.artifacts, self._newest, request.parent, request.dataset)
-        initial = await self._initial(request, spec) if request.initial_checkpoint else ""
         run = pb.Run(
             name=f"{request.parent}/runs/{run_id}",
             dataset=manifest.name,
@@ -82,13 +87,15 @@ class RunServicer(RunServiceServicer):
             status=new_status(),
             title=request.title,
             request_id=request.request_id,
-            initial_checkpoint=initial,
+            creator=current().subject,
         )
-        try:
-            run = await self._tables.runs.create(run)
-        except ResourceExists:
-            there = await self._tables.runs.get(run.name)
-            return pb.CreateRunResponse(run=await self._again(there, request, spec))
+        async with self._places.claim(owners(current(), request.parent), run.name):
+            run.initial_checkpoint = await self._initial(request, spec) if request.initial_checkpoint else ""
+            try:
+                run = await self._tables.runs.create(run)
+            except ResourceExists:
+                there = await self._tables.runs.get(run.name)
+                return pb.CreateRunResponse(run=await self._again(there, request, spec))
         await self._runtime.jobs.submit(KIND, run.name)
         return pb.CreateRunResponse(run=run)
 
@@ -137,7 +144,9 @@ class RunServicer(RunServiceServicer):
 
     async def ResumeRun(self, request: pb.ResumeRunRequest, context: Context) -> pb.ResumeRunResponse:
         names.parse(names.RUN, request.name)
-        run = await self._tables.runs.mutate(request.name, lambda run: request_resume(run.status))
+        whose = owners(current(), names.project_of(request.name))
+        async with self._places.claim(whose, request.name):
+            run = await self._tables.runs.mutate(request.name, lambda run: request_resume(run.status))
         if run.status.state == JOB_STATE_QUEUED:
             await self._runtime.jobs.submit(KIND, run.name)
         return pb.ResumeRunResponse(run=run)

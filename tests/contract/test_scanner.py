@@ -24,6 +24,8 @@ from services.client import Addresses, AsyncCodegraft
 from services.core import errors
 from services.core.jobs import JobRunner
 from services.core.jobs.parts import PartRunner
+from services.core.quota.jobs import places
+from services.core.quota.limits import Kind
 from services.core.rpc.interceptors import CallInterceptor
 from services.core.runtime import Runtime
 from services.core.state import Table
@@ -60,6 +62,7 @@ async def serving(runtime: Runtime, model: str, *, workers: int = 1) -> AsyncIte
     state = runtime.state("scanner")
     scans = Table(state, Scan, missing=errors.ScanNotFound)
     datasets = Table(state, Dataset, missing=errors.DatasetNotFound)
+    room = places(runtime.quotas, Kind.SCANS, state, scans)
     running = []
     for number in range(workers):
         worker, maker = ScanWorker(runtime, settings, scans, datasets), PartWorker(runtime, settings, scans)
@@ -67,7 +70,7 @@ async def serving(runtime: Runtime, model: str, *, workers: int = 1) -> AsyncIte
         parts = PartRunner(part_worker.KIND, runtime.store, runtime.jobs, maker.make)
         running += [asyncio.create_task(runner.run()), asyncio.create_task(parts.run())]
     server = grpc.aio.server(interceptors=[CallInterceptor()])
-    scan_pb2_grpc.add_ScanServiceServicer_to_server(ScanServicer(runtime, settings, scans, datasets), server)
+    scan_pb2_grpc.add_ScanServiceServicer_to_server(ScanServicer(runtime, settings, scans, datasets, room), server)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     try:

@@ -35,6 +35,8 @@ from services.core.jobs.nats import NatsQueue
 from services.core.jobs.parts import PartRunner
 from services.core.models import catalogue
 from services.core.nats_connection import connect
+from services.core.quota.jobs import places
+from services.core.quota.limits import Kind
 from services.core.rpc.client import channel
 from services.core.rpc.interceptors import CallInterceptor
 from services.core.rpc.server import Registration
@@ -130,7 +132,8 @@ async def house(runtime: Runtime, base: str, cache: Path) -> AsyncIterator[Repli
     state = runtime.state("scanner")
     scans = Table(state, Scan, missing=errors.ScanNotFound)
     datasets = Table(state, Dataset, missing=errors.DatasetNotFound)
-    servicer = ScanServicer(runtime, scanning, scans, datasets)
+    room = places(runtime.quotas, Kind.SCANS, state, scans)
+    servicer = ScanServicer(runtime, scanning, scans, datasets, room)
     scan = (scan_pb2_grpc.add_ScanServiceServicer_to_server, servicer, scanner.SERVICE)
     worker, maker = ScanWorker(runtime, scanning, scans, datasets), PartWorker(runtime, scanning, scans)
     training = TrainerSettings(trainer_model=base, trainer_launcher="thread", trainer_threads=1, cache_dir=cache)

@@ -14,6 +14,7 @@ from services.client.aio.caller import Caller
 from services.client.aio.feedback import Feedback
 from services.client.aio.inference import Completions, Serving
 from services.client.aio.ingest import Credentials, Projects, Snapshots, Sources
+from services.client.aio.quotas import Quotas
 from services.client.aio.scanner import Datasets, Scans
 from services.client.aio.trainer import Models, Runs
 from services.client.streams import blocking_channel, channel_async
@@ -40,6 +41,7 @@ class AsyncCodegraft:
         serving: which adapter answers.
         keys: API keys, and who the caller is.
         audit: who changed what.
+        quotas: what projects and keys may use.
         feedback: what became of completions in editors.
     """
 
@@ -84,6 +86,7 @@ class AsyncCodegraft:
         self.serving = Serving(inference, caller)
         self.keys = Keys(ingest, caller)
         self.audit = Audit(ingest, caller)
+        self.quotas = Quotas(ingest, self._channels, caller)
         self.feedback = Feedback(inference, caller)
 
     @classmethod

@@ -15,6 +15,7 @@ from services.client.blocking.caller import Caller
 from services.client.blocking.feedback import Feedback
 from services.client.blocking.inference import Completions, Serving
 from services.client.blocking.ingest import Credentials, Projects, Snapshots, Sources
+from services.client.blocking.quotas import Quotas
 from services.client.blocking.scanner import Datasets, Scans
 from services.client.blocking.trainer import Models, Runs
 from services.client.streams import blocking_channel
@@ -41,6 +42,7 @@ class Codegraft:
         serving: which adapter answers.
         keys: API keys, and who the caller is.
         audit: who changed what.
+        quotas: what projects and keys may use.
         feedback: what became of completions in editors.
     """
 
@@ -85,6 +87,7 @@ class Codegraft:
         self.serving = Serving(inference, caller)
         self.keys = Keys(ingest, caller)
         self.audit = Audit(ingest, caller)
+        self.quotas = Quotas(ingest, self._channels, caller)
         self.feedback = Feedback(inference, caller)
 
     @classmethod

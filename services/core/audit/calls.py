@@ -10,7 +10,7 @@ from typing import Any
 from codegraft.access.v1.audit_pb2 import AuditRecord
 from services.core import log, names
 from services.core.audit.log import AuditLog
-from services.core.audit.record import Change, fill, gathering
+from services.core.audit.record import Gathered, fill, gathering
 from services.core.auth import policy
 from services.core.auth.caller import Caller
 from services.core.errors import CodegraftError
@@ -68,7 +68,7 @@ class Entry:
         self._audit = audit
         self._wanted = wanted
         self._record = AuditRecord(method=method, service=".".join(method.split(".")[1:2]))
-        self._changes: list[Change] = []
+        self._gathered = Gathered()
         self._identified = False
 
     def identified(self, caller: Caller) -> None:
@@ -90,7 +90,7 @@ class Entry:
         if not self._wanted:
             yield
             return
-        with gathering() as self._changes:
+        with gathering() as self._gathered:
             yield
 
     async def end(self, code: str, reason: str, request_id: str) -> None:
@@ -108,4 +108,8 @@ class Entry:
     def _filled(self, code: str, reason: str, request_id: str) -> AuditRecord:
         self._record.code, self._record.reason, self._record.request_id = code, reason, request_id
         self._record.time.GetCurrentTime()
-        return fill(self._record, self._changes)
+        if not self._record.project:
+            self._record.projects[:] = self._gathered.projects
+            self._record.project = self._gathered.projects[0] if len(self._gathered.projects) == 1 else ""
+        self._record.resources.extend(name[:300] for name in self._gathered.resources)
+        return fill(self._record, self._gathered.changes)

@@ -17,7 +17,12 @@ class AuditLog(Protocol):
         ...
 
     async def page(
-        self, project: str, page_size: int, page_token: str, since: datetime | None = None
+        self,
+        project: str,
+        page_size: int,
+        page_token: str,
+        since: datetime | None = None,
+        within: frozenset[str] | None = None,
     ) -> tuple[list[AuditRecord], str]:
         """Records, oldest first, and the token of the next page (empty at the end).
 
@@ -25,12 +30,20 @@ class AuditLog(Protocol):
             project: ``projects/p``; empty for all.
             page_size: 0 means 50; more than 1,000 means 1,000.
             since: leaves out what is older.
+            within: the reader's projects; None for all. Records of several projects are for readers of all of those.
 
         Raises:
             InvalidPageSize: below zero.
             InvalidPageToken: not given out for this list.
         """
         ...
+
+
+def is_for(record: AuditRecord, project: str, within: frozenset[str] | None) -> bool:
+    """Whether a record is of the project (empty: of any), and for a reader of these projects (None: of all)."""
+    if project and project not in (record.project, *record.projects):
+        return False
+    return within is None or within.issuperset(record.projects)
 
 
 class MemoryAudit:
@@ -46,14 +59,19 @@ class MemoryAudit:
         self.records.append(stored)
 
     async def page(
-        self, project: str, page_size: int, page_token: str, since: datetime | None = None
+        self,
+        project: str,
+        page_size: int,
+        page_token: str,
+        since: datetime | None = None,
+        within: frozenset[str] | None = None,
     ) -> tuple[list[AuditRecord], str]:
         begin, end = pages.bounds(page_size, page_token, project)
         found = [
             record
             for record in self.records
             if record.sequence > begin
-            and (not project or record.project == project)
+            and is_for(record, project, within)
             and (since is None or record.time.ToDatetime(since.tzinfo) >= since)
         ]
         page = found[: end - begin]

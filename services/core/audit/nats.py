@@ -9,6 +9,7 @@ from nats.js import api
 
 from codegraft.access.v1.audit_pb2 import AuditRecord
 from services.core import errors, pages
+from services.core.audit.log import is_for
 from services.core.nats_connection import NatsConnection, translated
 from services.core.nats_reader import Interrupted, OrderedReader
 
@@ -43,10 +44,17 @@ class NatsAudit:
             raise
 
     async def page(
-        self, project: str, page_size: int, page_token: str, since: datetime | None = None
+        self,
+        project: str,
+        page_size: int,
+        page_token: str,
+        since: datetime | None = None,
+        within: frozenset[str] | None = None,
     ) -> tuple[list[AuditRecord], str]:
         begin, end = pages.bounds(page_size, page_token, project)
-        wanted = [f"audit.*.{project.removeprefix('projects/')}" if project else "audit.>"]
+        # What is of several projects lies among what is nobody's; neither is much.
+        own = [f"audit.*.{project.removeprefix('projects/')}", f"audit.*.{_NOBODYS}"]
+        wanted = own if project else ["audit.>"]
         await self._ensure()
         found: list[AuditRecord] = []
         waiting = 1
@@ -60,7 +68,8 @@ class NatsAudit:
                         waiting = msg.metadata.num_pending
                         record = AuditRecord.FromString(msg.data)
                         record.sequence = msg.metadata.sequence.stream
-                        found.append(record)
+                        if is_for(record, project, within):
+                            found.append(record)
         except Interrupted:
             raise errors.StateUnavailable("reading the audit log was interrupted", retry_after=1.0) from None
         return found, pages.token(found[-1].sequence, project) if waiting and found else ""

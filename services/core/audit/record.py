@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
@@ -26,25 +26,48 @@ class Change:
     after: Message | None
 
 
-_changes: ContextVar[list[Change] | None] = ContextVar("changes", default=None)
+@dataclass(slots=True)
+class Gathered:
+    """What is known of a call once it is served."""
+
+    changes: list[Change] = field(default_factory=list)
+    resources: list[str] = field(default_factory=list)
+    """What the handler says that it is about, where the request alone does not tell."""
+    projects: list[str] = field(default_factory=list)
+    """Whose that is."""
+
+
+_gathered: ContextVar[Gathered | None] = ContextVar("gathered", default=None)
 
 
 @contextlib.contextmanager
-def gathering() -> Iterator[list[Change]]:
-    """The changes that are noted within the block, also by tasks that are started in it and end before it."""
-    changes: list[Change] = []
-    token = _changes.set(changes)
+def gathering() -> Iterator[Gathered]:
+    """What is noted within the block, also by tasks that are started in it and end before it."""
+    gathered = Gathered()
+    token = _gathered.set(gathered)
     try:
-        yield changes
+        yield gathered
     finally:
-        _changes.reset(token)
+        _gathered.reset(token)
 
 
 def note(name: str, before: Message | None, after: Message | None) -> None:
     """Notes what a write changed; nothing outside of a call."""
-    changes = _changes.get()
-    if changes is not None:
-        changes.append(Change(name, before, after))
+    gathered = _gathered.get()
+    if gathered is not None:
+        gathered.changes.append(Change(name, before, after))
+
+
+def about(name: str, projects: Iterable[str] = ()) -> None:
+    """Notes what a call is about, and whose that is, where no field of the request names a project.
+
+    Args:
+        projects: all of them have to be a reader's for him to see the record; none: it is for those of all projects.
+    """
+    gathered = _gathered.get()
+    if gathered is not None:
+        gathered.resources = [name]
+        gathered.projects = sorted(set(projects))
 
 
 def fill(record: AuditRecord, changes: Sequence[Change]) -> AuditRecord:
@@ -73,9 +96,9 @@ def _plain(message: Message) -> dict[str, Any]:
 
 
 def _drop_bytes(message: Message) -> None:
-    for field, value in message.ListFields():
-        if field.type == field.TYPE_BYTES:
-            message.ClearField(field.name)
-        elif field.message_type is not None and not field.message_type.GetOptions().map_entry:
-            for each in value if field.is_repeated else [value]:
+    for part, value in message.ListFields():
+        if part.type == part.TYPE_BYTES:
+            message.ClearField(part.name)
+        elif part.message_type is not None and not part.message_type.GetOptions().map_entry:
+            for each in value if part.is_repeated else [value]:
                 _drop_bytes(each)

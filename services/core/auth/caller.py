@@ -31,6 +31,8 @@ class Caller:
     """``projects/{project}`` each; None for all projects, those to come too."""
     expires: float | None = None
     """When the key or the token ends, in seconds since 1970."""
+    is_service: bool = False
+    """Another service, with a key that the settings gave it: it works for all projects, and no quota is its."""
     digest: bytes = field(default=b"", repr=False)
     """SHA-256 of the API key's secret: which of a key's secrets it came with."""
 

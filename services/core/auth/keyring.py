@@ -26,6 +26,8 @@ BUCKET = "access"
 """JetStream KV bucket of the keys; ingest alone writes to it."""
 PREFIX = "StoredKey/"
 """Where services.core.state.Table puts them."""
+SETTINGS = "settings"
+"""Creator of the keys that the settings of ingest give."""
 _PATIENCE = 1.0
 """Seconds that a call with an unknown key waits for news: it may have been made a moment ago. No read at NATS instead:
 calls with invented keys would then reach NATS."""
@@ -47,6 +49,8 @@ class KnownKey:
     """Seconds since 1970."""
     secrets: tuple[tuple[bytes, float | None], ...]
     """(SHA-256, when it ends)."""
+    is_service: bool = False
+    """Of the settings, and no operator's."""
 
     @classmethod
     def of(cls, value: bytes) -> KnownKey:
@@ -67,6 +71,7 @@ class KnownKey:
                 (each.sha256, _seconds(each.expire_time) if each.HasField("expire_time") else None)
                 for each in stored.secrets
             ),
+            is_service=key.creator == SETTINGS and key.role < Role.OPERATOR,
         )
 
     def caller(self, digest: bytes, now: float) -> Caller:
@@ -86,7 +91,7 @@ class KnownKey:
         if ends is not None and ends <= now:
             what = "" if ends == self.expires else "this secret of "
             raise KeyExpired(f"{what}{self.name} has expired", hint="Ask an operator for a new secret or another key.")
-        return Caller(self.name, self.role, self.projects, ends, digest)
+        return Caller(self.name, self.role, self.projects, ends, self.is_service, digest)
 
 
 class Keyring:

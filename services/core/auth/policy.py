@@ -68,6 +68,8 @@ POLICY: dict[str, dict[str, Rule]] = {
         "RevokeKey": own(O),
         "GetCaller": own(R),
     },
+    "codegraft.access.v1.QuotaService": {"GetQuota": own(R), "SetQuota": own(O)},
+    "codegraft.access.v1.UsageService": {"GetUsage": own(R)},
     "codegraft.access.v1.AuditService": {"ListAuditRecords": named(O, "parent")},
     "codegraft.ingest.v1.ProjectService": {
         "CreateProject": named(O, "projects/{project_id}"),

@@ -20,6 +20,7 @@ from services.core.audit.log import AuditLog
 from services.core.auth.caller import ANYBODY, set_current
 from services.core.auth.gate import Gate
 from services.core.errors import CodegraftError, InternalError, ShuttingDown
+from services.core.quota.quotas import Quotas
 from services.core.rpc import context as call_context
 from services.core.rpc.status import grpc_code, to_status
 from services.core.telemetry import figures, tracing
@@ -39,11 +40,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     Args:
         gate: says who calls, and whether it may; None lets everybody do everything.
         audit: takes a record of every call that changes something; None keeps none.
+        quotas: counts the calls; None counts none.
     """
 
-    def __init__(self, gate: Gate | None = None, audit: AuditLog | None = None) -> None:
+    def __init__(self, gate: Gate | None = None, audit: AuditLog | None = None, quotas: Quotas | None = None) -> None:
         self._gate = gate or Gate(None)
         self._audit = Audit(audit)
+        self._quotas = quotas
         self._watches: set[asyncio.Task[Any]] = set()
         self._draining = False
 
@@ -101,7 +104,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         # Writing to the context, where grpc would also take an async generator: a call that is cancelled while grpc
         # writes would leave a generator, and the handler in it, to the garbage collector.
         async def behaviour(request: Any, context: Context) -> None:
-            call = _Call(method, metadata, context, self._gate, self._audit)
+            call = _Call(method, metadata, context, self._gate, self._audit, self._quotas)
             task = asyncio.current_task()
             if is_watch and task is not None:
                 self._watches.add(task)
@@ -139,7 +142,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def _unary(self, method: str, metadata: dict[str, Any], inner: Any, takes_stream: bool) -> Any:
         async def behaviour(request: Any, context: Context) -> Any:
-            call = _Call(method, metadata, context, self._gate, self._audit)
+            call = _Call(method, metadata, context, self._gate, self._audit, self._quotas)
             task = asyncio.current_task()
             try:
                 request = await call.admit(request)
@@ -164,11 +167,19 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 class _Call:
     """One call on its way: bound ids, its clock, its end. Nothing is unbound: grpc gives every call a task."""
 
-    def __init__(self, method: str, metadata: dict[str, Any], context: Context, gate: Gate, audit: Audit) -> None:
+    def __init__(
+        self,
+        method: str,
+        metadata: dict[str, Any],
+        context: Context,
+        gate: Gate,
+        audit: Audit,
+        quotas: Quotas | None,
+    ) -> None:
         self.method = method
         self.context = context
         self.caller = ANYBODY
-        self._gate = gate
+        self._gate, self._quotas = gate, quotas
         self._entry = audit.entry(method)
         self._metadata = metadata
         self.began = time.monotonic()
@@ -197,7 +208,16 @@ class _Call:
         set_current(self.caller)
         structlog.contextvars.bind_contextvars(caller=self.caller.subject)
         self._entry.identified(self.caller)
-        return await self._gate.admit(self.caller, self.method, request, self._entry.requested)
+        seen: list[Any] = []  # the request, of a stream the first one
+
+        def see(first: Any) -> None:
+            seen.append(first)
+            self._entry.requested(first)
+
+        admitted = await self._gate.admit(self.caller, self.method, request, see)
+        if self._quotas is not None:  # after the gate: what was denied is no use that its project made
+            self._quotas.count(self.caller, self.method, seen[0] if seen else None)
+        return admitted
 
     def gathering(self) -> AbstractContextManager[object]:
         """For the time of the handler: what it changes is noted."""

@@ -19,6 +19,7 @@ from services.core.audit.log import AuditLog
 from services.core.auth.gate import Gate
 from services.core.config import CoreSettings
 from services.core.errors import Unavailable
+from services.core.quota.quotas import Quotas
 from services.core.rpc import tls
 from services.core.rpc.interceptors import CallInterceptor
 from services.core.state import StateStore
@@ -56,6 +57,7 @@ async def serve(
     *,
     keys: StateStore | None = None,
     audit: AuditLog | None = None,
+    quotas: Quotas | None = None,
     background: Sequence[Background] = (),
     serving_after: Mapping[str, Awaitable[Any]] = MappingProxyType({}),
     ready: Callable[[str], None] | None = None,
@@ -68,6 +70,7 @@ async def serve(
         services: what to serve; each has its own health entry, and "" stands for all.
         keys: the bucket of the API keys; needed unless the settings have authentication off.
         audit: takes a record of every call that changes something.
+        quotas: counts the calls, and refuses those of whoever is over a limit.
         background: work beside the server (workers, followers), on which no running call may depend. When one
             fails, the process ends with its error: a service that only looks alive is worse than one that is restarted.
         serving_after: by a service's full name, what has to be there before its own health entry says SERVING; its
@@ -80,7 +83,7 @@ async def serve(
         InvalidArgument: the settings of authentication or TLS cannot be used.
     """
     gate = Gate.of(settings, keys)
-    calls = CallInterceptor(gate, audit)
+    calls = CallInterceptor(gate, audit, quotas)
     server = grpc.aio.server(interceptors=[calls], options=_OPTIONS)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
@@ -91,7 +94,7 @@ async def serve(
     address = _bind(server, settings)
     await server.start()
     stopped = _stop_signal()
-    tasks = [asyncio.create_task(make()) for make in (gate.run, *background)]
+    tasks = [asyncio.create_task(make()) for make in (gate.run, *([quotas.run] if quotas else []), *background)]
     for name in ("", *names):
         await checks.set(name, _Health.NOT_SERVING if name in serving_after else _Health.SERVING)
     opening = [asyncio.create_task(_open_after(checks, name, awaited)) for name, awaited in serving_after.items()]

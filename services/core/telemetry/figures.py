@@ -16,6 +16,14 @@ RPC_SECONDS = histogram(
     "rpc_response_status_code",
 )
 
+QUOTA_REFUSALS = counter(
+    "codegraft_quota_refusals_total",
+    "Calls and fetches that were refused because a quota was used up, by its limit, and whether it is a project's or a "
+    "key's.",
+    "quota",
+    "owner",
+)
+
 ATTEMPT_SECONDS = histogram(
     "codegraft_job_attempt_seconds",
     "Attempts at jobs by this process, and how long they took, by the state that they brought the job to; LOST where "

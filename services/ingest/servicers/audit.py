@@ -11,6 +11,7 @@ from codegraft.access.v1 import audit_pb2 as pb
 from codegraft.access.v1.audit_pb2_grpc import AuditServiceServicer
 from services.core import names
 from services.core.audit.log import AuditLog
+from services.core.auth.caller import current
 
 Context = grpc.aio.ServicerContext[Any, Any]
 EVERYTHING = "projects/-"
@@ -29,5 +30,5 @@ class AuditServicer(AuditServiceServicer):
         if request.parent != EVERYTHING:
             names.parse(names.PROJECT, project, field="parent")
         since = request.start_time.ToDatetime(UTC) if request.HasField("start_time") else None
-        found, token = await self._audit.page(project, request.page_size, request.page_token, since)
+        found, token = await self._audit.page(project, request.page_size, request.page_token, since, current().projects)
         return pb.ListAuditRecordsResponse(records=found, next_page_token=token)

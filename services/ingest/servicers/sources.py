@@ -13,8 +13,11 @@ from codegraft.ingest.v1 import source_pb2 as pb
 from codegraft.ingest.v1.credential_pb2 import CREDENTIAL_KIND_SSH_KEY
 from codegraft.ingest.v1.source_pb2_grpc import SourceServiceServicer
 from services.core import names
+from services.core.auth.caller import current
 from services.core.errors import InvalidArgument, NotFound, ResourceExists
 from services.core.masks import Masks
+from services.core.quota.places import Places
+from services.core.quota.quotas import owners
 from services.ingest.config import IngestSettings
 from services.ingest.files import plain_path
 from services.ingest.records import Tables, same_request
@@ -31,8 +34,9 @@ MIN_INTERVAL, MAX_INTERVAL = 10, 366 * 24 * 3600
 class SourceServicer(SourceServiceServicer):
     """See the proto for what every call does and which errors it has. The fetcher does the work."""
 
-    def __init__(self, tables: Tables, settings: IngestSettings, snapshots: Snapshots) -> None:
+    def __init__(self, tables: Tables, settings: IngestSettings, snapshots: Snapshots, places: Places) -> None:
         self._tables = tables
+        self._places = places
         self._settings = settings
         self._guard = settings.guard
         self._snapshots = snapshots
@@ -55,16 +59,20 @@ class SourceServicer(SourceServiceServicer):
             state=pb.SOURCE_STATE_PENDING,
             generation=1,
             request_id=request.request_id,
+            creator=current().subject,
         )
         _copy_origin(asked, wanted)
         _check_schedule(wanted)
         wanted.create_time.GetCurrentTime()
-        try:
-            return pb.CreateSourceResponse(source=await self._tables.sources.create(wanted))
-        except ResourceExists:
-            there = await self._tables.sources.get(wanted.name)
-            same_request(there, _choices(there) == _choices(wanted), request.request_id)
-            return pb.CreateSourceResponse(source=there)
+        if (there := await self._tables.sources.find(wanted.name)) is None:
+            # A byte at least: how many there are is known once they are fetched, and then they are counted.
+            async with self._places.claim(owners(current(), request.parent), wanted.name):
+                try:
+                    return pb.CreateSourceResponse(source=await self._tables.sources.create(wanted))
+                except ResourceExists:
+                    there = await self._tables.sources.get(wanted.name)
+        same_request(there, _choices(there) == _choices(wanted), request.request_id)
+        return pb.CreateSourceResponse(source=there)
 
     async def GetSource(self, request: pb.GetSourceRequest, context: Context) -> pb.GetSourceResponse:
         names.parse(names.SOURCE, request.name)
@@ -106,7 +114,8 @@ class SourceServicer(SourceServiceServicer):
                 record.generation += 1
                 record.state = pb.SOURCE_STATE_PENDING
 
-        return pb.SyncSourceResponse(source=await self._tables.sources.mutate(request.name, change))
+        async with self._places.claim(owners(current(), names.project_of(request.name)), request.name):
+            return pb.SyncSourceResponse(source=await self._tables.sources.mutate(request.name, change))
 
     async def DeleteSource(self, request: pb.DeleteSourceRequest, context: Context) -> pb.DeleteSourceResponse:
         names.parse(names.SOURCE, request.name)

@@ -9,7 +9,10 @@ import grpc
 
 from codegraft.ingest.v1 import upload_pb2 as pb
 from codegraft.ingest.v1.upload_pb2_grpc import UploadServiceServicer
+from services.core.auth.caller import current
 from services.core.incoming import opened
+from services.core.quota.places import Places
+from services.core.quota.quotas import owners
 from services.ingest.records import Tables
 from services.ingest.uploads import Announced, Uploads
 
@@ -19,8 +22,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class UploadServicer(UploadServiceServicer):
     """See the proto for what every call does and which errors it has."""
 
-    def __init__(self, tables: Tables, uploads: Uploads) -> None:
+    def __init__(self, tables: Tables, uploads: Uploads, places: Places) -> None:
         self._tables = tables
+        self._places = places
         self._uploads = uploads
 
     async def UploadContent(
@@ -28,8 +32,11 @@ class UploadServicer(UploadServiceServicer):
     ) -> pb.UploadContentResponse:
         header, chunks = await opened(request_iterator)
         await self._tables.known(header.parent, "header.parent")
-        announced = Announced(header.parent, header.sha256, header.size, header.filename[:255])
-        return pb.UploadContentResponse(upload=await self._uploads.receive(announced, chunks))
+        caller = current()
+        announced = Announced(header.parent, header.sha256, header.size, header.filename[:255], caller.subject)
+        self._uploads.check(announced)
+        async with self._places.claim(owners(caller, header.parent), announced.name, announced.size):
+            return pb.UploadContentResponse(upload=await self._uploads.receive(announced, chunks))
 
     async def GetUpload(self, request: pb.GetUploadRequest, context: Context) -> pb.GetUploadResponse:
         await self._tables.known(request.parent)

@@ -17,6 +17,7 @@ from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest, Checkpoint
 from codegraft.trainer.v1.run_event_pb2 import RunEvent
 from codegraft.trainer.v1.run_pb2 import Run
 from services.core import arrival, names
+from services.core.auth.caller import current
 from services.core.errors import (
     AdapterRejected,
     BaseModelMismatch,
@@ -141,6 +142,7 @@ class Importer:
                 status=new_status(),
                 last_sequence=event.sequence,
                 imported=True,
+                creator=current().subject,
             )
             advance(run.status, JOB_STATE_RUNNING)
             advance(run.status, JOB_STATE_SUCCEEDED)

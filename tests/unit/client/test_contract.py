@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from google.protobuf import descriptor_pool
 
-from codegraft.access.v1 import access_pb2
+from codegraft.access.v1 import access_pb2, quota_pb2
 from codegraft.inference.v1 import completion_pb2, serving_pb2
 from codegraft.inference.v1.feedback_pb2 import FEEDBACK_EVENT_SHOWN
 from codegraft.ingest.v1 import credential_pb2, project_pb2, source_pb2
@@ -26,7 +26,7 @@ SERVICES = [
     "ingest.v1.CredentialService",
     "scanner.v1.ScanService", "trainer.v1.RunService", "trainer.v1.ModelService", "trainer.v1.AdapterService",
     "inference.v1.CompletionService", "inference.v1.ServingService", "inference.v1.FeedbackService",
-    "access.v1.AccessService", "access.v1.AuditService",
+    "access.v1.AccessService", "access.v1.AuditService", "access.v1.QuotaService", "access.v1.UsageService",
 ]  # fmt: skip
 P, S, R = "projects/p", "projects/p/scans/s", "projects/p/runs/r"
 ADAPTER = Path(tempfile.mkdtemp())
@@ -80,6 +80,9 @@ CALLS: list[Callable[[Any], Any]] = [
     lambda c: c.keys.rotate("k"),
     lambda c: c.keys.revoke("k"),
     lambda c: c.keys.whoami(),
+    lambda c: c.quotas.get(P),
+    lambda c: c.quotas.set(P, quota_pb2.Limits()),
+    lambda c: c.quotas.usage(P),
     lambda c: c.feedback.record("p", "id", FEEDBACK_EVENT_SHOWN),
     lambda c: c.feedback.acceptance("p", timedelta(days=1)),
     lambda c: c.feedback.delete_kept("p"),
@@ -144,6 +147,7 @@ GROUPS = [
     "serving",
     "keys",
     "audit",
+    "quotas",
     "feedback",
 ]
 

@@ -43,7 +43,8 @@ def test_the_public_ones_are_those_of_health() -> None:
 def test_who_needs_no_name_is_known_one_by_one() -> None:
     """A new RPC without a name in its rule has to be thought about here, and tested where it is served."""
     assert {method.rpartition("/")[2] for method, rule in RULES.items() if rule.handler} == {
-        "CreateKey", "ListKeys", "RotateKey", "RevokeKey", "GetCaller", "ListProjects",
+        "CreateKey", "ListKeys", "RotateKey", "RevokeKey", "GetCaller", "GetQuota", "SetQuota", "GetUsage",
+        "ListProjects",
     }  # fmt: skip
     assert {method.rpartition("/")[2] for method, rule in RULES.items() if rule.all_projects} == {
         "CollectGarbage", "PushModel", "ListAdapters",

@@ -100,6 +100,7 @@ class Server:
             projects=Peers(),
             prompter=Prompter(300),
             load_wait=1.0,
+            tokens=self.runtime.quotas.tokens,
         )
 
     async def store(self, step: int, folder: Path, fmt: PromptFormat, **changed: Any) -> str:

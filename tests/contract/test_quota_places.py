@@ -1,0 +1,112 @@
+"""Places for what lasts: two calls at once, at two replicas, never get the last one. Over the fake and JetStream KV."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from datetime import timedelta
+
+import pytest
+
+from services.core.errors import QuotaExceeded, StateUnavailable
+from services.core.nats_connection import connect
+from services.core.quota.limits import Defaults, Kind
+from services.core.quota.places import Places
+from services.core.quota.quotas import Quotas
+from services.core.state import MemoryState, StateStore
+from services.core.state.nats import NatsState
+
+THREE = Defaults(runs=3)
+
+
+@pytest.fixture(params=["memory", "nats"])
+async def state(request: pytest.FixtureRequest) -> AsyncIterator[StateStore]:
+    if request.param == "memory":
+        yield MemoryState()
+        return
+    server = request.getfixturevalue("nats_server")
+    connection = await connect(server.url, user=server.user, password=server.password)
+    yield NatsState(connection, f"places-{uuid.uuid4().hex[:8]}")
+    await connection.close()
+
+
+class Replica:
+    """One process; all of a test share the records."""
+
+    def __init__(self, state: StateStore, records: dict[str, int], **more: timedelta) -> None:
+        self.records, self.slow = records, 0.0
+
+        async def used(owner: str) -> dict[str, int]:
+            found = dict(records)
+            await asyncio.sleep(self.slow)
+            return found
+
+        async def retry(owner: str) -> float:
+            return 7.0
+
+        self.places = Places(Quotas(MemoryState(), THREE, THREE), Kind.RUNS, state, used, retry=retry, **more)
+
+    async def create(self, name: str, amount: int = 1, owners: tuple[str, ...] = ("projects/p",)) -> bool:
+        try:
+            async with self.places.claim(owners, name, amount):
+                await asyncio.sleep(self.slow)
+                self.records[name] = amount
+        except QuotaExceeded:
+            return False
+        return True
+
+
+async def test_of_many_at_once_as_many_pass_as_there_are_places(state: StateStore) -> None:
+    records: dict[str, int] = {}
+    replicas = [Replica(state, records) for _ in range(4)]
+    for replica in replicas:
+        replica.slow = 0.005
+    passed = await asyncio.gather(*(replicas[n % 4].create(f"runs/{n}") for n in range(12)))
+    assert sum(passed) == len(records) == 3
+    assert not await replicas[0].create("runs/late")
+    records.pop(next(iter(records)))
+    assert await replicas[0].create("runs/late"), "claims of those that have records are gone"
+
+
+async def test_a_refusal_says_when_there_may_be_room(state: StateStore) -> None:
+    replica = Replica(state, {"runs/a": 1, "runs/b": 2})
+    with pytest.raises(QuotaExceeded) as refused:
+        async with replica.places.claim(["projects/p"], "runs/c", 1):
+            raise AssertionError
+    assert refused.value.metadata == {"quota": "runs", "owner": "projects/p", "limit": "3", "used": "3"}
+    assert refused.value.retry_after == 7.0
+
+
+async def test_what_has_its_room_keeps_it_and_more_is_asked_for(state: StateStore) -> None:
+    replica = Replica(state, {"sources/a": 2, "sources/b": 2})
+    assert await replica.create("sources/a", 2), "over the limit by now, but no more than before"
+    assert await replica.create("sources/a", 1)
+    assert not await replica.create("sources/b", 3)
+
+
+async def test_a_failure_gives_the_place_back(state: StateStore) -> None:
+    replica = Replica(state, {"runs/a": 1, "runs/b": 1})
+    with pytest.raises(StateUnavailable):
+        async with replica.places.claim(["projects/p", "keys/k"], "runs/c"):
+            assert not await replica.create("runs/d")
+            raise StateUnavailable("broken off")
+    assert await replica.create("runs/d")
+
+
+async def test_every_owner_has_to_have_room(state: StateStore) -> None:
+    replica = Replica(state, {"runs/a": 1, "runs/b": 1})
+    async with replica.places.claim(["keys/k", "issuer#some one/else"], "runs/c"):
+        assert not await replica.create("runs/d", owners=("projects/p", "keys/k"))
+        assert await replica.create("runs/d", owners=("projects/p",)), "its claim at the project was given back"
+
+
+async def test_a_claim_whose_process_died_ends_by_itself(state: StateStore) -> None:
+    dead = Replica(state, {}, lasts=timedelta(seconds=0.3))
+    held = dead.places.claim(["projects/p"], "runs/a", 3)
+    await held.__aenter__()
+    other = Replica(state, {})
+    assert not await other.create("runs/b")
+    await asyncio.sleep(0.31)
+    assert await other.create("runs/b")
+    await held.__aexit__(None, None, None)
