@@ -18,6 +18,7 @@ from codegraft.inference.v1.serving_pb2 import (
     Split,
 )
 from services.core import names
+from services.core.audit import record as audit
 from services.core.errors import (
     CheckpointNotFound,
     FailedPrecondition,
@@ -149,9 +150,11 @@ class ServingDesk:
         names.parse(names.CHECKPOINT, checkpoint, field="checkpoint")
         if not self._is_ready():
             raise ModelLoading("the model is still being loaded", hint="Try again in a moment.", retry_after=2.0)
+        before = self._held(checkpoint)
         while True:
             loaded = await self._loader.load(checkpoint, self._model.result(), patience=_PLACE_WAIT)
             if holding := self._registry.keep(loaded.version.sha256):
+                audit.note(checkpoint, before, _adapter(holding))
                 return _adapter(holding)
 
     def unload(self, checkpoint: str) -> None:
@@ -160,10 +163,17 @@ class ServingDesk:
         version = self._registry.find(checkpoint=checkpoint)
         if version is None:
             raise CheckpointNotFound(f"{checkpoint} is not staged here", field="checkpoint", hint="List the adapters.")
+        before = self._held(checkpoint)
         if not self._registry.drop(version.sha256):
             raise FailedPrecondition(
                 f"a policy serves {checkpoint}", field="checkpoint", hint="Set the policy to another one first."
             )
+        audit.note(checkpoint, before, None)
+
+    def _held(self, checkpoint: str) -> Adapter | None:
+        """What this replica holds of a checkpoint; no record in NATS says so."""
+        found = [each for each in self._registry.holdings() if each.version.checkpoint == checkpoint]
+        return _adapter(found[0]) if found else None
 
     def _is_ready(self) -> bool:
         return self._model.done() and not self._model.cancelled() and self._model.exception() is None

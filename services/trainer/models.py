@@ -13,6 +13,7 @@ from codegraft.common.v1.artifact_pb2 import ArtifactFile
 from codegraft.common.v1.model_pb2 import Model
 from codegraft.trainer.v1.model_pb2 import ModelHeader, ModelManifest
 from services.core import arrival
+from services.core.audit import record as audit
 from services.core.errors import (
     ArtifactNotFound,
     InvalidArgument,
@@ -89,6 +90,7 @@ class ModelDesk:
             manifest = await asyncio.to_thread(_manifest, folder, header.name, name)
             files = {file.path: folder / file.path for file in header.files}
             await self._runtime.artifacts.commit(name, manifest, dict(files))
+            audit.note(name, None, manifest)  # no record of a table says that it is there
             return manifest.model
         finally:
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)

@@ -60,7 +60,7 @@ async def worlds(
             return inference_model.start(copy.deepcopy(reference), tokenizer, "tiny", DIGEST, limits, max_rank=8)
 
         replica = Replica(runtime, settings, find("smollm2-135m"), bests=peers, projects=peers, load=load)
-        server = grpc.aio.server(interceptors=[CallInterceptor()])
+        server = grpc.aio.server(interceptors=[CallInterceptor(audit=runtime.audit, quotas=runtime.quotas)])
         for add, servicer, _ in replica.services:
             add(servicer, server)
         port = server.add_insecure_port("127.0.0.1:0")

@@ -203,6 +203,30 @@ async def reach(url: str, context: ssl.SSLContext | None) -> None:
     await connection.close()
 
 
+def test_a_client_with_half_a_pair_or_nonsense_is_told_which_setting(
+    authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gRPC itself would end the process for some of them."""
+    ca, (cert, key), (_, other) = authority.file, authority.sign("client"), authority.sign("other")
+    (tmp_path / "nonsense").write_text("nonsense")
+    for files, variable in (
+        (ClientFiles(ca, key=key), "CERT"),
+        (ClientFiles(ca, cert=cert), "KEY"),
+        (ClientFiles(ca, cert, other), "CERT"),
+        (ClientFiles(ca, tmp_path / "nonsense", key), "CERT"),
+        (ClientFiles(tmp_path / "nonsense"), "CA"),
+        (ClientFiles(tmp_path / "missing"), "CA"),
+    ):
+        with pytest.raises(errors.InvalidArgument) as told:
+            files.credentials()
+        assert told.value.field == f"CODEGRAFT_TLS_{variable}_FILE" and told.value.hint
+    addresses = Addresses(*["127.0.0.1:1"] * 4)
+    monkeypatch.setenv("CODEGRAFT_TLS_CA_FILE", str(ca))
+    monkeypatch.setenv("CODEGRAFT_TLS_KEY_FILE", str(key))
+    with pytest.raises(errors.InvalidArgument, match="cert file"):
+        Codegraft(addresses, access=Access.find(addresses))
+
+
 async def test_nats_is_reached_with_certificates_only(authority: Authority, nats_with_tls: str, tmp_path: Path) -> None:
     cert, key = authority.sign("client")
     good = _nats_tls(CoreSettings(nats_ca_file=authority.file, nats_cert_file=cert, nats_key_file=key))

@@ -42,19 +42,31 @@ class ClientFiles:
         """For a secure channel.
 
         Raises:
-            InvalidArgument: a file cannot be read.
+            InvalidArgument: a file cannot be used, or only one of certificate and key is there. gRPC itself would end
+                the process.
         """
-        try:
-            return grpc.ssl_channel_credentials(
-                self.ca.read_bytes(),
-                self.key.read_bytes() if self.key else None,
-                self.cert.read_bytes() if self.cert else None,
-            )
-        except OSError as error:
+        if (self.cert is None) != (self.key is None):
+            given, missing = ("KEY", "CERT") if self.cert is None else ("CERT", "KEY")
             raise InvalidArgument(
-                f"{error.filename} cannot be read: {error.strerror}",
-                field="CODEGRAFT_TLS_CA_FILE",
-                hint="Correct CODEGRAFT_TLS_CA_FILE, CODEGRAFT_TLS_CERT_FILE and CODEGRAFT_TLS_KEY_FILE.",
+                f"there is a client's TLS {given.lower()} file without its {missing.lower()} file",
+                field=f"CODEGRAFT_TLS_{missing}_FILE",
+                hint=f"Set CODEGRAFT_TLS_{missing}_FILE, too, or unset CODEGRAFT_TLS_{given}_FILE.",
+            )
+        variable, file = "CODEGRAFT_TLS_CA_FILE", self.ca
+        try:
+            # OpenSSL looks first: what gRPC can make nothing of, it tells nobody, or dies of.
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.load_verify_locations(self.ca)
+            if self.cert is None or self.key is None:
+                return grpc.ssl_channel_credentials(self.ca.read_bytes())
+            variable, file = "CODEGRAFT_TLS_CERT_FILE", self.cert
+            context.load_cert_chain(self.cert, self.key)
+            return grpc.ssl_channel_credentials(self.ca.read_bytes(), self.key.read_bytes(), self.cert.read_bytes())
+        except OSError as error:  # OpenSSL's errors are such, too
+            raise InvalidArgument(
+                f"{file} cannot be used: {error}",
+                field=variable,
+                hint="Give PEM files; of certificate and key those that belong together.",
             ) from None
 
 

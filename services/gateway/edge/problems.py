@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import orjson
 from starlette.responses import Response
 
-from services.core.errors import Code, CodegraftError
+from services.core.errors import Code, CodegraftError, QuotaExceeded
 
 _STATUS = {
     Code.INVALID_ARGUMENT: 400,
@@ -47,6 +47,10 @@ _PARAMS = {
     "characters": "accepted_characters",
 }
 """Fields of the contract that bodies spell otherwise; ``sampling.`` is left out of the rest."""
+
+
+_RATES = {"requests_per_minute": "requests", "tokens_per_minute": "tokens"}
+"""Quotas that OpenAI has, too, and how its headers call them: x-ratelimit-limit-requests and so on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +110,10 @@ def response(error: CodegraftError | Refused) -> Response:
     headers = {}
     if error.retry_after is not None:
         headers["retry-after"] = str(math.ceil(error.retry_after))
+    if isinstance(error, QuotaExceeded) and (kind := _RATES.get(error.metadata.get("quota", ""))):
+        headers[f"x-ratelimit-limit-{kind}"] = error.metadata.get("limit", "")
+        headers[f"x-ratelimit-remaining-{kind}"] = "0"
+        headers[f"x-ratelimit-reset-{kind}"] = f"{error.retry_after or 0:.3f}s"
     status = status_of(error)
     if status == 401:
         headers["www-authenticate"] = "Bearer"

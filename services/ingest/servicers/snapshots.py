@@ -14,6 +14,7 @@ import grpc
 from codegraft.ingest.v1 import snapshot_pb2 as pb
 from codegraft.ingest.v1.snapshot_pb2_grpc import SnapshotServiceServicer
 from services.core import names, pages
+from services.core.audit import record as audit
 from services.core.errors import InvalidArgument
 from services.core.runtime import Runtime
 from services.ingest import snapshot
@@ -95,7 +96,10 @@ class SnapshotServicer(SnapshotServiceServicer):
             )
         garbage = Garbage(self._runtime, self._tables, min_age=age, dry_run=request.dry_run)
         async for counts in garbage.collect():
-            yield pb.CollectGarbageResponse(**asdict(counts))
+            told = pb.CollectGarbageResponse(**asdict(counts))
+            if counts.done and not request.dry_run:
+                audit.note("garbage", None, told)
+            yield told
 
 
 def _difference(found: snapshot.Difference, base: Any, target: Any) -> pb.SnapshotDifference:
