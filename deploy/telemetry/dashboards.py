@@ -84,6 +84,7 @@ OVERVIEW = (
     Panel("HTTP requests", "ops", rates(f"{HTTP}_count", "operation, http_response_status_code")),
     Panel("HTTP requests at once", "short", AT_ONCE),
     Panel("Duration of HTTP requests", "s", p95(HTTP, "operation")),
+    Panel("Refused by quotas", "ops", rates("codegraft_quota_refusals_total", "quota, owner")),
     Panel("Connected to NATS", "short", (("min by (connection) (codegraft_nats_connected)", "{{connection}}"),)),
     Panel("Failed requests to NATS", "ops", ((rate("codegraft_nats_errors_total"), "failed"),)),
     Panel("Failed requests to the object store", "ops", rates("codegraft_store_errors_total", "reason")),

@@ -154,8 +154,10 @@ class ServingDesk:
         while True:
             loaded = await self._loader.load(checkpoint, self._model.result(), patience=_PLACE_WAIT)
             if holding := self._registry.keep(loaded.version.sha256):
-                audit.note(checkpoint, before, _adapter(holding))
-                return _adapter(holding)
+                after = _adapter(holding)
+                if before != after:
+                    audit.note(checkpoint, before, after)
+                return after
 
     def unload(self, checkpoint: str) -> None:
         """Frees a staged adapter; raises what ServingService.UnloadAdapter lists."""

@@ -12,12 +12,15 @@ import pytest
 from codegraft.access.v1.access_pb2 import ROLE_OPERATOR, ROLE_READER
 from codegraft.access.v1.audit_pb2 import AuditRecord
 from codegraft.access.v1.quota_pb2 import Limits
+from codegraft.inference.v1 import serving_pb2 as pb
 from codegraft.ingest.v1.source_pb2 import Source
+from codegraft.scanner.v1.dataset_pb2 import DatasetManifest
 from services.core import errors
 from services.core.audit.log import MemoryAudit
 from services.core.auth import policy
 from services.core.runtime import Runtime
-from tests.contract.inference_world import PROJECT, World
+from services.inference.policy import Best
+from tests.contract.inference_world import PROJECT, World, until
 from tests.contract.quota_world import DATASET, House, house
 from tests.rpcs import METHODS
 from tests.unit.trainer.whole import make_adapter, make_base
@@ -123,18 +126,26 @@ async def test_ingest_scanner_and_trainer(world: House, tmp_path: Path) -> None:
 
 async def test_inference(worlds: Callable[..., Any]) -> None:
     world: World = await worlds()
-    best = await world.store(1, seed=1)
-    other = await world.store(2, seed=2)
-    await world.set("OFF")
-    await world.set("PINNED", best.checkpoint)
-    await world.set("LATEST_BEST", approval=True)
-    await world.publish(other)
-    stub = world.serving
-    from codegraft.inference.v1 import serving_pb2 as pb
 
-    await stub.LoadAdapter(pb.LoadAdapterRequest(checkpoint=other.checkpoint))
-    await stub.UnloadAdapter(pb.UnloadAdapterRequest(checkpoint=other.checkpoint))
-    await stub.ApproveServing(pb.ApproveServingRequest(parent=PROJECT, checkpoint=other.checkpoint))
+    async def on(name: str) -> Callable[[dict[str, Any]], None]:
+        """Of a dataset with the same test set as the other's."""
+        files = {f"train/{name}.parquet": name.encode(), "test/part-00000.parquet": b"test"}
+        name = f"{PROJECT}/datasets/{name}"
+        await world.runtime.artifacts.commit(name, DatasetManifest(name=name), files)
+        return lambda parts: parts.update(dataset=name, dataset_digest=name)
+
+    one = await world.store(1, 1, await on("a"))
+    two = await world.store(1, 2, await on("b"), f"{PROJECT}/runs/two")
+    three = await world.store(3, 3)
+    await world.set("OFF")
+    await world.set("LATEST_BEST")
+    await world.publish(one)
+    await world.until_active(one.sha256)
+    await world.publish(Best(two.checkpoint, two.sha256, two.base_model, two.base_digest, 9.0))  # worse: it waits
+    await until(lambda: bool(world.told("codegraft.inference.adapter.waiting.v1")))
+    await world.serving.LoadAdapter(pb.LoadAdapterRequest(checkpoint=three.checkpoint))
+    await world.serving.UnloadAdapter(pb.UnloadAdapterRequest(checkpoint=three.checkpoint))
+    await world.serving.ApproveServing(pb.ApproveServingRequest(parent=PROJECT, checkpoint=two.checkpoint))
     found = check(records(world.runtime), "anonymous")
     assert found == {"SetServing", "ApproveServing", "LoadAdapter", "UnloadAdapter"}
 

@@ -14,6 +14,7 @@ from cryptography.fernet import Fernet
 from services.cli.local import permissions
 from services.core.auth.keys import ApiKey
 from services.core.config import PREFIX, CoreSettings
+from services.core.quota.limits import Defaults
 from services.gateway.config import GatewaySettings
 from services.inference.config import InferenceSettings
 from services.ingest.config import IngestSettings
@@ -100,6 +101,8 @@ def test_values_arrive_as_they_were_meant() -> None:
     found = dict(chart_environments("external"))["ingest"]
     assert found["CODEGRAFT_INGEST_KEPT_BYTES"] == "42949672960"
     assert json.loads(found["CODEGRAFT_INGEST_ALLOWED_NETWORKS"]) == ["10.40.0.0/16"]
+    quotas = Defaults.model_validate_json(found["CODEGRAFT_QUOTA_PROJECT"])
+    assert quotas == Defaults(storage_bytes=20 << 30, runs=2)
     found = dict(chart_environments("gpu"))["trainer-worker"]
     assert found["CODEGRAFT_TRAINER_TIME_LIMIT_SECONDS"] == "14400.5"
     assert found["CODEGRAFT_TRAINER_MODEL"] == "qwen2.5-coder-1.5b"
