@@ -115,7 +115,7 @@ def test_what_changes_something_is_known_by_its_name() -> None:
         "GetScan", "ListScans", "WatchScan", "ListVerdicts", "GetDataset", "ListDatasets",
         "PlanRun", "GetRun", "ListRuns", "WatchRun", "ListCheckpoints", "GetCheckpoint", "GetBestCheckpoint",
         "DownloadCheckpoint", "ListModels", "GetModel", "Complete", "Chat", "Score",
-        "GetServing", "WatchServing", "ListAdapters", "GetAcceptance", "ListKeptCompletions",
+        "GetQuota", "GetUsage", "GetServing", "WatchServing", "ListAdapters", "GetAcceptance", "ListKeptCompletions",
         "RecordFeedback",  # one a suggestion: they are counted, not audited
     }  # fmt: skip
 

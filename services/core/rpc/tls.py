@@ -63,8 +63,9 @@ class ClientFiles:
             context.load_cert_chain(self.cert, self.key)
             return grpc.ssl_channel_credentials(self.ca.read_bytes(), self.key.read_bytes(), self.cert.read_bytes())
         except OSError as error:  # OpenSSL's errors are such, too
+            verb = "used" if isinstance(error, ssl.SSLError) else "read"
             raise InvalidArgument(
-                f"{file} cannot be used: {error}",
+                f"{file} cannot be {verb}: {error.strerror or error}",
                 field=variable,
                 hint="Give PEM files; of certificate and key those that belong together.",
             ) from None
