@@ -29,6 +29,9 @@ from services.cli import (
     stack,
     train,
 )
+from services.cli.control.backup import backup
+from services.cli.control.rebuild import rebuild
+from services.cli.control.restore import restore
 from services.cli.demo.command import demo
 from services.cli.local.supervisor import StopRequested
 from services.cli.output import EXIT_CODES, ExitCode, err, fail
@@ -45,6 +48,9 @@ app = typer.Typer(
 )
 for command in (stack.up, stack.down, stack.status, stack.console, doctor.doctor):
     app.command(rich_help_panel="Local stack", epilog=EXIT_CODES)(command)
+app.command(rich_help_panel="Control state", epilog=EXIT_CODES)(backup)
+app.command(rich_help_panel="Control state", epilog=EXIT_CODES)(restore)
+app.command(rich_help_panel="Control state", epilog=EXIT_CODES)(rebuild)
 train.app.command()(adapters.download)
 train.app.command()(adapters.upload)
 train.app.command()(manifest.manifest)

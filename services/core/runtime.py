@@ -115,10 +115,10 @@ class Runtime:
         log.hide(settings.nats_password, settings.s3_access_key, settings.s3_secret_key, settings.api_key)
         deadline = asyncio.get_running_loop().time() + settings.startup_timeout_seconds
         async with AsyncExitStack() as stack:
-            connection = await _waiting("NATS", lambda: _connect_nats(service, settings), deadline)
+            connection = await _waiting("NATS", lambda: connect_nats(service, settings), deadline)
             stack.push_async_callback(connection.close)
             await _waiting("the object store", lambda: _prepare_store(settings), deadline)
-            store = S3Store(_address(settings))
+            store = S3Store(s3_address(settings))
             stack.callback(store.close)
             logger.info("connected", nats=settings.nats_url, s3=settings.s3_endpoint, bucket=settings.s3_bucket)
 
@@ -208,7 +208,13 @@ async def _waiting(what: str, attempt: Callable[[], Awaitable[Connected]], deadl
         tries += 1
 
 
-async def _connect_nats(service: str, settings: CoreSettings) -> NatsConnection:
+async def connect_nats(service: str, settings: CoreSettings) -> NatsConnection:
+    """Connects once to the NATS that the settings name.
+
+    Raises:
+        StateUnavailable: it does not answer, or refuses the credentials.
+        InvalidArgument: a file of the TLS settings cannot be used.
+    """
     return await connect(
         settings.nats_url,
         user=settings.nats_user,
@@ -238,14 +244,15 @@ def _nats_tls(settings: CoreSettings) -> ssl.SSLContext | None:
 
 async def _prepare_store(settings: CoreSettings) -> None:
     # A client of its own, that gives up soon: a thread that hangs in a request cannot be stopped, only outwaited.
-    probe = S3Store(_address(settings), connect_timeout=PROBE_TIMEOUT, read_timeout=PROBE_TIMEOUT, retries=0)
+    probe = S3Store(s3_address(settings), connect_timeout=PROBE_TIMEOUT, read_timeout=PROBE_TIMEOUT, retries=0)
     try:
         await probe.prepare()
     finally:
         probe.close()
 
 
-def _address(settings: CoreSettings) -> S3Address:
+def s3_address(settings: CoreSettings) -> S3Address:
+    """The bucket that the settings name, and how to be let in."""
     return S3Address(
         settings.s3_endpoint,
         settings.s3_bucket,

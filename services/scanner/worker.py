@@ -18,7 +18,7 @@ from typing import TypeVar
 import pyarrow.parquet as pq
 
 from codegraft.event.v1.events_pb2 import DatasetCreated
-from codegraft.scanner.v1.dataset_pb2 import Dataset, VerdictsManifest
+from codegraft.scanner.v1.dataset_pb2 import Dataset, DatasetManifest, VerdictsManifest
 from codegraft.scanner.v1.scan_pb2 import Scan
 from services.core import log, names
 from services.core.errors import (
@@ -97,11 +97,11 @@ class ScanWorker:
         return scan is None or scan.status.cancel_requested
 
     async def _scan(self, context: JobContext[Scan], parts: Parts) -> None:
-        manifest = await snapshot.manifest(self._runtime.artifacts, context.job.snapshot)
-        settled, unknown = rules.of_scan(context.job, manifest, default_model=self._settings.scanner_model)
+        scanned = await snapshot.manifest(self._runtime.artifacts, context.job.snapshot)
+        settled, unknown = rules.of_scan(context.job, scanned, default_model=self._settings.scanner_model)
         began = time.monotonic()
         with _stage("1"), tempfile.TemporaryDirectory(prefix="codegraft-scan-") as name:
-            entries = await self._stage1(context, parts, manifest.file_count, settled, Path(name))
+            entries = await self._stage1(context, parts, scanned.file_count, settled, Path(name))
         between = time.monotonic()
         stage2 = Stage2()
         if settled.loss_filter:
@@ -110,7 +110,15 @@ class ScanWorker:
         ended = time.monotonic()
         with _stage("3"), tempfile.TemporaryDirectory(prefix="codegraft-scan-") as name:
             folder = Path(name)
-            verdicts = await self._store_verdicts(context, pipeline.conclude(entries, settled), folder)
+            origin = dataset.Origin(
+                names.project_of(context.name),
+                context.job.snapshot,
+                stage2.model,
+                stage2.model_digest,
+                rules.to_settings(settled),
+            )
+            concluded = pipeline.conclude(entries, settled)
+            verdicts, manifest = await self._store_verdicts(context, origin, concluded, folder)
             summary = report.summarize(
                 verdicts,
                 thresholds=stage2.thresholds,
@@ -137,15 +145,8 @@ class ScanWorker:
                     f"none of the {summary.file_count} files was accepted for training",
                     hint="Read the scan's rejected log, and adjust masks, languages or limits.",
                 )
-            origin = dataset.Origin(
-                names.project_of(context.name),
-                context.job.snapshot,
-                stage2.model,
-                stage2.model_digest,
-                rules.to_settings(settled),
-            )
             accepted = {entry.file.sha256: entry for entry in entries if entry.is_clean}
-            await self._store_dataset(context, origin, verdicts, accepted, folder)
+            await self._store_dataset(context, manifest, verdicts, accepted, folder)
 
     async def _stage1(
         self, context: JobContext[Scan], parts: Parts, count: int, settled: Rules, folder: Path
@@ -250,26 +251,32 @@ class ScanWorker:
                     await cache.flush()
                     flushed = time.monotonic()
 
-    async def _store_verdicts(self, context: JobContext[Scan], verdicts: list[Verdict], folder: Path) -> list[Verdict]:
-        """Stores the verdicts. Those of an attempt that ended right after storing its own win: they are readable."""
+    async def _store_verdicts(
+        self, context: JobContext[Scan], origin: dataset.Origin, verdicts: list[Verdict], folder: Path
+    ) -> tuple[list[Verdict], DatasetManifest]:
+        """Stores the verdicts; returns them and the manifest of their dataset. Those of an attempt that ended right
+        after storing its own win: they are readable."""
         path = folder / dataset.VERDICTS
         await asyncio.to_thread(dataset.write_verdicts, verdicts, path)
-        manifest = VerdictsManifest(name=context.name, snapshot=context.job.snapshot)
+        made = await asyncio.to_thread(dataset.manifest, origin, verdicts)
+        manifest = VerdictsManifest(
+            name=context.name, snapshot=context.job.snapshot, dataset=made.name if made.train.files else ""
+        )
         try:
             await self._runtime.artifacts.commit(context.name, manifest, {dataset.VERDICTS: path})
         except ResourceExists:
-            return await stored_verdicts(self._runtime, context.name)
-        return verdicts
+            verdicts = await stored_verdicts(self._runtime, context.name)
+            made = await asyncio.to_thread(dataset.manifest, origin, verdicts)
+        return verdicts, made
 
     async def _store_dataset(
         self,
         context: JobContext[Scan],
-        origin: dataset.Origin,
+        manifest: DatasetManifest,
         verdicts: list[Verdict],
         accepted: Mapping[str, Entry],
         folder: Path,
     ) -> None:
-        manifest = dataset.manifest(origin, verdicts)
         text_of = self._texts(accepted)
         written = await asyncio.to_thread(dataset.write, verdicts, text_of, folder)
         # Exists: an earlier scan made the same dataset; only last digits of losses can differ.

@@ -77,15 +77,18 @@ class NatsAudit:
     async def _ensure(self) -> None:
         if self._ready:
             return
-        await self._connection.ensure_stream(
-            api.StreamConfig(
-                name=STREAM,
-                subjects=["audit.>"],
-                retention=api.RetentionPolicy.LIMITS,
-                storage=api.StorageType.FILE,
-                max_age=KEPT.total_seconds(),
-                deny_delete=True,
-                deny_purge=True,
-            )
-        )
+        await self._connection.ensure_stream(stream_config())
         self._ready = True
+
+
+def stream_config() -> api.StreamConfig:
+    """How the stream is made."""
+    return api.StreamConfig(
+        name=STREAM,
+        subjects=["audit.>"],
+        retention=api.RetentionPolicy.LIMITS,
+        storage=api.StorageType.FILE,
+        max_age=KEPT.total_seconds(),
+        deny_delete=True,
+        deny_purge=True,
+    )

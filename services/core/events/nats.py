@@ -146,16 +146,7 @@ class NatsBus:
 
     async def _ensure(self) -> None:
         if not self._ready:
-            await self._connection.ensure_stream(
-                api.StreamConfig(
-                    name=STREAM,
-                    subjects=[PREFIX + ">"],
-                    retention=api.RetentionPolicy.LIMITS,
-                    storage=api.StorageType.FILE,
-                    max_age=KEPT.total_seconds(),
-                    duplicate_window=DUPLICATES.total_seconds(),
-                )
-            )
+            await self._connection.ensure_stream(stream_config())
             self._ready = True
 
     async def _pause(self, error: Exception, failures: int) -> None:
@@ -164,6 +155,18 @@ class NatsBus:
         self._ready = False
         logger.info("a subscription starts anew", why=str(error))
         await asyncio.sleep(Backoff().delay(failures))
+
+
+def stream_config() -> api.StreamConfig:
+    """How the stream is made."""
+    return api.StreamConfig(
+        name=STREAM,
+        subjects=[PREFIX + ">"],
+        retention=api.RetentionPolicy.LIMITS,
+        storage=api.StorageType.FILE,
+        max_age=KEPT.total_seconds(),
+        duplicate_window=DUPLICATES.total_seconds(),
+    )
 
 
 async def _fetch(subscription: JetStreamContext.PullSubscription, durable: str) -> Msg | None:

@@ -120,27 +120,31 @@ class NatsQueue:
         if self._ready:
             return
         self._consumers.clear()  # what was lost with the stream
-        await self._connection.ensure_stream(
-            api.StreamConfig(
-                name=STREAM,
-                subjects=["jobs.>"],
-                retention=api.RetentionPolicy.WORK_QUEUE,
-                storage=api.StorageType.FILE,
-                max_msgs_per_subject=1,
-                discard=api.DiscardPolicy.NEW,
-                discard_new_per_subject=True,
-            )
-        )
-        await self._connection.ensure_stream(
-            api.StreamConfig(
-                name=DEAD_STREAM,
-                subjects=["dead.>"],
-                retention=api.RetentionPolicy.LIMITS,
-                storage=api.StorageType.FILE,
-                max_age=DEAD_KEPT.total_seconds(),
-            )
-        )
+        for config in stream_configs():
+            await self._connection.ensure_stream(config)
         self._ready = True
+
+
+def stream_configs() -> list[api.StreamConfig]:
+    """How the two streams are made."""
+    return [
+        api.StreamConfig(
+            name=STREAM,
+            subjects=["jobs.>"],
+            retention=api.RetentionPolicy.WORK_QUEUE,
+            storage=api.StorageType.FILE,
+            max_msgs_per_subject=1,
+            discard=api.DiscardPolicy.NEW,
+            discard_new_per_subject=True,
+        ),
+        api.StreamConfig(
+            name=DEAD_STREAM,
+            subjects=["dead.>"],
+            retention=api.RetentionPolicy.LIMITS,
+            storage=api.StorageType.FILE,
+            max_age=DEAD_KEPT.total_seconds(),
+        ),
+    ]
 
 
 @dataclass

@@ -16,6 +16,10 @@ from services.core.telemetry import tracing
 REQUEST_ID = "x-request-id"
 AUTHORIZATION = "authorization"
 TRACEPARENT = tracing.HEADER
+VERSION = "x-codegraft-version"
+"""In the first metadata of every answer: the service's release."""
+TIME = "x-codegraft-time"
+"""Likewise: its clock, in seconds since 1970."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 

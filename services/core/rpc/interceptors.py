@@ -24,6 +24,7 @@ from services.core.quota.quotas import Quotas
 from services.core.rpc import context as call_context
 from services.core.rpc.status import grpc_code, to_status
 from services.core.telemetry import figures, tracing
+from services.core.version import release
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -203,7 +204,8 @@ class _Call:
 
         The caller is told its request id before anything else happens, so that it is known while a stream runs.
         """
-        await self.context.send_initial_metadata(self._identity)
+        told = ((call_context.VERSION, release()), (call_context.TIME, f"{time.time():.3f}"))
+        await self.context.send_initial_metadata((*self._identity, *told))
         self.caller = await self._gate.identify(self.method, self._metadata)
         set_current(self.caller)
         structlog.contextvars.bind_contextvars(caller=self.caller.subject)

@@ -44,7 +44,7 @@ class NatsState:
         self._connection = connection
         self._bucket = bucket
         self._bounds = bounds
-        self._stream = f"KV_{bucket}"
+        self._stream = stream_of(bucket)
         self._subject = f"$KV.{bucket}."
         self._opened: KeyValue | None = None
 
@@ -152,16 +152,7 @@ class NatsState:
         if self._opened is None:
             try:
                 self._opened = await self._connection.js.create_key_value(
-                    api.KeyValueConfig(
-                        bucket=self._bucket,
-                        history=1,
-                        ttl=self._bounds.age.total_seconds() if self._bounds else None,
-                        max_bytes=self._bounds.size if self._bounds else None,
-                        storage=api.StorageType.FILE,
-                        replicas=self._connection.replicas,
-                        # Reads go to the leader: a replica could be behind an acknowledged write.
-                        direct=False,
-                    )
+                    bucket_config(self._bucket, self._connection.replicas, self._bounds)
                 )
             except nats.js.errors.BadRequestError as error:
                 if error.err_code != STREAM_EXISTS:
@@ -213,6 +204,25 @@ class NatsState:
         gone = headers.get(KV_OP) in ("DEL", "PURGE") or KV_MARKER_REASON in headers
         key = decode(msg.subject.removeprefix(self._subject))
         return Entry(key, None if gone else msg.data, msg.metadata.sequence.stream, headers.get(tracing.HEADER, ""))
+
+
+def stream_of(bucket: str) -> str:
+    """The stream in which JetStream holds a bucket."""
+    return f"KV_{bucket}"
+
+
+def bucket_config(bucket: str, replicas: int, bounds: Bounds | None = None) -> api.KeyValueConfig:
+    """How every bucket is made."""
+    return api.KeyValueConfig(
+        bucket=bucket,
+        history=1,
+        ttl=bounds.age.total_seconds() if bounds else None,
+        max_bytes=bounds.size if bounds else None,
+        storage=api.StorageType.FILE,
+        replicas=replicas,
+        # Reads go to the leader: a replica could be behind an acknowledged write.
+        direct=False,
+    )
 
 
 def encode(key: str) -> str:

@@ -98,6 +98,7 @@ class Committer:
             hyperparameters=settings,
             strength=written.strength,
             probe=written.probe if written.HasField("probe") else None,
+            best=written.best,
         )
         with contextlib.suppress(ResourceExists):
             await self._artifacts.commit(name, manifest, files_in(Path(written.adapter_path)))

@@ -85,7 +85,7 @@ async def test_the_store_is_not_there(
     async def connected(_service: str, _settings: CoreSettings) -> Connection:
         return connection
 
-    monkeypatch.setattr(runtime, "_connect_nats", connected)
+    monkeypatch.setattr(runtime, "connect_nats", connected)
     with pytest.raises(errors.StoreUnavailable, match="gave up waiting for the object store") as raised:
         async with Runtime.open("scanner", nowhere):
             pass
