@@ -16,7 +16,6 @@ from services.cli import (
     complete,
     completions,
     credential,
-    doctor,
     key,
     manifest,
     models,
@@ -33,6 +32,7 @@ from services.cli.control.backup import backup
 from services.cli.control.rebuild import rebuild
 from services.cli.control.restore import restore
 from services.cli.demo.command import demo
+from services.cli.doctor.command import doctor
 from services.cli.local.supervisor import StopRequested
 from services.cli.output import EXIT_CODES, ExitCode, err, fail
 from services.core.errors import CodegraftError
@@ -46,7 +46,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (stack.up, stack.down, stack.status, stack.console, doctor.doctor):
+for command in (stack.up, stack.down, stack.status, stack.console, doctor):
     app.command(rich_help_panel="Local stack", epilog=EXIT_CODES)(command)
 app.command(rich_help_panel="Control state", epilog=EXIT_CODES)(backup)
 app.command(rich_help_panel="Control state", epilog=EXIT_CODES)(restore)

@@ -219,14 +219,19 @@ async def connect_nats(service: str, settings: CoreSettings) -> NatsConnection:
         settings.nats_url,
         user=settings.nats_user,
         password=settings.nats_password.get_secret_value(),
-        tls=_nats_tls(settings),
+        tls=nats_tls(settings),
         name=f"codegraft-{service}",
         replicas=settings.nats_replicas,
         patience=PROBE_TIMEOUT,
     )
 
 
-def _nats_tls(settings: CoreSettings) -> ssl.SSLContext | None:
+def nats_tls(settings: CoreSettings) -> ssl.SSLContext | None:
+    """TLS of connections to NATS as the settings have it; None without.
+
+    Raises:
+        InvalidArgument: a file cannot be used.
+    """
     if settings.nats_ca_file is None:
         return None
     try:

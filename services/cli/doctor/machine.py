@@ -1,8 +1,7 @@
-"""``codegraft doctor``: looks at everything the local stack needs, and says how to mend what is missing."""
+"""This machine: what the local stack needs of it, and how its processes are."""
 
 from __future__ import annotations
 
-import asyncio
 import os
 import platform
 import shutil
@@ -10,24 +9,12 @@ import stat
 import sys
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 
-import nats
-import typer
-import urllib3
-from minio import Minio
-from minio.error import MinioException
-from nats.errors import Error as NatsError
-from urllib3.exceptions import HTTPError
-
-from services.cli.local.files import Credentials, DataFolder, StackState
-from services.cli.local.stack import BUCKET, SERVICES, check
-from services.cli.output import ExitCode, Json, out, print_json
-from services.cli.stack import Data
-from services.client.addresses import default_data
+from services.cli.doctor.check import Check, Result
+from services.cli.local.files import DataFolder, StackState
+from services.cli.local.stack import SERVICES, check
 from services.core.rpc import probe
 
 GIB = 1024**3
@@ -37,39 +24,6 @@ NEEDED_DISK = 3 * GIB
 """Model cache, artifacts and the two servers' data."""
 PACKAGES = {"torch": "trainer", "transformers": "trainer", "peft": "trainer", "enry": "scanner", "pyarrow": "ingest"}
 """Package to look for -> extra that brings it."""
-
-
-class Result(StrEnum):
-    """How a check came out."""
-
-    OK = "ok"
-    WARNING = "warning"
-    FAILED = "failed"
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing looked at."""
-
-    name: str
-    result: Result
-    found: str
-    hint: str = ""
-
-
-def doctor(data: Data = None, json: Json = False) -> None:
-    """Check this machine, the installation, the data folder and what runs. Exits with 1 when something is broken."""
-    folder = DataFolder(data or default_data())
-    checks = [*machine(folder.root), *installation(), *data_folder(folder), *running(folder)]
-    if json:
-        print_json([asdict(check) for check in checks])
-    else:
-        for check in checks:
-            out.print(f"{check.result.value:8} {check.name:18} {check.found}")
-            if check.hint:
-                out.print(f"{'':27} {check.hint}")
-    if any(check.result is Result.FAILED for check in checks):
-        raise typer.Exit(ExitCode.FAILED)
 
 
 def machine(root: Path) -> Iterator[Check]:
@@ -145,53 +99,20 @@ def data_folder(folder: DataFolder) -> Iterator[Check]:
 
 
 def running(folder: DataFolder) -> Iterator[Check]:
-    """The processes, asked one by one: a login at NATS, a signed call at S3, health of the services."""
+    """The processes, and the health of the services."""
     info = folder.info()
     if info.state is not StackState.READY:
         yield Check("stack", Result.OK, info.state.value, info.error)
         return
-    credentials = folder.credentials()
     for process in info.processes.values():
         if process.crash:
             problem = process.crash
         elif process.name in SERVICES:
             state = check(process.name, process.address)
             problem = "" if state == probe.SERVING else state
-        elif process.name == "nats":
-            problem = asyncio.run(nats_problem(process.address, credentials))
         else:
-            problem = s3_problem(process.address, credentials)
+            problem = ""  # what NATS and the object store say when they are asked comes after this
         if problem:
             yield Check(process.name, Result.FAILED, problem, f"See {process.log}; then: codegraft down, codegraft up")
         else:
             yield Check(process.name, Result.OK, process.address)
-
-
-async def nats_problem(address: str, credentials: Credentials) -> str:
-    """Why JetStream cannot be used; empty when it can."""
-    try:
-        client = await nats.connect(
-            f"nats://{address}",
-            user=credentials.nats_user,
-            password=credentials.nats_password,
-            connect_timeout=2,
-            allow_reconnect=False,
-        )
-        try:
-            await client.jetstream(timeout=2).account_info()
-        finally:
-            await client.close()
-    except (NatsError, OSError, TimeoutError) as error:
-        return f"JetStream does not answer: {error or type(error).__name__}"
-    return ""
-
-
-def s3_problem(address: str, credentials: Credentials) -> str:
-    """Why the bucket cannot be used; empty when it can."""
-    http = urllib3.PoolManager(timeout=2.0, retries=False)
-    access_key, secret_key = credentials.s3_access_key, credentials.s3_secret_key
-    client = Minio(address, access_key=access_key, secret_key=secret_key, secure=False, http_client=http)
-    try:
-        return "" if client.bucket_exists(BUCKET) else f"the bucket {BUCKET} is not there"
-    except (MinioException, HTTPError) as error:
-        return f"a signed call fails: {error}"
