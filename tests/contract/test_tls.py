@@ -32,7 +32,7 @@ from services.core.rpc.client import OPTIONS, channel
 from services.core.rpc.interceptors import CallInterceptor
 from services.core.rpc.status import from_rpc
 from services.core.rpc.tls import ClientFiles
-from services.core.runtime import _nats_tls
+from services.core.runtime import nats_tls
 from tests.certificates import Authority
 
 
@@ -229,14 +229,14 @@ def test_a_client_with_half_a_pair_or_nonsense_is_told_which_setting(
 
 async def test_nats_is_reached_with_certificates_only(authority: Authority, nats_with_tls: str, tmp_path: Path) -> None:
     cert, key = authority.sign("client")
-    good = _nats_tls(CoreSettings(nats_ca_file=authority.file, nats_cert_file=cert, nats_key_file=key))
+    good = nats_tls(CoreSettings(nats_ca_file=authority.file, nats_cert_file=cert, nats_key_file=key))
     await reach(f"nats://{nats_with_tls}", good)
     (tmp_path / "other").mkdir()
     stranger = Authority(tmp_path / "other")
     with pytest.raises(errors.StateUnavailable):
-        await reach(f"tls://{nats_with_tls}", _nats_tls(CoreSettings(nats_ca_file=stranger.file)))
+        await reach(f"tls://{nats_with_tls}", nats_tls(CoreSettings(nats_ca_file=stranger.file)))
     with pytest.raises(errors.InvalidArgument):
-        _nats_tls(CoreSettings(nats_ca_file=cert, nats_cert_file=cert, nats_key_file=authority.sign("other")[1]))
+        nats_tls(CoreSettings(nats_ca_file=cert, nats_cert_file=cert, nats_key_file=authority.sign("other")[1]))
 
 
 async def test_no_password_goes_to_a_server_that_offers_no_tls(authority: Authority, tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 from types import MappingProxyType
 
 import nats.js.errors
+import structlog
 from pydantic import SecretStr
 
 from services.cli.local.files import DataFolder, ServiceCredentials, StackInfo, StackState
 from services.cli.local.stack import BUCKET
 from services.client.addresses import folder_of
-from services.core import config
+from services.core import config, log
 from services.core.config import CoreSettings
 from services.core.errors import Unavailable
 from services.core.nats_connection import NatsConnection, translated
@@ -136,6 +137,8 @@ async def opened(installation: Installation) -> AsyncIterator[Control]:
         StateUnavailable, StoreUnavailable: one does not answer, or refuses the credentials.
     """
     settings = installation.settings
+    if not structlog.is_configured():
+        log.configure("codegraft", "error")  # on stderr: what is printed is the command's own
     connection = await connect_nats("operator", settings)
     store = S3Store(s3_address(settings))
     try:

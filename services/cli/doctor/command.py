@@ -70,7 +70,7 @@ def _checks(data: Path | None, monitor: str) -> Iterator[Check]:
 
 
 async def _installation(place: Installation, monitor: str) -> list[Check]:
-    """What NATS, the object store and the services say. What one of them does not answer ends the others' checks not."""
+    """What the services, NATS and the object store say; those that do not answer are told as that."""
     told = await services.told(place)
     found = [*services.check(place, told), *clock.check_services(told), *await clock.check_store(place)]
     try:

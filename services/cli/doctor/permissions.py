@@ -8,7 +8,6 @@ service's.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import io
 import secrets
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import nats.errors
 import urllib3
 from minio import Minio
 from minio.error import MinioException, S3Error
+from nats.aio.client import Client
 from urllib3.exceptions import HTTPError
 
 from services.cli.control.installation import Installation
@@ -90,24 +90,33 @@ async def _try_nats(settings: CoreSettings, user: str, password: str, own: list[
                 await client.request(f"$JS.API.STREAM.INFO.{stream}", b"", timeout=_TIMEOUT)
             except (nats.errors.Error, TimeoutError):
                 return f"may not look at {stream}"
-        for stream in others:
-            subject = f"$JS.API.STREAM.INFO.{stream}"
-            answer = client.new_inbox()
-            await client.publish(subject, b"", reply=answer)
-            await client.flush(timeout=int(_TIMEOUT))
-            if not any(subject.lower() in line for line in refused):
-                return f"may look at {stream}"
-        if others:
-            with contextlib.suppress(nats.errors.Error):
-                await client.subscribe("$KV.>")
-            await client.flush(timeout=int(_TIMEOUT))
-            if not any("subscription" in line for line in refused):
-                return "may listen to everybody's state"
+        if others and (allowed := await _allowed(client, others, refused)):
+            return allowed
         return ""
     except (nats.errors.Error, OSError, TimeoutError) as error:
         return f"it does not answer: {error or type(error).__name__}"
     finally:
         await client.close()
+
+
+async def _allowed(client: Client, others: list[str], refused: list[str]) -> str:
+    """What of the others' can be reached; empty when all of it is refused.
+
+    Args:
+        refused: what the server says against us, as it comes.
+    """
+    wanted = {f"$js.api.stream.info.{stream}".lower(): f"may look at {stream}" for stream in others}
+    for stream in others:
+        await client.publish(f"$JS.API.STREAM.INFO.{stream}", b"", reply=client.new_inbox())
+    wanted['subscription to "$kv.>"'] = "may listen to everybody's state"
+    await client.subscribe("$KV.>")
+    await client.flush(timeout=int(_TIMEOUT))
+    deadline = asyncio.get_running_loop().time() + _TIMEOUT
+    while left := [told for sign, told in wanted.items() if not any(sign in line for line in refused)]:
+        if asyncio.get_running_loop().time() > deadline:
+            return left[0]
+        await asyncio.sleep(0.01)
+    return ""
 
 
 def _check_s3(settings: CoreSettings, name: str, credentials: ServiceCredentials) -> Check:

@@ -1,4 +1,4 @@
-"""The bucket in the object store: whether it is there, closed, and keeps what records name and nothing else for long."""
+"""The bucket in the object store: whether it is there, closed, and keeps what records name."""
 
 from __future__ import annotations
 

@@ -1,10 +1,12 @@
-"""Streams and buckets of NATS: whether they are as the services make them, have their copies, and are on disk in time."""
+"""Streams and buckets of NATS: whether they are as the services make them, with their copies, and on disk in time."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Iterator
+from enum import Enum
 from typing import Any
 
 import nats.js.errors
@@ -50,6 +52,8 @@ def wanted(replicas: int) -> list[api.StreamConfig]:
             retention=api.RetentionPolicy.LIMITS,
             storage=bucket.storage,
             max_msgs_per_subject=bucket.history,
+            discard=api.DiscardPolicy.NEW,
+            deny_delete=True,
         )
         for bucket in buckets
     ]
@@ -65,22 +69,18 @@ async def check(control: Control, replicas: int) -> list[Check]:
     Args:
         replicas: copies that each should have.
     """
-    checks = []
-    for config in wanted(replicas):
-        name = config.name or ""
-        try:
-            with translated(f"look at the stream {name}"):
-                info = await control.nats.js.stream_info(name)
-        except StateUnavailable as error:
-            if isinstance(error.__cause__, nats.js.errors.NotFoundError):
-                checks.append(ok(f"stream {name}", "not made yet: its first use makes it"))
-            else:
-                checks.append(
-                    warning(f"stream {name}", f"not to be seen: {error.message}", "Come as the NATS user operator.")
-                )
-            continue
-        checks.append(judge(config, info))
-    return checks
+    return await asyncio.gather(*(_look(control, config) for config in wanted(replicas)))
+
+
+async def _look(control: Control, config: api.StreamConfig) -> Check:
+    name = config.name or ""
+    try:
+        with translated(f"look at the stream {name}"):
+            return judge(config, await control.nats.js.stream_info(name))
+    except StateUnavailable as error:
+        if isinstance(error.__cause__, nats.js.errors.NotFoundError):
+            return ok(f"stream {name}", "not made yet: its first use makes it")
+        return warning(f"stream {name}", f"not to be seen: {error.message}", "Come as the NATS user operator.")
 
 
 def judge(config: api.StreamConfig, info: api.StreamInfo) -> Check:
@@ -91,8 +91,8 @@ def judge(config: api.StreamConfig, info: api.StreamInfo) -> Check:
             name, "has no leader: nothing can be written", "Bring the NATS servers back: two of three suffice."
         )
     if different := [field for field in _COMPARED if _other(config, info.config, field)]:
-        told = ", ".join(f"{field} {getattr(info.config, field)}" for field in different)
-        meant = ", ".join(f"{field} {getattr(config, field)}" for field in different)
+        told = ", ".join(f"{field} {_word(getattr(info.config, field))}" for field in different)
+        meant = ", ".join(f"{field} {_word(getattr(config, field))}" for field in different)
         return failed(name, f"has {told}", f"It needs {meant}: nats stream edit {config.name} (as operator).")
     copies = info.config.num_replicas or 1
     if copies < (config.num_replicas or 1):
@@ -105,6 +105,10 @@ def judge(config: api.StreamConfig, info: api.StreamInfo) -> Check:
     if behind := [peer.name or "" for peer in peers if peer.offline or not peer.current]:
         return warning(name, f"the copy on {', '.join(behind)} is behind or away", "See that those servers are well.")
     return ok(name, f"{info.state.messages:,} messages, {copies} cop{'y' if copies == 1 else 'ies'}")
+
+
+def _word(value: object) -> object:
+    return value.value if isinstance(value, Enum) else value
 
 
 def _other(wanted: api.StreamConfig, there: api.StreamConfig, field: str) -> bool:
