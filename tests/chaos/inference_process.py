@@ -21,9 +21,11 @@ from services.inference.config import InferenceSettings
 if __name__ == "__main__":
     print("ready", flush=True)
     for line in sys.stdin:
+        environment = json.loads(line)
         child = os.fork()
         if not child:
-            os.environ.update(json.loads(line))
+            os.environ.update(environment)
             os._exit(runtime.run("inference", InferenceSettings, main))
         print(child, flush=True)
-        os.waitpid(child, 0)
+        if "CODEGRAFT_TEST_BESIDE" not in environment:  # the next one takes the place of this one
+            os.waitpid(child, 0)

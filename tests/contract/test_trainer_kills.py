@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ from tests.contract.test_trainer import DATASET, PROJECT, QUICK, commit_dataset
 from tests.unit.inference.tiny import make_model, make_tokenizer
 
 KILLS = 3
+SOON, LATE = 1.0, 120.0
+"""Leases, in seconds: one that a test waits for, and one that it never sees end."""
 SETTINGS = {
     **QUICK,
     "train_steps": 21,
@@ -56,13 +59,20 @@ class Trainers:
         self._asks, self._answers = self._nursery.stdin, self._nursery.stdout
         self._child = 0
 
-    def start(self) -> None:
+    def start(self, lease: float = SOON, beside: str = "") -> int:
+        """A trainer; its process id.
+
+        Args:
+            lease: seconds after which a dead worker's job is taken over.
+            beside: "beside" when another one may be started while it runs.
+        """
         if not self._child:
             while (line := self._answers.readline().strip()) != "ready":
                 assert line, "it ended"
-        self._asks.write("start\n")
+        self._asks.write(f"{lease} {beside}\n")
         self._asks.flush()
         self._child = int(self._answers.readline())
+        return self._child
 
     def kill(self) -> None:
         os.kill(self._child, signal.SIGKILL)
@@ -160,7 +170,7 @@ def _is_at(run: Run, attempt: int, step: int) -> bool:
     return status.state == JOB_STATE_RUNNING and status.epoch >= attempt and status.progress.done >= step
 
 
-async def test_killed_at_any_moment_it_becomes_the_same_adapter(scene: Scene) -> None:
+async def test_killed_or_drained_at_any_moment_it_becomes_the_same_adapter(scene: Scene) -> None:
     scene.trainers.start()
     whole = await scene.create("whole")
     ended = await scene.until(whole, lambda now: is_final(now.status))
@@ -191,3 +201,22 @@ async def test_killed_at_any_moment_it_becomes_the_same_adapter(scene: Scene) ->
         assert len(found) <= 6
         states = [key async for key in scene.runtime.store.list(f"{run.name}/states/")]
         assert states == [f"{run.name}/states/{SETTINGS['train_steps']}/manifest.json"]
+    scene.trainers.kill()
+    await _upgraded(scene, await scene.sha256(whole))
+
+
+async def _upgraded(scene: Scene, expected: str) -> None:
+    """A rolling upgrade: each trainer gets a successor, then SIGTERM; the job goes on long before its lease ends."""
+    drained = await scene.create("drained")
+    trainer = scene.trainers.start(LATE, "beside")
+    for epoch in (1, 2):
+        before = await scene.until(drained, lambda now, epoch=epoch: _is_at(now, epoch, 7 * epoch))
+        successor = scene.trainers.start(LATE, "beside")
+        os.kill(trainer, signal.SIGTERM)
+        began = time.monotonic()
+        after = await scene.until(drained, lambda now, epoch=epoch: now.status.epoch > epoch and now.status.worker)
+        assert after.status.worker != before.status.worker and time.monotonic() - began < LATE / 4
+        trainer = successor
+    last = await scene.until(drained, lambda now: is_final(now.status))
+    assert last.status.state == JOB_STATE_SUCCEEDED and last.status.epoch == 3, last.status
+    assert await scene.sha256(drained) == expected

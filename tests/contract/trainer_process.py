@@ -1,7 +1,7 @@
 """The processes that test_trainer_kills.py kills: the real trainer over the real NATS and S3 servers.
 
 This process only imports what is slow to import, then forks a trainer for each line on its standard input and answers
-with its process id.
+with its process id. A line is the lease of its jobs in seconds, and ``beside`` when the next one may start meanwhile.
 """
 
 from __future__ import annotations
@@ -27,26 +27,27 @@ from services.trainer import assembly
 from services.trainer.config import TrainerSettings
 from services.trainer.datasets import ScannerDatasets
 
-SOON = timedelta(seconds=1)
-"""A dead worker's job is taken over after so long, instead of half a minute."""
 
-
-async def main(settings: TrainerSettings) -> None:
+async def main(lease: timedelta, settings: TrainerSettings) -> None:
+    """Serves and trains; a dead worker's job is taken over after the lease."""
     torch.set_num_threads(1)
-    assembly.JobRunner = functools.partial(JobRunner, lease=SOON, max_attempts=100)  # type: ignore[assignment,misc]
+    assembly.JobRunner = functools.partial(JobRunner, lease=lease, max_attempts=100)  # type: ignore[assignment,misc]
     async with Runtime.open("trainer", settings) as opened:
         queue = opened.jobs
         assert isinstance(queue, NatsQueue)
-        opened.jobs = NatsQueue(queue._connection, ack_wait=SOON)
+        opened.jobs = NatsQueue(queue._connection, ack_wait=lease)
         trainer = assembly.Trainer(opened, settings, ScannerDatasets(channel(settings.scanner_address, settings)))
         await serve(settings, trainer.services, background=trainer.background)
 
 
 if __name__ == "__main__":
     print("ready", flush=True)
-    for _ in sys.stdin:
+    for line in sys.stdin:
+        seconds, *beside = line.split()
         child = os.fork()
         if not child:
-            os._exit(runtime.run("trainer", TrainerSettings, main))
+            lease = timedelta(seconds=float(seconds))
+            os._exit(runtime.run("trainer", TrainerSettings, functools.partial(main, lease)))
         print(child, flush=True)
-        os.waitpid(child, 0)
+        if not beside:
+            os.waitpid(child, 0)
