@@ -181,6 +181,16 @@ def test_every_runbook_has_an_alert_and_every_alert_a_runbook() -> None:
         assert rule["annotations"]["summary"] and rule["labels"]["severity"] in {"critical", "warning", "info"}
 
 
+def test_a_runbook_names_the_alerts_that_lead_to_it() -> None:
+    """Whoever was woken by an alert finds its name on the page, and nobody looks for one that is no more."""
+    leading: dict[str, set[str]] = {page: set() for page in RUNBOOKS}
+    for rule in alerts():
+        leading[rule["annotations"]["runbook"].rpartition("/")[2]].add(rule["alert"])
+    pages = {page: (ROOT / "docs/runbooks" / page).read_text() for page in RUNBOOKS}
+    named = {page: set(re.findall(r"`(Codegraft[A-Z]\w+)`", text)) for page, text in pages.items()}
+    assert named == leading
+
+
 def test_the_chart_has_the_same_rules() -> None:
     """To mend: cp deploy/telemetry/alerts.yaml deploy/helm/codegraft/files/alerts.yaml"""
     assert (CHART / "files/alerts.yaml").read_text() == (HERE / "alerts.yaml").read_text()

@@ -1,4 +1,4 @@
-"""A rolling upgrade of inference: replica after replica is replaced while editors complete, and no stream breaks."""
+"""Day two with real processes: replicas are replaced under running streams, and NATS loses everything."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ import pytest
 
 from codegraft.inference.v1 import completion_pb2 as pb
 from codegraft.inference.v1 import completion_pb2_grpc
+from codegraft.trainer.v1 import run_pb2, run_pb2_grpc
+from services.cli.control import rebuild
+from services.cli.control.installation import Installation
+from services.cli.control.installation import opened as connected
 from services.cli.local import ports
 from services.core import errors
 from services.core.config import CoreSettings
@@ -61,9 +65,10 @@ class Replicas(Nursery):
     def kill(self) -> None:
         for pid in self.pids.values():
             os.kill(pid, signal.SIGKILL)
+        self.pids.clear()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def replicas() -> Iterator[Replicas]:
     made = Replicas()  # before any channel: it is forked
     yield made
@@ -118,10 +123,9 @@ def _health(address: str) -> str:
     return probe.check(address, timedelta(seconds=2), service=COMPLETION_SERVICE)
 
 
-async def test_replicas_are_replaced_under_running_streams(
-    replicas: Replicas, own_nats_server: NatsServer, s3_server: S3Address, tmp_path: Path
-) -> None:
-    settings = CoreSettings(
+@pytest.fixture
+def settings(own_nats_server: NatsServer, s3_server: S3Address, tmp_path: Path) -> CoreSettings:
+    return CoreSettings(
         nats_url=own_nats_server.url,
         nats_user=own_nats_server.user,
         nats_password=own_nats_server.password,  # type: ignore[arg-type]
@@ -130,6 +134,11 @@ async def test_replicas_are_replaced_under_running_streams(
         s3_secret_key=s3_server.secret_key,  # type: ignore[arg-type]
         cache_dir=tmp_path / "cache",
     )
+
+
+async def test_replicas_are_replaced_under_running_streams(
+    replicas: Replicas, settings: CoreSettings, tmp_path: Path
+) -> None:
     async with opened(replicas, settings, tmp_path) as house:
         one, two = next(iter(replicas.pids)), f"{ports.HOST}:{ports.choose(['it'], {})['it']}"
         replicas.start_on(two)
@@ -155,3 +164,29 @@ async def test_replicas_are_replaced_under_running_streams(
         print(f"{len(editors.spans)} streams, {editors.again} calls made again")
         assert all(editors.over(moment) >= 2 for moment in moments), "no stream ran while a replica left"
         assert max(begin for begin, _ in editors.spans) > moments[-1], "the others went on"
+
+
+async def test_after_nats_lost_everything_the_best_adapter_serves_again(
+    replicas: Replicas, settings: CoreSettings, tmp_path: Path
+) -> None:
+    place = Installation(settings)
+    async with opened(replicas, settings, tmp_path) as house, connected(place) as control:
+        [address] = replicas.pids
+        _, first = await house.commit(house.one, 1)
+        checkpoint, best = await house.commit(house.one, 2)
+        await house.commit(house.one, 3, best=False)
+        await house.until_answered_by(house.one, best)
+        await replicas.drain(address)
+        for info in await control.nats.js.streams_info():
+            await control.nats.js.delete_stream(info.config.name or "")
+
+        made, _ = await rebuild._rebuild(place, dry_run=False)
+        assert house.one in {project.name for project in made.projects}
+        async with grpc.aio.insecure_channel(replicas.environment["CODEGRAFT_TRAINER_ADDRESS"]) as channel:
+            stub = run_pb2_grpc.RunServiceStub(channel)
+            [run] = (await stub.ListRuns(run_pb2.ListRunsRequest(parent=house.one))).runs
+            listed = (await stub.ListCheckpoints(run_pb2.ListCheckpointsRequest(parent=run.name))).checkpoints
+        assert run.best_checkpoint == checkpoint and [one.best for one in listed] == [False, True, False]
+        replicas.start_on(address)
+        await house.until_answered_by(house.one, best)
+        assert best != first
