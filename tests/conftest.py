@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import signal
@@ -11,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import structlog
 
 from services.cli.local import nats, ports, s3
 from services.cli.local.process import Child
@@ -18,6 +20,17 @@ from services.core.store.s3 import S3Address
 
 # Services that tests start by themselves take calls from everybody; those of `codegraft up` do not, whatever this says.
 os.environ["CODEGRAFT_AUTH"] = "off"
+
+
+@pytest.fixture
+def own_logs() -> Iterator[None]:
+    """What a command sets of the logs of this process is taken back at the end."""
+    root = logging.getLogger()
+    handlers, level = root.handlers, root.level
+    yield
+    structlog.reset_defaults()
+    root.handlers = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,8 @@ from services.inference.assembly import COMPLETION_SERVICE
 from tests.chaos.house import Nursery, opened
 from tests.conftest import NatsServer
 
+pytestmark = pytest.mark.usefixtures("own_logs")
+
 TOKENS = 64
 
 

@@ -40,6 +40,8 @@ from services.core.store.s3 import S3Address
 from services.trainer.records import Story
 from tests.conftest import NatsServer
 
+pytestmark = pytest.mark.usefixtures("own_logs")
+
 P, RUN, DATASET, SNAPSHOT = "projects/p", "projects/p/runs/r", "projects/p/datasets/d", "projects/p/snapshots/s"
 
 

@@ -28,6 +28,8 @@ from services.core.state.nats import NatsState
 from services.core.store import S3Store
 from services.core.version import release
 
+pytestmark = pytest.mark.usefixtures("own_logs")
+
 KNOWN = {name: ServiceCredentials.random(name) for name in SERVICES}
 SERVER = Path(__file__).with_name("rpc_process.py")
 
