@@ -120,9 +120,15 @@ def test_up_status_restart_down(data: Path) -> None:
     form = {"key": key, "csrf": re.findall(r'name="csrf" value="([^"]+)"', page.text)[0]}
     assert browser.post(str(page.url), data=form).status_code == 303
     assert browser.get(told.stdout.strip()).status_code == 200, "signed in"
+    checks = json.loads(codegraft("doctor", "--json", data=data).stdout)
+    found = {check["name"]: check["found"] for check in checks if check["name"] not in {"memory", "disk"}}
+    assert not [check for check in checks if check["result"] != "ok" and check["name"] in found]
+    assert found["API key"] == "keys/local: operator" and found["NATS as inference"] and found["versions"]
+    codegraft("backup", str(data.parent / "backup.tar.gz"), data=data)
 
     codegraft("down", data=data)
     assert_gone(everything)
+    codegraft("restore", str(data.parent / "backup.tar.gz"), data=data, expect=5)
     codegraft("status", data=data, expect=5)
     codegraft("console", data=data, expect=5)
     assert "no stack runs" in codegraft("down", data=data).stderr
