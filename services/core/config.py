@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import tomllib
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -42,6 +43,9 @@ class CoreSettings(BaseSettings):
     """How long running calls may go on after SIGTERM."""
     startup_timeout_seconds: float = Field(default=60, gt=0)
     """How long to wait for NATS and the object store at start before giving up."""
+    job_lease_seconds: float = Field(default=30, ge=1)
+    """How long a worker that is silent keeps its scan, part of a scan or run before another takes over; the same in all
+    replicas of a service. Shorter is quicker after a crash, but must outlast pauses of the machine."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe level that is written."""
     cache_dir: Path = Path("~/.cache/codegraft")
@@ -166,6 +170,11 @@ class CoreSettings(BaseSettings):
         if value is not None and not value.expanduser().is_file():
             raise ValueError("is no file")
         return value.expanduser().absolute() if value is not None else None
+
+    @property
+    def job_lease(self) -> timedelta:
+        """``job_lease_seconds``."""
+        return timedelta(seconds=self.job_lease_seconds)
 
     @property
     def listens_on_loopback(self) -> bool:

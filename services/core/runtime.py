@@ -129,7 +129,7 @@ class Runtime:
 
             yield cls(
                 state=lambda bucket, bounds: NatsState(connection, bucket, bounds),
-                jobs=NatsQueue(connection),
+                jobs=NatsQueue(connection, ack_wait=settings.job_lease),
                 events=NatsBus(connection, f"codegraft/{service}"),
                 audit=NatsAudit(connection, service),
                 store=store,

@@ -54,11 +54,11 @@ async def main(settings: ScannerSettings) -> None:
         room = places(opened.quotas, Kind.SCANS, state, scans)
         me = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
         runners = [
-            JobRunner(KIND, scans, opened.jobs, worker.handle, worker_id=f"{me}-{number}")
+            JobRunner(KIND, scans, opened.jobs, worker.handle, worker_id=f"{me}-{number}", lease=settings.job_lease)
             for number in range(settings.scanner_workers)
         ]
         part_runners = [
-            PartRunner(part_worker.KIND, opened.store, opened.jobs, maker.make)
+            PartRunner(part_worker.KIND, opened.store, opened.jobs, maker.make, lease=settings.job_lease)
             for _ in range(2 * settings.scanner_workers)  # while one waits for the store, the other works
         ]
         await serve(

@@ -57,6 +57,7 @@ class Trainer:
                 runtime.jobs,
                 RunWorker(runtime, settings, tables, newest, launcher, devices).handle,
                 worker_id=f"{me}-{number}",
+                lease=settings.job_lease,
             )
             for number, devices in enumerate(groups[: settings.trainer_workers])
         ]

@@ -16,6 +16,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
@@ -135,7 +136,8 @@ class PartRunner:
     """The worker's side: makes parts of any job of a kind, one at a time. More runners make more.
 
     Args:
-        make: must not block the event loop for longer than a third of ACK_WAIT.
+        make: must not block the event loop for longer than a third of the lease.
+        lease: how long a silent worker keeps a part, as the queue was told.
         retry: waits between the attempts at a part that fails.
     """
 
@@ -146,10 +148,12 @@ class PartRunner:
         queue: JobQueue,
         make: Make,
         *,
+        lease: timedelta = ACK_WAIT,
         retry: Backoff = Backoff(),  # noqa: B008  frozen
     ) -> None:
         self._kind = kind
         self._store = store
+        self._lease = lease
         self._queue = queue
         self._make = make
         self._retry = retry
@@ -174,7 +178,7 @@ class PartRunner:
             if await self._store.size(delivery.name) is not None:  # made by another worker, or in an earlier attempt
                 await delivery.ack()
                 return
-            beating = asyncio.create_task(_beat(delivery))
+            beating = asyncio.create_task(_beat(delivery, self._lease))
             try:
                 with (
                     figures.timed_part(self._kind),
@@ -217,9 +221,9 @@ class PartRunner:
         figures.DEAD.labels(self._kind).inc()
 
 
-async def _beat(delivery: Delivery) -> None:
+async def _beat(delivery: Delivery, lease: timedelta) -> None:
     while True:
-        await asyncio.sleep(ACK_WAIT.total_seconds() / 3)
+        await asyncio.sleep(lease.total_seconds() / 3)
         with contextlib.suppress(CodegraftError):  # then it is handed out again, and made twice: no harm
             await delivery.in_progress()
 
