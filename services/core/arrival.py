@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from codegraft.common.v1.artifact_pb2 import ArtifactFile
+from services.core import disk
 from services.core.errors import InvalidArgument, UploadMismatch
 
 MAX_CHUNK = 1 << 20
@@ -29,7 +30,7 @@ async def receive(files: Sequence[ArtifactFile], chunks: AsyncIterator[tuple[int
     for announced in files:
         digest, missing = hashlib.sha256(), announced.size
         path = folder / announced.path
-        with path.open("wb") as file:
+        with disk.writing(folder), path.open("wb") as file:
             while missing:
                 data = await rest.take(missing)
                 if not data:

@@ -500,6 +500,22 @@ class QuotaExceeded(ResourceExhausted):
     reason = "QUOTA_EXCEEDED"
 
 
+class DiskFull(ResourceExhausted):
+    """A folder in which a service writes has no room left."""
+
+    reason = "DISK_FULL"
+
+    @classmethod
+    def of(cls, folder: object, why: str) -> DiskFull:
+        """What to tell of a folder that cannot be written to."""
+        return cls(
+            f"the disk of {folder} is full ({why})",
+            hint="Free some space there, or point CODEGRAFT_CACHE_DIR and TMPDIR to a larger disk; then try again.",
+            retry_after=60,
+            folder=str(folder),
+        )
+
+
 class Unavailable(CodegraftError):
     """A service this one stands on cannot be reached now; the call may be repeated."""
 

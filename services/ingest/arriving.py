@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from services.core import disk
 from services.core.errors import Cancelled, UploadMismatch
 
 
@@ -26,21 +27,29 @@ class Arriving:
         self._broken = False
         self._verified = False
         self._hash = hashlib.sha256()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab")
+        with disk.writing(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab", buffering=0)  # what the disk did not take must not follow later
         self.arrived = self._file.tell()
         with path.open("rb") as file:
             while data := file.read(1 << 20):
                 self._hash.update(data)
 
     def append(self, data: bytes) -> None:
-        """Adds bytes at the end."""
-        self._file.write(data)
-        self._file.flush()
-        self._hash.update(data)
-        with self._changed:
-            self.arrived += len(data)
-            self._changed.notify_all()
+        """Adds bytes at the end.
+
+        Raises:
+            DiskFull: as far as there was room, they are there.
+        """
+        left = memoryview(data)
+        while left:
+            with disk.writing(self._path.parent):
+                written = self._file.write(left)
+            self._hash.update(left[:written])
+            left = left[written:]
+            with self._changed:
+                self.arrived += written
+                self._changed.notify_all()
 
     def verify(self) -> None:
         """Lets the reader have the end.

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from codegraft.ingest.v1.credential_pb2 import StoredCredential
 from codegraft.ingest.v1.source_pb2 import Source
-from services.core import log
+from services.core import disk, log
 from services.core.errors import EmptySource, NotFound, SourceUnreachable
 from services.core.runtime import Runtime
 from services.core.store.packs import PACK_BYTES
@@ -76,7 +76,8 @@ class Collector:
             repository, aside = folder / REPOSITORY, folder / "aside"
             was_kept = await asyncio.to_thread(self._workspace.take, source, repository)
             try:
-                collected = await self._collect(source, meter, folder)
+                with disk.writing(folder.parent):
+                    collected = await self._collect(source, meter, folder)
             except SourceUnreachable:
                 if not was_kept:
                     raise

@@ -26,7 +26,7 @@ from codegraft.ingest.v1.source_pb2 import (
     Source,
     SourceState,
 )
-from services.core import log, names
+from services.core import disk, log, names
 from services.core.errors import (
     CodegraftError,
     InternalError,
@@ -183,8 +183,10 @@ class Fetcher:
             await _ended(work, meter)
             raise
         except Exception as error:
-            logger.error("a fetch failed unexpectedly", source=source.name, exc_info=error)
-            failure = InternalError(f"reading the source failed: {type(error).__name__}")
+            failure = disk.full(error)
+            if failure is None:
+                logger.error("a fetch failed unexpectedly", source=source.name, exc_info=error)
+                failure = InternalError(f"reading the source failed: {type(error).__name__}")
         finally:
             keeper.cancel()
             await asyncio.gather(keeper, return_exceptions=True)

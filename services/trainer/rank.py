@@ -21,7 +21,7 @@ from codegraft.trainer.v1.training_pb2 import (
     TrainingMessage,
     TrainingSpec,
 )
-from services.core import log
+from services.core import disk, log
 from services.core.errors import CodegraftError, InternalError, JobCancelled
 from services.core.models import catalogue
 from services.trainer import checkpoint, job, judging, loop
@@ -52,12 +52,11 @@ def train(folder: RunFolder, ranks: Ranks = ALONE, device: str = "") -> None:
         if ranks.rank == 0 or not isinstance(error, JobCancelled):
             folder.fail(error)
     except Exception as error:
-        if ranks.size == 1:
-            # Not the echo of another rank's end: the same would happen again.
-            logger.exception("training failed")
-            folder.fail(InternalError(f"an unexpected error ended it ({type(error).__name__})", hint="See the log."))
-            return
-        raise
+        if (told := disk.full(error, folder.path)) is None and ranks.size > 1:
+            raise  # perhaps the echo of another rank's end, after which the group starts again
+        logger.exception("training failed")
+        name = type(error).__name__
+        folder.fail(told or InternalError(f"an unexpected error ended it ({name})", hint="See the log."))
 
 
 def _train(folder: RunFolder, ranks: Ranks, device: str) -> None:

@@ -22,7 +22,7 @@ from typing import NoReturn
 
 from opentelemetry.trace import SpanKind
 
-from services.core import log
+from services.core import disk, log
 from services.core.backoff import Backoff
 from services.core.errors import CodegraftError, InternalError, JobCancelled, by_reason
 from services.core.jobs.queue import ACK_WAIT, Delivery, JobQueue
@@ -203,6 +203,7 @@ class PartRunner:
                 await asyncio.gather(beating, return_exceptions=True)
 
     async def _failed(self, delivery: Delivery, error: Exception) -> None:
+        error = disk.full(error) or error
         known = isinstance(error, CodegraftError)
         logger.warning("a part failed", attempt=delivery.attempt, error=str(error), exc_info=None if known else error)
         if not known:

@@ -30,7 +30,7 @@ from codegraft.common.v1.job_pb2 import (
     JobState,
     JobStatus,
 )
-from services.core import log
+from services.core import disk, log
 from services.core.backoff import Backoff
 from services.core.errors import Code, CodegraftError, InternalError, InvalidTransition, JobCancelled, LeaseLost
 from services.core.jobs.context import JobContext
@@ -317,7 +317,10 @@ class JobRunner(Generic[M]):
 
 
 def _error(handler: asyncio.Future[None]) -> BaseException | None:
-    return asyncio.CancelledError() if handler.cancelled() else handler.exception()
+    if handler.cancelled():
+        return asyncio.CancelledError()
+    error = handler.exception()
+    return error and (disk.full(error) or error)
 
 
 def _is_callers_fault(error: BaseException | None) -> bool:

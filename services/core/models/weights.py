@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from services.core import disk
 from services.core.errors import DigestMismatch, ModelNotFound, Unavailable
 from services.core.models.catalogue import FolderSource, HubSource, ModelSpec, StoreSource, WheelSource
 
@@ -214,7 +215,8 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
             shutil.rmtree(left, ignore_errors=True)
         making = Path(tempfile.mkdtemp(prefix=f"{folder.name}.making-", dir=folder.parent))
         try:
-            make(making)
+            with disk.writing(folder.parent):
+                make(making)
             base_digest(making)
             making.chmod(0o755)
             making.rename(folder)

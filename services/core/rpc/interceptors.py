@@ -14,7 +14,7 @@ import structlog
 from grpc_status import rpc_status
 from opentelemetry.trace import SpanKind
 
-from services.core import log
+from services.core import disk, log
 from services.core.audit.calls import Audit
 from services.core.audit.log import AuditLog
 from services.core.auth.caller import ANYBODY, set_current
@@ -257,6 +257,8 @@ class _Call:
             await self.recorded(grpc.StatusCode.UNKNOWN)
             self.ended()
             raise error
+        if not isinstance(error, CodegraftError):
+            error = disk.full(error) or error
         if not isinstance(error, CodegraftError):
             logger.error("unexpected error", method=self.method, exc_info=error)
             error = InternalError(

@@ -22,6 +22,7 @@ from minio.datatypes import Object
 from minio.error import MinioException, S3Error
 from urllib3.exceptions import HTTPError
 
+from services.core import disk
 from services.core.backoff import Backoff
 from services.core.errors import CodegraftError, InvalidArgument, ObjectNotFound, StoreUnavailable
 from services.core.store.store import StoredObject
@@ -229,7 +230,7 @@ class S3Store:
             response.release_conn()
 
     def _get_path(self, key: str, path: Path) -> None:
-        with path.open("wb") as target:
+        with disk.writing(path.parent), path.open("wb") as target:
             self._get_stream(key, target)
 
     def _stat(self, key: str) -> StoredObject:

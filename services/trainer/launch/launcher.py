@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol
 
 from codegraft.trainer.v1.training_pb2 import TrainingMessage
-from services.core.errors import InternalError
+from services.core.errors import DiskFull, InternalError
 from services.trainer.launch.folder import RunFolder
 
 LOOK_SECONDS = 0.05
 """Between two looks for messages. A file is looked at rather than a pipe read: it works over machines, and a worker
 that is slow for a moment holds up nobody."""
+NO_ROOM = 1 << 20
+"""Bytes: a disk with less is full."""
 
 
 class Processes(Protocol):
@@ -90,6 +93,8 @@ async def follow(
             break
         if not messages:
             await asyncio.sleep(LOOK_SECONDS)
+    if shutil.disk_usage(folder.path).free < NO_ROOM:  # nor was there any to say so
+        raise DiskFull.of(folder.path.parent, "training needs room for adapters and states")
     raise InternalError(
         f"the training processes ended without a result: {describe()}",
         hint="See the worker's log; a process that was ended by SIGKILL most likely needed too much memory.",

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from services.core.errors import LimitExceeded, SourceUnreachable
+from services.core import disk
+from services.core.errors import DiskFull, LimitExceeded, SourceUnreachable
 from services.ingest.limits import Meter
 
 CONFIG = {
@@ -69,6 +70,7 @@ class Git:
 
         Raises:
             LimitExceeded: it takes too long or writes too much.
+            DiskFull: there is no room for what it writes.
             Cancelled: the reading was stopped.
             SourceUnreachable: there is no git.
         """
@@ -82,7 +84,11 @@ class Git:
                 _end(process)
             out.seek(0)
             err.seek(0)
-            return Done(process.returncode, out.read(), err.read(1 << 16).decode(errors="replace"))
+            done = Done(process.returncode, out.read(), err.read(1 << 16).decode(errors="replace"))
+        ours = "\n".join(line for line in done.errors.splitlines() if not line.startswith("remote:"))
+        if done.code and (why := disk.complaint(ours)):
+            raise DiskFull.of(self.folder.parent, why)
+        return done
 
     @contextmanager
     def talk(self, *arguments: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:

@@ -1,0 +1,118 @@
+"""Faults at random: which, when and how long comes from a seed; and how long it took until all was well again."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+
+import httpx2
+
+from services.cli.local.stack import SERVICES
+from services.client.aio.client import AsyncCodegraft
+from services.core.errors import CodegraftError
+from tests.chaos.stack import LEASE, PARTS, WholeStack
+
+WORKERS = ("scanner", "trainer")
+RECOVERY = 60.0
+"""Seconds after which something counts as broken for good."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One fault and what became of it. Times are of the monotonic clock."""
+
+    kind: str
+    """For people: "scanner killed"."""
+    service: str
+    """Whose work was disturbed."""
+    began: float
+    over: float
+    """When the part was started again, or the network was well."""
+    well: float
+    """When a call that needs the part was answered for the first time."""
+
+
+@dataclass
+class Troublemaker:
+    """Brings faults over a stack, one after the other."""
+
+    stack: WholeStack
+    client: AsyncCodegraft
+    rng: random.Random
+    project: str
+    """That the calls are about which tell whether all is well."""
+    faults: list[Fault] = field(default_factory=list)
+
+    async def work(self, seconds: float) -> None:
+        """Every kind once, in any order, then at random until the time is over."""
+        deadline = time.monotonic() + seconds
+        kinds = self._kinds()
+        first = self.rng.sample(sorted(kinds), len(kinds))
+        while first or time.monotonic() < deadline:
+            kind = first.pop() if first else self.rng.choice(sorted(kinds))
+            await asyncio.sleep(self.rng.uniform(0.0, 2.0))
+            await kinds[kind](kind)
+
+    def _kinds(self) -> Mapping[str, Callable[[str], Awaitable[None]]]:
+        killed = {f"{name} killed": self._kill for name in PARTS}
+        paused = {f"{name} paused": self._pause for name in WORKERS}
+        return killed | paused | {"network cut": self._disturb, "network stalled": self._disturb}
+
+    async def _kill(self, kind: str) -> None:
+        name = kind.split()[0]
+        began = time.monotonic()
+        await asyncio.to_thread(self.stack.kill, name)
+        await asyncio.sleep(self.rng.uniform(0.0, 1.5))
+        over = time.monotonic()
+        await asyncio.to_thread(self.stack.begin, name)
+        await self._until_well(kind, name, began, over)
+
+    async def _pause(self, kind: str) -> None:
+        name = kind.split()[0]
+        began = time.monotonic()
+        self.stack.pause(name)
+        await asyncio.sleep(self.rng.uniform(0.5, 1.5) * LEASE)
+        self.stack.wake(name)
+        await self._until_well(kind, name, began, time.monotonic())
+
+    async def _disturb(self, kind: str) -> None:
+        (client, server), way = self.rng.choice(sorted(self.stack.ways.items(), key=lambda item: item[0]))
+        began = time.monotonic()
+        await asyncio.to_thread(way.cut if kind == "network cut" else way.stall)
+        await asyncio.sleep(self.rng.uniform(0.5, 5.0))
+        await asyncio.to_thread(way.mend)
+        await self._until_well(kind, client or server, began, time.monotonic())
+
+    async def _until_well(self, kind: str, name: str, began: float, over: float) -> None:
+        while True:
+            try:
+                await asyncio.wait_for(self._try(name), 5)
+                break
+            except (CodegraftError, TimeoutError, httpx2.HTTPError) as error:
+                assert time.monotonic() - over < RECOVERY, f"{name} is not well again: {error}"
+            await asyncio.sleep(0.05)
+        self.faults.append(Fault(kind, name, began, over, time.monotonic()))
+
+    async def _try(self, name: str) -> None:
+        """A call that only a sound part can answer."""
+        match name:
+            case "nats" | "ingest":
+                await self.client.projects.get(self.project)
+            case "s3":
+                await self.client.sources.upload(self.project, secrets.token_bytes(32))
+            case "scanner":
+                _ = [each async for each in self.client.scans.list(self.project)]
+            case "trainer":
+                _ = [each async for each in self.client.runs.list(self.project)]
+            case "inference":
+                async for _piece in self.client.completions.complete(self.project, prefix="a", max_tokens=2, timeout=5):
+                    pass
+            case _:
+                assert name in SERVICES
+                key = {"authorization": f"Bearer {self.stack.credentials.api_key}"}
+                async with httpx2.AsyncClient(base_url=f"http://{self.stack.ways['', name].address}") as http:
+                    (await http.get("/v1/models", headers=key)).raise_for_status()

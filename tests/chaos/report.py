@@ -1,0 +1,92 @@
+"""The table of what was done to a stack and how long it took to be well again."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tests.chaos.faults import WORKERS, Fault
+from tests.chaos.ledger import Ledger
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One kind of fault. Times in seconds; None where there was nothing to measure."""
+
+    kind: str
+    times: int
+    recovery_median: float
+    """From the restart, or the end of the fault, to the first call that was answered."""
+    recovery_worst: float
+    resumed: int
+    """Jobs that ran at the time and went on in another attempt."""
+    resume_median: float | None
+    """From the fault to that attempt's begin."""
+    resume_worst: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What is kept of a run."""
+
+    seed: int
+    seconds: float
+    rows: Sequence[Row]
+    jobs: int
+    failed: int
+    completions: int
+    broken: dict[str, int]
+
+    @classmethod
+    def of(cls, seed: int, seconds: float, faults: Sequence[Fault], ledger: Ledger) -> Report:
+        kinds = sorted({fault.kind for fault in faults})
+        rows = [_row(kind, [fault for fault in faults if fault.kind == kind], ledger) for kind in kinds]
+        failed = sum(bool(job.status.failure.reason) for job in ledger.jobs)
+        return cls(seed, seconds, rows, len(ledger.jobs), failed, ledger.completions, ledger.broken)
+
+    def table(self) -> str:
+        """In Markdown."""
+        lines = [
+            "| fault | times | well again: median | worst | jobs that went on | after: median | worst |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row in self.rows:
+            figures = (row.recovery_median, row.recovery_worst, row.resume_median, row.resume_worst)
+            first, second, third, fourth = (f"{each:.1f} s" if each is not None else "" for each in figures)
+            lines.append(f"| {row.kind} | {row.times} | {first} | {second} | {row.resumed} | {third} | {fourth} |")
+        broken = ", ".join(f"{count} {reason}" for reason, count in sorted(self.broken.items())) or "none"
+        lines += [
+            "",
+            f"Seed {self.seed}, {self.seconds:.0f} s: {self.jobs} jobs, all ended, {self.failed} of them FAILED; "
+            f"{self.completions} completions, broken off: {broken}.",
+        ]
+        return "\n".join(lines)
+
+    def keep(self, folder: Path) -> None:
+        """As chaos.md and chaos.json."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "chaos.md").write_text(self.table() + "\n")
+        (folder / "chaos.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def _row(kind: str, faults: Sequence[Fault], ledger: Ledger) -> Row:
+    recoveries = [fault.well - fault.over for fault in faults]
+    resumes = [
+        after
+        for fault in faults
+        if fault.service in WORKERS
+        for job in ledger.jobs
+        if job.worker == fault.service and (after := job.resumed_after(fault.began)) is not None
+    ]
+    return Row(
+        kind,
+        len(faults),
+        statistics.median(recoveries),
+        max(recoveries),
+        len(resumes),
+        statistics.median(resumes) if resumes else None,
+        max(resumes, default=None),
+    )

@@ -1,0 +1,198 @@
+"""A whole stack of real processes that a test may kill, pause and start again; they meet over proxies.
+
+It is made of the same parts as that of `codegraft up`, whose supervisor leaves what has crashed for a person to see.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from types import MappingProxyType
+
+from pydantic import SecretStr
+
+from services.cli.local import gateway, ports
+from services.cli.local.files import DataFolder
+from services.cli.local.process import tail
+from services.cli.local.stack import BEHIND, BUCKET, SERVICES, check, seeds, service_environment
+from services.client.access import Access
+from services.client.addresses import Addresses
+from services.client.aio.client import AsyncCodegraft
+from services.core.config import CoreSettings
+from services.core.rpc import probe
+from tests.chaos import starter
+from tests.chaos.proxy import Network, Proxy
+
+SERVERS = ("nats", "s3")
+PARTS = (*SERVERS, *SERVICES)
+LEASE = 4.0
+"""Seconds after which a silent worker's job is another's, instead of 30."""
+STARTUP = 90.0
+
+
+class WholeStack:
+    """NATS, S3, the four services and the gateway.
+
+    Attributes:
+        ways: the proxies: ("scanner", "nats") is the scanner's way to NATS, ("", "scanner") everybody's to the scanner.
+        data: the folders of the services by name: what they keep on disk.
+    """
+
+    def __init__(
+        self, folder: Path, network: Network, base: Path, *, s3_folder: Path, data: Path, settings: Mapping[str, str]
+    ) -> None:
+        """Starts nothing yet.
+
+        Args:
+            base: folder of the base model.
+            s3_folder: of the S3 server's files.
+            data: folder of what the services keep on disk.
+            settings: variables of all services.
+        """
+        self.folder = DataFolder(folder)
+        self.folder.create()
+        self._network = network
+        self._base = base
+        self._s3_folder = s3_folder
+        self._data = data
+        self._settings = settings
+        self.credentials = self.folder.credentials()
+        self._ports = ports.choose([*PARTS, "replica"], {})
+        self.ways: dict[tuple[str, str], Proxy] = {}
+        self._pids: dict[str, int] = {}
+        spawned = multiprocessing.get_context("spawn")
+        self._starter = ProcessPoolExecutor(1, mp_context=spawned, initializer=starter.initialize)
+
+    def start(self) -> None:
+        """Everything, until it serves."""
+        for service in BEHIND:
+            for server in SERVERS:
+                self.ways[service, server] = self._network.proxy(f"{service}-{server}", self._ports[server])
+        for service in SERVICES:
+            self.ways["", service] = self._network.proxy(service, self._ports[service])
+        for name in PARTS:
+            self.begin(name)
+        for name in SERVICES:
+            self.await_health(name)
+
+    def stop(self) -> None:
+        """Ends everything at once."""
+        self._starter.submit(starter.kill_all).result(STARTUP)
+        self._starter.shutdown()
+
+    def kill(self, name: str) -> None:
+        """SIGKILL."""
+        self._starter.submit(starter.kill, name).result(STARTUP)
+
+    def pause(self, name: str) -> None:
+        """SIGSTOP."""
+        os.kill(self._pids[name], signal.SIGSTOP)
+
+    def wake(self, name: str) -> None:
+        """SIGCONT."""
+        os.kill(self._pids[name], signal.SIGCONT)
+
+    def begin(self, name: str, more: Mapping[str, str] = MappingProxyType({}), service: str = "") -> None:
+        """Starts one part. A server is ready at the return, a service only when :meth:`await_health` returns.
+
+        Args:
+            name: "replica" is one more of a service, whom nobody calls.
+            more: settings of this process alone.
+            service: of which "replica" is one.
+        """
+        log, keys = self.folder.log(name), self.credentials
+        match name:
+            case "nats":
+                begun = self._starter.submit(
+                    starter.begin_nats,
+                    data=self.folder.root / name,
+                    log=log,
+                    port=self._ports[name],
+                    user=keys.nats_user,
+                    password=keys.nats_password,
+                    services={each: own.nats_password for each, own in keys.services.items()},
+                )
+            case "s3":
+                begun = self._starter.submit(
+                    starter.begin_s3,
+                    data=self._s3_folder,
+                    log=log,
+                    port=self._ports[name],
+                    access_key=keys.s3_access_key,
+                    secret_key=keys.s3_secret_key,
+                    bucket=BUCKET,
+                    services={each: (own.s3_access_key, own.s3_secret_key) for each, own in keys.services.items()},
+                )
+            case _:
+                environment = {
+                    **self._environment(service or name),
+                    "CODEGRAFT_LISTEN": self.address(name),
+                    **more,
+                }
+                begun = self._starter.submit(
+                    starter.begin_service, name, service or name, log, environment, self.folder.root
+                )
+        self._pids[name] = begun.result(STARTUP)
+
+    def await_health(self, name: str) -> None:
+        """Returns once a service serves."""
+        deadline = time.monotonic() + STARTUP
+        while (state := check(name, self.address(name), timedelta(seconds=1))) != probe.SERVING:
+            ended = self._starter.submit(starter.state, name).result(STARTUP)
+            assert ended == "is running", f"{name} {ended}\n{tail(self.folder.log(name))}"
+            assert time.monotonic() < deadline, f"{name} is {state}\n{tail(self.folder.log(name))}"
+            time.sleep(0.05)
+
+    def address(self, name: str) -> str:
+        """Where a part itself listens, without a proxy."""
+        return f"{ports.HOST}:{self._ports[name]}"
+
+    def log(self, name: str) -> str:
+        """What a part has written, since the start of the stack."""
+        return self.folder.log(name).read_text(errors="replace")
+
+    def client(self) -> AsyncCodegraft:
+        """The operator's, over the proxies."""
+        addresses = Addresses(**{name: self.ways["", name].address for name in BEHIND})
+        return AsyncCodegraft(addresses, access=Access(self.credentials.api_key))
+
+    def admin(self, cache: Path) -> CoreSettings:
+        """How a test looks into NATS and S3 itself."""
+        return CoreSettings(
+            nats_url=f"nats://{self.address('nats')}",
+            nats_user=self.credentials.nats_user,
+            nats_password=SecretStr(self.credentials.nats_password),
+            s3_endpoint=self.address("s3"),
+            s3_access_key=SecretStr(self.credentials.s3_access_key),
+            s3_secret_key=SecretStr(self.credentials.s3_secret_key),
+            s3_bucket=BUCKET,
+            cache_dir=cache,
+        )
+
+    def _environment(self, service: str) -> dict[str, str]:
+        to = {name: self.ways["", name].address for name in SERVICES}
+        if service == gateway.NAME:
+            return {**os.environ, **gateway.environment(self._settings, to)}
+        servers = {name: self.ways[service, name].address for name in SERVERS}
+        model = {f"CODEGRAFT_{name.upper()}_MODEL": f"dir:{self._base}" for name in ("scanner", "trainer", "inference")}
+        threads = {f"CODEGRAFT_{name.upper()}_THREADS": "1" for name in ("scanner", "trainer", "inference")}
+        temporary = self._data / service / "tmp"
+        temporary.mkdir(parents=True, exist_ok=True)
+        base = {**os.environ, **model, **threads, **self._settings}
+        own = {
+            "CODEGRAFT_CACHE_DIR": str(self._data / service),
+            "CODEGRAFT_JOB_LEASE_SECONDS": str(LEASE),
+            "CODEGRAFT_INGEST_LEASE_SECONDS": str(LEASE),
+            "TMPDIR": str(temporary),
+        }
+        if service == "ingest":
+            own["CODEGRAFT_INGEST_CREDENTIAL_KEYS"] = json.dumps([self.credentials.ingest_key])
+            own["CODEGRAFT_INGEST_SEED_KEYS"] = json.dumps(seeds(self.credentials))
+        return {**service_environment(base, {**servers, **to}, self.credentials, service), **own}

@@ -1,0 +1,51 @@
+"""Anything may be killed at any moment: what was acknowledged stays, every job ends, and nothing happens twice.
+
+``CHAOS_SECONDS=600 CHAOS_SEED=… CHAOS_REPORT=folder`` makes it the long test (`make chaos`), which keeps its table; the
+short one is part of every test run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from services.client.aio.client import AsyncCodegraft
+from tests.chaos.audit import Auditor
+from tests.chaos.faults import Troublemaker
+from tests.chaos.ledger import Ledger
+from tests.chaos.load import Person, edit
+from tests.chaos.report import Report
+from tests.chaos.stack import WholeStack
+
+SECONDS = float(os.environ.get("CHAOS_SECONDS", "20"))
+SEED = int(os.environ.get("CHAOS_SEED") or random.randrange(2**32))
+REPORT = os.environ.get("CHAOS_REPORT", "")
+END = 180.0
+"""Seconds within which all that was begun ends once the faults are over."""
+
+
+@pytest.mark.timeout(SECONDS + 400)
+async def test_killed_at_random_it_keeps_its_promises(stack: WholeStack, client: AsyncCodegraft) -> None:
+    print(f"CHAOS_SEED={SEED}")
+    rng, ledger, enough = random.Random(SEED), Ledger(), asyncio.Event()
+    people = [Person(client, ledger, random.Random(SEED + number), f"person-{SEED}-{number}") for number in range(2)]
+    project = await people[0].create(f"editors-{SEED}")
+    trouble = Troublemaker(stack, client, rng, project)
+    async with asyncio.timeout(SECONDS + END), asyncio.TaskGroup() as tasks:
+        for person in people:
+            tasks.create_task(person.work(enough))
+        for _ in range(2):
+            tasks.create_task(edit(client, ledger, project, enough))
+        await trouble.work(SECONDS)
+        enough.set()
+    report = Report.of(SEED, SECONDS, trouble.faults, ledger)
+    print(report.table())
+    if REPORT:
+        report.keep(Path(REPORT))
+    assert ledger.completions, ledger.broken
+    async with Auditor.of(stack, client, ledger) as auditor:
+        await auditor.all()
