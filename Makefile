@@ -83,9 +83,11 @@ fuzz: proto ## Hostile inputs against every reader of ingest (FUZZ_INPUTS=100000
 test: proto sshd promtool ## Every test: unit, contract, chaos (short), end to end (ARGS="-k name")
 	@$(BIN)/python -m pytest --quiet tests/unit tests/contract tests/chaos tests/e2e $(ARGS)
 
-CHAOS_SECONDS ?= 120
-chaos: proto ## Streams under swaps, cancels and deadlines for two minutes (CHAOS_SECONDS=120); `test` has a short one
-	@CHAOS_SECONDS=$(CHAOS_SECONDS) $(BIN)/python -m pytest --quiet tests/chaos $(ARGS)
+CHAOS_SECONDS ?= 600
+CHAOS_REPORT ?= dist/chaos
+chaos: proto ## Kills, pauses, bad networks, full disks for ten minutes (CHAOS_SECONDS=600 CHAOS_SEED=1 CHAOS_REPORT=dist/chaos)
+	@CHAOS_SECONDS=$(CHAOS_SECONDS) CHAOS_SEED=$(CHAOS_SEED) CHAOS_REPORT=$(abspath $(CHAOS_REPORT)) \
+	  $(BIN)/python -m pytest --quiet -rP tests/chaos $(ARGS)
 
 lint: setup ## ruff and buf
 	$(BIN)/ruff check .

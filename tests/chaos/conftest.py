@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from services.client.aio.client import AsyncCodegraft
+from tests.chaos.disk import SmallDisk
 from tests.chaos.proxy import Network
 from tests.chaos.stack import WholeStack
 from tests.unit.inference import tiny
@@ -30,13 +31,14 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WholeStack]:
         "CODEGRAFT_INFERENCE_PROMPT_TOKENS": "256",
     }
     network = Network()
-    made = WholeStack(folder / "stack", network, base, s3_folder=folder / "s3", data=folder / "data", settings=settings)
-    try:
-        made.start()
-        yield made
-    finally:
-        made.stop()
-        network.close()
+    with SmallDisk.of(folder / "s3", 256 << 20) as s3, SmallDisk.of(folder / "data", 64 << 20) as data:
+        made = WholeStack(folder / "stack", network, base, s3=s3, data=data, settings=settings)
+        try:
+            made.start()
+            yield made
+        finally:
+            made.stop()
+            network.close()
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import asyncio
 import random
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import httpx2
@@ -38,7 +38,7 @@ class Fault:
 
 @dataclass
 class Troublemaker:
-    """Brings faults over a stack, one after the other."""
+    """Brings faults over a stack."""
 
     stack: WholeStack
     client: AsyncCodegraft
@@ -47,15 +47,27 @@ class Troublemaker:
     """That the calls are about which tell whether all is well."""
     faults: list[Fault] = field(default_factory=list)
 
+    async def kill_each(self) -> None:
+        """Every part once, in any order, two at a time."""
+        names = self.rng.sample(PARTS, len(PARTS))
+
+        async def kill(some: Sequence[str]) -> None:
+            for name in some:
+                await self._strike(f"{name} killed")
+
+        await asyncio.gather(kill(names[::2]), kill(names[1::2]))
+
     async def work(self, seconds: float) -> None:
-        """Every kind once, in any order, then at random until the time is over."""
+        """One fault after the other: every kind once, in any order, then at random until the time is over."""
         deadline = time.monotonic() + seconds
-        kinds = self._kinds()
-        first = self.rng.sample(sorted(kinds), len(kinds))
+        kinds = sorted(self._kinds())
+        first = self.rng.sample(kinds, len(kinds))
         while first or time.monotonic() < deadline:
-            kind = first.pop() if first else self.rng.choice(sorted(kinds))
-            await asyncio.sleep(self.rng.uniform(0.0, 2.0))
-            await kinds[kind](kind)
+            await self._strike(first.pop() if first else self.rng.choice(kinds))
+
+    async def _strike(self, kind: str) -> None:
+        await asyncio.sleep(self.rng.uniform(0.0, 2.0))
+        await self._kinds()[kind](kind)
 
     def _kinds(self) -> Mapping[str, Callable[[str], Awaitable[None]]]:
         killed = {f"{name} killed": self._kill for name in PARTS}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import secrets
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +23,9 @@ LOOK = 0.25
 SCAN = ScanSettings(max_loss=1000, min_tokens=4)
 QUICK: dict[str, Any] = {
     "learning_rate": 2e-2,
-    "train_steps": 40,
-    "eval_steps": 10,
-    "checkpoint_steps": 5,
+    "train_steps": 24,
+    "eval_steps": 8,
+    "checkpoint_steps": 8,
     "batch_size": 4,
     "micro_batch_size": 2,
     "context_length": 64,
@@ -52,6 +53,11 @@ class Person:
     ledger: Ledger
     rng: random.Random
     name: str
+
+    @classmethod
+    def new(cls, client: AsyncCodegraft, ledger: Ledger) -> Person:
+        """One whose projects have no other's names."""
+        return cls(client, ledger, random.Random(), f"person-{secrets.token_hex(4)}")
 
     async def work(self, enough: asyncio.Event) -> None:
         """Begins nothing new once it is enough, and returns when all that was begun has ended."""

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from types import MappingProxyType
 
 from pydantic import SecretStr
 
@@ -28,10 +27,13 @@ from services.client.aio.client import AsyncCodegraft
 from services.core.config import CoreSettings
 from services.core.rpc import probe
 from tests.chaos import starter
+from tests.chaos.disk import SmallDisk
 from tests.chaos.proxy import Network, Proxy
 
 SERVERS = ("nats", "s3")
 PARTS = (*SERVERS, *SERVICES)
+REPLICAS = {"second-scanner": "scanner", "second-trainer": "trainer"}
+"""More workers, whom nobody calls."""
 LEASE = 4.0
 """Seconds after which a silent worker's job is another's, instead of 30."""
 STARTUP = 90.0
@@ -41,32 +43,33 @@ class WholeStack:
     """NATS, S3, the four services and the gateway.
 
     Attributes:
+        s3, data: the disks.
+        pids: process ids by name.
         ways: the proxies: ("scanner", "nats") is the scanner's way to NATS, ("", "scanner") everybody's to the scanner.
-        data: the folders of the services by name: what they keep on disk.
     """
 
     def __init__(
-        self, folder: Path, network: Network, base: Path, *, s3_folder: Path, data: Path, settings: Mapping[str, str]
+        self, folder: Path, network: Network, base: Path, *, s3: SmallDisk, data: SmallDisk, settings: Mapping[str, str]
     ) -> None:
         """Starts nothing yet.
 
         Args:
             base: folder of the base model.
-            s3_folder: of the S3 server's files.
-            data: folder of what the services keep on disk.
+            s3: what the S3 server has its files on.
+            data: what the services keep on disk, and write while they work.
             settings: variables of all services.
         """
         self.folder = DataFolder(folder)
         self.folder.create()
         self._network = network
         self._base = base
-        self._s3_folder = s3_folder
-        self._data = data
+        self.s3 = s3
+        self.data = data
         self._settings = settings
         self.credentials = self.folder.credentials()
-        self._ports = ports.choose([*PARTS, "replica"], {})
+        self._ports = ports.choose([*PARTS, *REPLICAS], {})
         self.ways: dict[tuple[str, str], Proxy] = {}
-        self._pids: dict[str, int] = {}
+        self.pids: dict[str, int] = {}
         spawned = multiprocessing.get_context("spawn")
         self._starter = ProcessPoolExecutor(1, mp_context=spawned, initializer=starter.initialize)
 
@@ -93,20 +96,14 @@ class WholeStack:
 
     def pause(self, name: str) -> None:
         """SIGSTOP."""
-        os.kill(self._pids[name], signal.SIGSTOP)
+        os.kill(self.pids[name], signal.SIGSTOP)
 
     def wake(self, name: str) -> None:
         """SIGCONT."""
-        os.kill(self._pids[name], signal.SIGCONT)
+        os.kill(self.pids[name], signal.SIGCONT)
 
-    def begin(self, name: str, more: Mapping[str, str] = MappingProxyType({}), service: str = "") -> None:
-        """Starts one part. A server is ready at the return, a service only when :meth:`await_health` returns.
-
-        Args:
-            name: "replica" is one more of a service, whom nobody calls.
-            more: settings of this process alone.
-            service: of which "replica" is one.
-        """
+    def begin(self, name: str) -> None:
+        """Starts one part. A server is ready at the return, a service only when :meth:`await_health` returns."""
         log, keys = self.folder.log(name), self.credentials
         match name:
             case "nats":
@@ -122,7 +119,7 @@ class WholeStack:
             case "s3":
                 begun = self._starter.submit(
                     starter.begin_s3,
-                    data=self._s3_folder,
+                    data=self.s3.folder / "s3",
                     log=log,
                     port=self._ports[name],
                     access_key=keys.s3_access_key,
@@ -131,15 +128,10 @@ class WholeStack:
                     services={each: (own.s3_access_key, own.s3_secret_key) for each, own in keys.services.items()},
                 )
             case _:
-                environment = {
-                    **self._environment(service or name),
-                    "CODEGRAFT_LISTEN": self.address(name),
-                    **more,
-                }
-                begun = self._starter.submit(
-                    starter.begin_service, name, service or name, log, environment, self.folder.root
-                )
-        self._pids[name] = begun.result(STARTUP)
+                service = REPLICAS.get(name, name)
+                environment = {**self._environment(service), "CODEGRAFT_LISTEN": self.address(name)}
+                begun = self._starter.submit(starter.begin_service, name, service, log, environment, self.folder.root)
+        self.pids[name] = begun.result(STARTUP)
 
     def await_health(self, name: str) -> None:
         """Returns once a service serves."""
@@ -183,11 +175,11 @@ class WholeStack:
         servers = {name: self.ways[service, name].address for name in SERVERS}
         model = {f"CODEGRAFT_{name.upper()}_MODEL": f"dir:{self._base}" for name in ("scanner", "trainer", "inference")}
         threads = {f"CODEGRAFT_{name.upper()}_THREADS": "1" for name in ("scanner", "trainer", "inference")}
-        temporary = self._data / service / "tmp"
+        temporary = self.data.folder / service / "tmp"
         temporary.mkdir(parents=True, exist_ok=True)
         base = {**os.environ, **model, **threads, **self._settings}
         own = {
-            "CODEGRAFT_CACHE_DIR": str(self._data / service),
+            "CODEGRAFT_CACHE_DIR": str(self.data.folder / service),
             "CODEGRAFT_JOB_LEASE_SECONDS": str(LEASE),
             "CODEGRAFT_INGEST_LEASE_SECONDS": str(LEASE),
             "TMPDIR": str(temporary),

@@ -12,7 +12,7 @@ import grpc
 
 from services.client import retry
 from services.client.streams import AsyncStream, answer_async
-from services.core.errors import CodegraftError, Unavailable
+from services.core.errors import CodegraftError, DeadlineExceeded, Unavailable
 from services.core.rpc import context
 from services.core.rpc.client import AUTHORIZATION
 from services.core.rpc.status import from_rpc
@@ -78,11 +78,15 @@ class Caller:
         timeout = context.shortened(self.timeout) or 0.0
         end = time.monotonic() + timeout
         attempt = 0
+        earlier: CodegraftError | None = None
         while True:
             try:
                 return await method(request, timeout=timeout, metadata=self._metadata())
             except grpc.RpcError as failure:
                 error = from_rpc(failure)
+            if earlier is not None and isinstance(error, DeadlineExceeded):
+                raise earlier  # which says why there was no answer in time
+            earlier = error
             pause = retry.delay(error, attempt)
             timeout = end - time.monotonic() - pause
             attempt += 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from contextvars import ContextVar
+from contextvars import Context, ContextVar, copy_context
 
 from services.core.telemetry import tracing
 
@@ -35,6 +35,13 @@ MARGIN = 0.05
 def set_deadline(remaining: float | None) -> None:
     """Notes that the call being served ends after so many seconds; None means never."""
     _deadline.set(None if remaining is None else time.monotonic() + remaining)
+
+
+def without_deadline() -> Context:
+    """The context as it is, for a task that outlives the call being served."""
+    copied = copy_context()
+    copied.run(_deadline.set, None)
+    return copied
 
 
 def remaining() -> float | None:

@@ -25,6 +25,7 @@ from urllib3.exceptions import HTTPError
 from services.core import disk
 from services.core.backoff import Backoff
 from services.core.errors import CodegraftError, InvalidArgument, ObjectNotFound, StoreUnavailable
+from services.core.rpc.context import remaining
 from services.core.store.store import StoredObject
 from services.core.telemetry import figures
 
@@ -37,9 +38,12 @@ THREADS = 16
 """Requests in flight at once for one store."""
 RETRIES = 2
 """Further tries of a request that failed on the way; each is safe to repeat."""
+ANSWER_BY = 0.9
+"""Share of a call's time that a request may take: the rest is for telling the caller."""
 LIST_PAGE = 1000
 PRESIGNED_FOR = timedelta(minutes=5)
 PROBE_KEY = ".codegraft/conditional-write"
+_LOOK = "Look at its log and its disk: a full one takes no more objects (docs/runbooks/disk-full.md)."
 
 Result = TypeVar("Result")
 
@@ -73,7 +77,9 @@ class S3Store:
         self._http = urllib3.PoolManager(
             maxsize=THREADS,
             timeout=urllib3.Timeout(connect=connect_timeout.total_seconds(), read=read_timeout.total_seconds()),
-            retries=urllib3.Retry(total=retries, backoff_factor=0.2, status_forcelist=[500, 502, 503, 504]),
+            retries=urllib3.Retry(
+                total=retries, backoff_factor=0.2, status_forcelist=[500, 502, 503, 504], raise_on_status=False
+            ),
             cert_reqs="CERT_REQUIRED",
             ca_certs=certifi.where(),
         )
@@ -167,7 +173,18 @@ class S3Store:
     # --- in the threads ---------------------------------------------------------------------------------------------
 
     async def _run(self, call: Callable[..., Result], *args: object) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._guarded, call, *args)
+        running = asyncio.get_running_loop().run_in_executor(self._threads, self._guarded, call, *args)
+        left = remaining()
+        try:
+            async with asyncio.timeout(None if left is None else left * ANSWER_BY):
+                return await running
+        except TimeoutError:
+            # Else its caller would only learn that its deadline has passed. The thread ends by its own timeouts.
+            raise StoreUnavailable(
+                f"the S3 server at {self._address.endpoint} does not answer within the time of the call",
+                field="s3_endpoint",
+                retry_after=1,
+            ) from None
 
     def _guarded(self, call: Callable[..., Result], *args: object) -> Result:
         try:
@@ -218,6 +235,7 @@ class S3Store:
             time.sleep(backoff.delay(attempt))
         raise StoreUnavailable(
             f"the S3 server at {self._address.endpoint} answered {response.status} to a conditional write of {key!r}",
+            hint=_LOOK,
             retry_after=1,
         )
 
@@ -269,7 +287,7 @@ class S3Store:
                     hint="Correct CODEGRAFT_S3_ACCESS_KEY and CODEGRAFT_S3_SECRET_KEY.",
                 )
             case _:
-                return StoreUnavailable(f"{where} refuses: {error.code}: {error.message}", retry_after=1)
+                return StoreUnavailable(f"{where} refuses: {error.code}: {error.message}", hint=_LOOK, retry_after=1)
 
 
 def _stored(found: Object) -> StoredObject:

@@ -30,6 +30,7 @@ from services.core import log, names
 from services.core.backoff import Backoff
 from services.core.errors import BaseModelMismatch, CheckpointNotFound, CodegraftError, StoreUnavailable
 from services.core.events import Event, EventBus
+from services.core.rpc.context import without_deadline
 from services.core.state import Table
 from services.core.telemetry import tracing
 from services.inference.adapters.bests import Bests
@@ -316,7 +317,8 @@ class Follower:
         self._spawn(self._refresh(project))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.ensure_future(self._in_turn(work))
+        # Also when a call's end freed the place: its deadline must not end what others wait for.
+        task = asyncio.get_running_loop().create_task(self._in_turn(work), context=without_deadline())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

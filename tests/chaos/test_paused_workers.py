@@ -1,0 +1,80 @@
+"""A worker that stands still until its lease is over is fenced off: its successor's result stands."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from codegraft.common.v1.job_pb2 import JOB_STATE_RUNNING, JOB_STATE_SUCCEEDED, JobStatus
+from codegraft.common.v1.split_pb2 import SPLIT_TEST
+from codegraft.scanner.v1.scan_pb2 import Scan
+from services.client.aio.client import AsyncCodegraft
+from services.core.errors import ScanNotFound
+from services.core.jobs import is_final
+from services.core.state import Table
+from services.trainer.records import Tables
+from tests.chaos.audit import Auditor
+from tests.chaos.ledger import Job, Ledger
+from tests.chaos.load import QUICK, Person
+from tests.chaos.stack import REPLICAS, WholeStack
+
+LOST = "the job was lost to another worker"
+LONG = QUICK | {"train_steps": 60, "checkpoint_steps": 4, "eval_steps": 20}
+
+
+@pytest.fixture
+async def auditor(stack: WholeStack, client: AsyncCodegraft) -> AsyncIterator[Auditor]:
+    async with Auditor.of(stack, client, Ledger()) as made:
+        yield made
+
+
+async def until(table: Table[Any], job: Job, reached: Callable[[JobStatus], bool]) -> Any:
+    """The job's record once it is so, as NATS has it: who is paused answers nobody."""
+    async with asyncio.timeout(90):
+        async for record in table.watch(job.name):
+            job.see(record.status)
+            if reached(record.status):
+                return record
+    raise AssertionError("unreachable")
+
+
+async def test_a_worker_that_wakes_too_late_changes_nothing(
+    stack: WholeStack, client: AsyncCodegraft, auditor: Auditor
+) -> None:
+    scans = Table(auditor.runtime.state("scanner"), Scan, missing=ScanNotFound)
+    runs = Tables.of(auditor.runtime.state("trainer")).runs
+    person = Person.new(client, auditor.ledger)
+    project = await person.create(f"{person.name}-paused")
+    await person.add(project, "code")
+    await person.add(project, "test", SPLIT_TEST)
+    await person.follow(await person.scan(project, await person.snapshot(project)))
+    for number in range(2):  # enough for a second scan to be under way for a while
+        await person.add(project, f"more-{number}")
+    snapshot = await person.snapshot(project)
+    run = await person.train(project, LONG)
+    begun = await until(runs, run, lambda status: status.state == JOB_STATE_RUNNING and status.progress.done >= 4)
+    scan = await person.scan(project, snapshot)
+    await until(scans, scan, lambda status: status.state == JOB_STATE_RUNNING)
+    stack.pause("scanner")
+    stack.pause("trainer")
+    try:
+        for replica in REPLICAS:
+            await asyncio.to_thread(stack.begin, replica)
+        scanned = await until(scans, scan, is_final)
+        trained = await until(runs, run, is_final)
+    finally:
+        stack.wake("scanner")
+        stack.wake("trainer")
+    assert scanned.status.state == trained.status.state == JOB_STATE_SUCCEEDED, (scanned.status, trained.status)
+    assert trained.status.epoch == begun.status.epoch + 1, "its successor did it, and nobody else"
+
+    async with asyncio.timeout(30):
+        while any(LOST not in stack.log(name) for name in ("scanner", "trainer")):  # noqa: ASYNC110  of other processes
+            await asyncio.sleep(0.1)
+    assert await scans.get(scan.name) == scanned and await runs.get(run.name) == trained
+    for replica in REPLICAS:
+        await asyncio.to_thread(stack.kill, replica)
+    await auditor.all()
