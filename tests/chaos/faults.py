@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import secrets
 import time
@@ -14,9 +15,12 @@ import httpx2
 from services.cli.local.stack import SERVICES
 from services.client.aio.client import AsyncCodegraft
 from services.core.errors import CodegraftError
+from tests.chaos.ledger import Ledger
 from tests.chaos.stack import LEASE, PARTS, WholeStack
 
 WORKERS = ("scanner", "trainer")
+BUSY = 15.0
+"""Seconds to wait for a worker to have something to do."""
 RECOVERY = 60.0
 """Seconds after which something counts as broken for good."""
 
@@ -42,6 +46,7 @@ class Troublemaker:
 
     stack: WholeStack
     client: AsyncCodegraft
+    ledger: Ledger
     rng: random.Random
     project: str
     """That the calls are about which tell whether all is well."""
@@ -76,6 +81,7 @@ class Troublemaker:
 
     async def _kill(self, kind: str) -> None:
         name = kind.split()[0]
+        await self._until_busy(name)
         began = time.monotonic()
         await asyncio.to_thread(self.stack.kill, name)
         await asyncio.sleep(self.rng.uniform(0.0, 1.5))
@@ -85,6 +91,7 @@ class Troublemaker:
 
     async def _pause(self, kind: str) -> None:
         name = kind.split()[0]
+        await self._until_busy(name)
         began = time.monotonic()
         self.stack.pause(name)
         await asyncio.sleep(self.rng.uniform(0.5, 1.5) * LEASE)
@@ -98,6 +105,15 @@ class Troublemaker:
         await asyncio.sleep(self.rng.uniform(0.5, 5.0))
         await asyncio.to_thread(way.mend)
         await self._until_well(kind, client or server, began, time.monotonic())
+
+    async def _until_busy(self, name: str) -> None:
+        """A worker is disturbed at work, if there is some to wait for."""
+        if name in WORKERS:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(BUSY):
+                    while not any(job.worker == name and job.runs for job in self.ledger.jobs):  # noqa: ASYNC110
+                        await asyncio.sleep(0.05)
+                    await asyncio.sleep(self.rng.uniform(0.0, 1.0))
 
     async def _until_well(self, kind: str, name: str, began: float, over: float) -> None:
         while True:

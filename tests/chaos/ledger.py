@@ -49,6 +49,11 @@ class Job:
             self.seen.append(now)
         return is_final(status)
 
+    @property
+    def runs(self) -> bool:
+        """Whether a worker had it when it was last seen."""
+        return bool(self.status.worker)
+
     def resumed_after(self, moment: float) -> float | None:
         """Seconds from a moment at which it ran to its next attempt; None when it did not run then, or had no other."""
         before = [seen for seen in self.seen if seen.at <= moment]

@@ -60,7 +60,7 @@ class Report:
         broken = ", ".join(f"{count} {reason}" for reason, count in sorted(self.broken.items())) or "none"
         lines += [
             "",
-            f"Seed {self.seed}, {self.seconds:.0f} s: {self.jobs} jobs, all ended, {self.failed} of them FAILED; "
+            f"Seed {self.seed}: {self.jobs} jobs, all ended, {self.failed} of them FAILED; "
             f"{self.completions} completions, broken off: {broken}.",
         ]
         return "\n".join(lines)

@@ -34,7 +34,7 @@ async def test_killed_at_random_it_keeps_its_promises(stack: WholeStack, client:
     rng, ledger, enough = random.Random(SEED), Ledger(), asyncio.Event()
     people = [Person(client, ledger, random.Random(SEED + number), f"person-{SEED}-{number}") for number in range(2)]
     project = await people[0].create(f"editors-{SEED}")
-    trouble = Troublemaker(stack, client, rng, project)
+    trouble = Troublemaker(stack, client, ledger, rng, project)
     async with asyncio.timeout(SECONDS + END), asyncio.TaskGroup() as tasks:
         for person in people:
             tasks.create_task(person.work(enough))

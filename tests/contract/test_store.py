@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import io
 import os
+import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,6 +20,7 @@ from codegraft.scanner.v1.dataset_pb2 import DatasetManifest
 from services.cli.local import ports
 from services.core import errors
 from services.core.names import new_id
+from services.core.rpc import context
 from services.core.store import Artifacts, Blobs, MemoryStore, ObjectStore, Pack, Packs, Place, S3Store, StoredObject
 from services.core.store.blobs import SMALL_BYTES, key
 from services.core.store.s3 import S3Address
@@ -439,6 +441,39 @@ async def test_a_server_that_never_answers() -> None:
     async with asyncio.timeout(5):
         with pytest.raises(errors.StoreUnavailable, match="timed out"):
             await store.get("k")
+    store.close()
+
+    async def within_a_call() -> None:
+        context.set_deadline(0.5)
+        patient = S3Store(S3Address(f"127.0.0.1:{port}", "bucket", "a", "s"), read_timeout=timedelta(seconds=3))
+        began = time.monotonic()
+        with pytest.raises(errors.StoreUnavailable, match="within the time of the call"):
+            await patient.get("k")
+        assert time.monotonic() - began < 0.5, "its caller still listens"
+        patient.close()
+
+    await asyncio.create_task(within_a_call())  # a task, for its deadline is no other test's
+    server.close()
+
+
+async def test_a_server_that_fails_says_why() -> None:
+    body = b"<Error><Code>InternalError</Code><Message>no space left</Message></Error>"
+
+    async def fail(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.readline() not in (b"\r\n", b""):
+            pass
+        writer.write(b"HTTP/1.1 500 Failed\r\nContent-Type: application/xml\r\nConnection: close\r\n")
+        writer.write(f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(fail, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    store = S3Store(S3Address(f"127.0.0.1:{port}", "bucket", "a", "s"), retries=1)
+    for call in (store.get("k"), store.put("k", b"x"), store.put("k", b"x", if_absent=True)):
+        with pytest.raises(errors.StoreUnavailable, match="no space left") as raised:
+            await call
+        assert "disk" in raised.value.hint
     store.close()
     server.close()
 

@@ -44,6 +44,14 @@ async def test_an_outage_that_lasts_is_told_after_a_bounded_number_of_tries(code
 
 
 @pytest.mark.usefixtures("hasty")
+async def test_at_the_deadline_the_outage_behind_it_is_told(codegraft: Any, fake: Any) -> None:
+    fake.scripts["GetProject"] = [errors.StateUnavailable("NATS is away"), hang]
+    with pytest.raises(errors.StateUnavailable, match="NATS is away"):
+        await codegraft.call(lambda c: c.with_timeout(0.5).projects.get("p"))
+    assert fake.count("GetProject") == 2
+
+
+@pytest.mark.usefixtures("hasty")
 async def test_a_create_keeps_its_request_id_over_all_tries_and_two_creates_differ(codegraft: Any, fake: Any) -> None:
     fake.scripts["CreateRun"] = [errors.Unavailable("away"), errors.Unavailable("away"), lambda _: _run()]
     await codegraft.call(lambda c: c.runs.create("p"))
