@@ -9,12 +9,14 @@ import os
 import pytest
 
 from codegraft.common.v1.job_pb2 import JOB_STATE_SUCCEEDED
+from codegraft.common.v1.split_pb2 import SPLIT_TEST
+from codegraft.ingest.v1.source_pb2 import FileSource, Source
 from services.client import retry
 from services.client.aio.client import AsyncCodegraft
 from services.core.errors import DiskFull, StoreUnavailable
 from tests.chaos.audit import Auditor
-from tests.chaos.ledger import Ledger
-from tests.chaos.load import Person
+from tests.chaos.ledger import Job, Ledger
+from tests.chaos.load import QUICK, Person
 from tests.chaos.stack import WholeStack
 
 MB = 1 << 20
@@ -25,27 +27,39 @@ async def test_the_services_disk(stack: WholeStack, client: AsyncCodegraft) -> N
     person = Person.new(client, ledger)
     project = await person.create(f"{person.name}-disk")
     await person.add(project, "code")
+    await person.add(project, "test", SPLIT_TEST)
+    await person.follow(await person.scan(project, await person.snapshot(project)))
+    await person.add(project, "more")
     snapshot = await person.snapshot(project)
     content = os.urandom(MB)
     with stack.data.filled():
         with pytest.raises(DiskFull, match=str(stack.data.folder)) as caught:
             await client.sources.upload(project, content)
         assert "Free some space" in caught.value.hint
-        scan = await person.scan(project, snapshot)
-        await until_told(stack, "scanner", scan.name)
+        source = FileSource(upload=next(iter(ledger.uploads)), path="again.py")
+        refused = await client.sources.add(project, Source(file=source), source_id="refused")
+        with pytest.raises(DiskFull, match=str(stack.data.folder)):
+            await client.sources.wait(refused.name)
+        jobs = [await person.scan(project, snapshot), await person.train(project, QUICK)]
+        for job in jobs:
+            await until_told(stack, job)
     await client.sources.upload(project, content)
-    await person.follow(scan)
-    assert scan.status.state == JOB_STATE_SUCCEEDED, scan.status.failure
+    await client.sources.sync(refused.name)
+    await client.sources.wait(refused.name)
+    for job in jobs:
+        await person.follow(job)
+        assert job.status.state == JOB_STATE_SUCCEEDED, job.status.failure
     async with Auditor.of(stack, client, ledger) as auditor:
         await auditor.all()
 
 
-async def until_told(stack: WholeStack, service: str, job: str) -> None:
-    """Until a service has logged that an attempt at the job met the full disk."""
+async def until_told(stack: WholeStack, job: Job) -> None:
+    """Until its worker has logged that an attempt at the job met the full disk."""
+    said = f"the disk of {stack.data.folder}"
     async with asyncio.timeout(60):
-        while not any(  # noqa: ASYNC110  of another process
-            job in line and f"the disk of {stack.data.folder}" in line for line in stack.log(service).splitlines()
-        ):
+        while True:
+            if any(job.name in line and said in line for line in stack.log(job.worker).splitlines()):
+                return
             await asyncio.sleep(0.1)
 
 

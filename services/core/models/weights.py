@@ -256,6 +256,8 @@ def _download(repo: str, to: Path) -> None:
             hint="Check the name; for a private model set HF_TOKEN.",
         ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        if (full := disk.full(error, to.parent)) is not None:
+            raise full from error
         raise Unavailable(
             f"the model {repo} could not be downloaded: {error}",
             hint="Check the connection to the Hub.",
