@@ -54,12 +54,17 @@ class Job:
         """Whether a worker had it when it was last seen."""
         return bool(self.status.worker)
 
-    def resumed_after(self, moment: float) -> float | None:
-        """Seconds from a moment at which it ran to its next attempt; None when it did not run then, or had no other."""
+    def resumed_after(self, moment: float, until: float) -> float | None:
+        """Seconds from a moment at which it ran to its next attempt; None when it did not run then, or had no other.
+
+        Args:
+            until: what happened later had other reasons.
+        """
         before = [seen for seen in self.seen if seen.at <= moment]
         if not before or not before[-1].runs:
             return None
-        return next((seen.at - moment for seen in self.seen if seen.epoch > before[-1].epoch), None)
+        epoch = before[-1].epoch
+        return next((seen.at - moment for seen in self.seen if seen.epoch > epoch and seen.at < until), None)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -36,15 +37,16 @@ class Report:
     seconds: float
     rows: Sequence[Row]
     jobs: int
-    failed: int
+    failed: Sequence[str]
+    """Why jobs failed that met more faults than they have attempts."""
     completions: int
     broken: dict[str, int]
 
     @classmethod
     def of(cls, seed: int, seconds: float, faults: Sequence[Fault], ledger: Ledger) -> Report:
         kinds = sorted({fault.kind for fault in faults})
-        rows = [_row(kind, [fault for fault in faults if fault.kind == kind], ledger) for kind in kinds]
-        failed = sum(bool(job.status.failure.reason) for job in ledger.jobs)
+        rows = [_row(kind, faults, ledger) for kind in kinds]
+        failed = [f"{job.name}: {job.status.failure.message}" for job in ledger.jobs if job.status.failure.reason]
         return cls(seed, seconds, rows, len(ledger.jobs), failed, ledger.completions, ledger.broken)
 
     def table(self) -> str:
@@ -60,8 +62,9 @@ class Report:
         broken = ", ".join(f"{count} {reason}" for reason, count in sorted(self.broken.items())) or "none"
         lines += [
             "",
-            f"Seed {self.seed}: {self.jobs} jobs, all ended, {self.failed} of them FAILED; "
+            f"Seed {self.seed}: {self.jobs} jobs, all ended, {len(self.failed)} of them FAILED; "
             f"{self.completions} completions, broken off: {broken}.",
+            *(f"- {why}" for why in self.failed),
         ]
         return "\n".join(lines)
 
@@ -73,17 +76,18 @@ class Report:
 
 
 def _row(kind: str, faults: Sequence[Fault], ledger: Ledger) -> Row:
-    recoveries = [fault.well - fault.over for fault in faults]
-    resumes = [
-        after
-        for fault in faults
-        if fault.service in WORKERS
-        for job in ledger.jobs
-        if job.worker == fault.service and (after := job.resumed_after(fault.began)) is not None
-    ]
+    mine = [fault for fault in faults if fault.kind == kind]
+    recoveries = [fault.well - fault.over for fault in mine]
+    resumes = []
+    for fault in mine:
+        if fault.service in WORKERS:
+            later = [each.began for each in faults if each.service == fault.service and each.began > fault.began]
+            jobs = [job for job in ledger.jobs if job.worker == fault.service]
+            found = [job.resumed_after(fault.began, min(later, default=math.inf)) for job in jobs]
+            resumes += [after for after in found if after is not None]
     return Row(
         kind,
-        len(faults),
+        len(mine),
         statistics.median(recoveries),
         max(recoveries),
         len(resumes),
