@@ -27,6 +27,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WholeStack]:
         # Training in a thread starts seconds sooner than in processes of its own, and ends with the service.
         "CODEGRAFT_TRAINER_LAUNCHER": "elastic" if LONG else "thread",
         "CODEGRAFT_SCANNER_PART_TOKENS": "1000",
+        "CODEGRAFT_SCANNER_WORKERS": "2",
         "CODEGRAFT_INFERENCE_KV_TOKENS": "8192",
         "CODEGRAFT_INFERENCE_PROMPT_TOKENS": "256",
     }
