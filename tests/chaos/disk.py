@@ -31,8 +31,7 @@ class SmallDisk:
     def of(cls, folder: Path, size: int) -> Iterator[SmallDisk]:
         """One of so many bytes at the folder, or, without the right to mount, a folder on that of containers."""
         folder.mkdir(parents=True)
-        mount = ["mount", "-t", "tmpfs", "-o", f"size={size},mode=700", "codegraft-chaos", str(folder)]
-        if subprocess.run(mount, capture_output=True, check=False).returncode == 0:
+        if _mounted(folder, size):
             try:
                 yield cls(folder)
             finally:
@@ -59,3 +58,11 @@ class SmallDisk:
             yield
         finally:
             ballast.unlink()
+
+
+def _mounted(folder: Path, size: int) -> bool:
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size},mode=700", "codegraft-chaos", str(folder)]
+    try:
+        return subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        return False
