@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC
 from typing import Annotated
 
 import typer
@@ -12,6 +13,7 @@ from services.cli.output import Json, err, print_json
 from services.client import Codegraft
 from services.core.errors import FailedPrecondition, InvalidArgument
 
+_MODES = {mode: name.removeprefix("SERVING_MODE_").lower().replace("_", "-") for name, mode in ServingMode.items()}
 app = typer.Typer(help="Serving: which adapter answers for a project.", no_args_is_help=True)
 
 
@@ -87,7 +89,7 @@ def approve(
 
 @app.command()
 def show(project: Project, json: Json = False) -> None:
-    """Show the policy, what it has come to, and what a replica serves."""
+    """Show the policy, what it has come to, what it came to before, and what a replica serves."""
     with connect() as client:
         answer = client.serving.get(project)
     if json:
@@ -97,8 +99,7 @@ def show(project: Project, json: Json = False) -> None:
 
 
 def _tell(serving: Serving, status: ServingStatus | None) -> None:
-    mode = ServingMode.Name(serving.mode).removeprefix("SERVING_MODE_").lower().replace("_", "-")
-    err.print(f"policy   {mode}")
+    err.print(f"policy   {_MODES[serving.mode]}")
     loss = f", test loss {serving.wanted_test_loss:.4f}" if serving.HasField("wanted_test_loss") else ""
     err.print(f"wanted   {serving.wanted_checkpoint or 'the base model'}{loss}")
     if serving.previous_checkpoint:
@@ -112,6 +113,9 @@ def _tell(serving: Serving, status: ServingStatus | None) -> None:
         )
     if status is None:
         return
+    for each in serving.history:
+        when = each.time.ToDatetime(UTC).strftime("%Y-%m-%d %H:%M:%S")
+        err.print(f"since    {when} {_MODES[each.mode]}: {each.checkpoint or 'the base model'}")
     split = f", {_split(status.active_split)}" if status.HasField("active_split") else ""
     behind = "" if status.converged else " (not yet the wanted)"
     err.print(f"active   {status.active_checkpoint or 'the base model'}{split}{behind}")

@@ -13,12 +13,16 @@ from codegraft.inference.v1.serving_pb2 import (
     SERVING_MODE_LATEST_BEST,
     SERVING_MODE_OFF,
     SERVING_MODE_PINNED,
+    ServedVersion,
     Serving,
     ServingMode,
     Split,
 )
 from services.core.errors import EtagMismatch, FailedPrecondition, ResourceExists
 from services.core.state import Table
+
+HISTORY = 20
+"""Versions of which a policy's record tells: it is read with every look at the policy, so it stays small."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +140,7 @@ BASE = Choice()
 
 def want(serving: Serving, choice: Choice | Best) -> None:
     """Sets what a policy resolves to; nothing waits any more."""
+    changes = not serving.history or serving.history[0].sha256 != choice.sha256
     if serving.wanted_checkpoint not in ("", choice.checkpoint):
         serving.previous_checkpoint = serving.wanted_checkpoint
     serving.wanted_checkpoint, serving.wanted_sha256 = choice.checkpoint, choice.sha256
@@ -145,6 +150,12 @@ def want(serving: Serving, choice: Choice | Best) -> None:
         serving.wanted_test_loss = choice.test_loss
     for name in ("waiting_checkpoint", "waiting_sha256", "waiting_test_loss"):
         serving.ClearField(name)
+    if changes:
+        now = ServedVersion(time=_now(), checkpoint=choice.checkpoint, sha256=choice.sha256, mode=serving.mode)
+        if choice.test_loss is not None:
+            now.test_loss = choice.test_loss
+        serving.history.insert(0, now)
+        del serving.history[HISTORY:]
 
 
 def named(serving: Serving) -> set[str]:

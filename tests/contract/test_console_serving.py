@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any
 
 import pytest
 
@@ -32,6 +31,7 @@ def acme(browser: Browser) -> Browser:
         mode=pb.SERVING_MODE_PINNED, pinned_checkpoint=BEST, wanted_checkpoint=BEST, wanted_test_loss=1.2, etag="3",
         waiting_checkpoint="projects/acme/runs/r-2/checkpoints/7", waiting_test_loss=1.9,
         split=pb.Split(percent=10),
+        history=[pb.ServedVersion(checkpoint=BEST, test_loss=1.2, mode=pb.SERVING_MODE_PINNED), pb.ServedVersion()],
     )  # fmt: skip
     failure = Failure(reason="ADAPTER_REJECTED", message=EVIL)
     status = pb.ServingStatus(
@@ -72,6 +72,7 @@ async def test_the_page_tells_what_serves_and_where_it_came_from(acme: Browser) 
     wanted = {"serving-state", "approve", "policy", "lineage-run", "lineage-dataset", "lineage-commits", "history"}
     assert wanted | {"playground", "answer-base", "answer-adapter", "acceptance", "swaps"} <= set(page.ids)
     assert "1,234 train" in page.text and "c0ffeec0ffee" in page.text and "40.0 %" in page.text
+    assert "r-1/120 1.2000 pinned" in page.text, "what served from when on"
     assert "base model (control)" in page.text and "keys/other" not in page.text
     assert acme.asked("GetAcceptance").window.seconds == 30 * 86400
     chosen = [each["id"] for each in page.of("input") if each.get("type") == "radio" and "checked" in each]
@@ -81,7 +82,7 @@ async def test_the_page_tells_what_serves_and_where_it_came_from(acme: Browser) 
     page = await acme.page(HERE)
     assert {"lineage-run", "lineage-gone", "history-denied"} <= set(page.ids) and "lineage-dataset" not in page.ids
     acme.services.scripts["GetServing"] = [pb.GetServingResponse()]
-    assert {"no-lineage", "mode-off"} <= set((await acme.page(HERE)).ids)
+    assert {"no-lineage", "no-swaps", "mode-off"} <= set((await acme.page(HERE)).ids)
 
 
 async def test_the_policy_is_set_as_chosen(acme: Browser) -> None:
@@ -114,21 +115,25 @@ async def test_the_policy_is_set_as_chosen(acme: Browser) -> None:
 
 
 async def test_swaps_are_told_as_they_happen(acme: Browser) -> None:
-    def now(sha256: str, **fields: Any) -> pb.WatchServingResponse:
-        return pb.WatchServingResponse(status=pb.ServingStatus(active_sha256=sha256, **fields))
-
-    later = now("cd", active_checkpoint=BEST, last_swap_seconds=0.5, ready=True, converged=True)
+    def now(sha256: str, *checkpoints: str) -> pb.WatchServingResponse:
+        status = pb.ServingStatus(active_sha256=sha256, ready=True, converged=True)
+        serving = pb.Serving(history=[pb.ServedVersion(checkpoint=each) for each in checkpoints])
+        status.active_checkpoint = checkpoints[0] if checkpoints else ""
+        return pb.WatchServingResponse(serving=serving, status=status)
 
     async def after(request: object) -> pb.WatchServingResponse:
         await asyncio.sleep(0.3)
-        return later
+        return now("cd", BEST, "projects/acme/runs/r-0/checkpoints/9")
 
     acme.services.scripts["WatchServing"] = [[now("ab"), now("ab"), after]]
     events = await acme.listen(f"{HERE}/live")
-    assert [kind for kind, _, _ in events] == ["part", "swap", "part", "part", "end"]
-    assert json.loads(events[1][1]) == {"checkpoint": "r-1/120", "seconds": "0.50 s"}
-    assert "serving" in Page(events[2][1]).text and Page(events[2][1]).ids[0] == "serving-state"
-    assert Page(events[3][1]).ids[0] == "came-from" and "c0ffeec0ffee" in events[3][1]
+    parts = [Page(data).ids[0] for kind, data, _ in events if kind == "part"]
+    assert parts == ["serving-state", "swap-history", "serving-state", "swap-history", "came-from"]
+    assert events[-1][0] == "end" and "no-swaps" in events[1][1]
+    assert "serving" in Page(events[2][1]).text
+    swaps = Page(events[3][1]).text
+    assert swaps.index("r-1/120") < swaps.index("r-0/9")
+    assert "c0ffeec0ffee" in events[4][1]
 
 
 async def test_base_and_adapter_complete_beside_each_other_as_text_is_made(acme: Browser) -> None:

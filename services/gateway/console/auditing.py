@@ -13,6 +13,8 @@ from codegraft.access.v1.audit_pb2 import AuditChange, AuditRecord
 from services.client.aio.access import Audit
 
 _PAGE = 1000
+_TOLD = frozenset({"history"})
+"""Fields that say what the records around them say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ def entry(record: AuditRecord) -> Entry:
 def difference(change: AuditChange) -> list[str]:
     """The fields that differ: name, what was there before, what after."""
     before, after = MessageToDict(change.before), MessageToDict(change.after)
-    names = sorted(before.keys() | after.keys())
+    names = sorted((before.keys() | after.keys()) - _TOLD)
     return [
         f"{change.name} {name}: {before.get(name, '-')} -> {after.get(name, '-')}"
         for name in names

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from datetime import timedelta
 
-import orjson
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -57,7 +56,7 @@ async def show(visit: Visit) -> Response:
 
 
 async def follow(visit: Visit) -> Response:
-    """GET /console/p/acme/serving/live: policy and replica after every change; a line for each swap."""
+    """GET /console/p/acme/serving/live: policy, replica and swaps after every change; and where the new one came from."""
 
     async def events() -> AsyncGenerator[bytes, None]:
         active: str | None = None
@@ -66,20 +65,14 @@ async def follow(visit: Visit) -> Response:
             if not batch:
                 yield live.STILL_HERE
                 continue
-            before = active
-            for each in batch:
-                status = each.status
-                if active is not None and status.active_sha256 != active:
-                    seconds = f"{status.last_swap_seconds:.2f} s" if status.last_swap_seconds else ""
-                    swap = {"checkpoint": version(status.active_checkpoint), "seconds": seconds}
-                    yield live.message("swap", orjson.dumps(swap).decode())
-                active = status.active_sha256
-            yield live.message(
-                "part", visit.part("parts/serving_state.html", serving=batch[-1].serving, status=batch[-1].status)
-            )
-            if before not in (None, active):
-                found = await lineage.of(client, batch[-1].status.active_checkpoint)
+            newest = batch[-1]
+            for part in ("serving_state", "swaps"):
+                html = visit.part(f"parts/{part}.html", serving=newest.serving, status=newest.status)
+                yield live.message("part", html)
+            if active not in (None, newest.status.active_sha256):
+                found = await lineage.of(client, newest.status.active_checkpoint)
                 yield live.message("part", visit.part("parts/lineage.html", lineage=found))
+            active = newest.status.active_sha256
 
     return live.answer(visit.request, events())
 

@@ -9,9 +9,11 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from codegraft.access.v1.access_pb2 import Role
 from codegraft.common.v1.job_pb2 import JobState, Progress
 from codegraft.common.v1.split_pb2 import Split
+from codegraft.inference.v1.serving_pb2 import ServingMode
 from codegraft.ingest.v1.source_pb2 import SourceState
 from codegraft.scanner.v1.verdict_pb2 import VerdictReason
 from services.client.jobs import FINAL
+from services.gateway.console.meanings import meaning
 
 
 def id_of(name: str) -> str:
@@ -106,6 +108,11 @@ def split(value: Split) -> str:
     return Split.Name(value).removeprefix("SPLIT_").lower()
 
 
+def mode(value: ServingMode) -> str:
+    """``latest best`` and the like."""
+    return ServingMode.Name(value).removeprefix("SERVING_MODE_").replace("_", " ").lower()
+
+
 def reason(value: VerdictReason) -> str:
     """``HIGH_LOSS`` and the like."""
     return VerdictReason.Name(value).removeprefix("VERDICT_REASON_")
@@ -126,6 +133,6 @@ FILTERS = {
     each.__name__: each
     for each in (
         *(id_of, pair, part_of, version, count, size, loss, duration, moment, iso, job_state, is_over),
-        *(role, source_state, split, reason, progress),
+        *(role, source_state, split, mode, reason, meaning, progress),
     )
 }

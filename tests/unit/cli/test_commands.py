@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from codegraft.common.v1.job_pb2 import Failure, JobState, JobStatus, Progress
 from codegraft.common.v1.model_pb2 import Model
@@ -532,11 +533,16 @@ def test_serve_approve(fake: Any, codegraft: Codegraft) -> None:
 
 def test_serve_show(fake: Any, codegraft: Codegraft) -> None:
     fake.answers["GetServing"] = serving_pb2.GetServingResponse(
-        serving=serving_pb2.Serving(mode=serving_pb2.SERVING_MODE_LATEST_BEST, wanted_checkpoint="c"),
+        serving=serving_pb2.Serving(
+            mode=serving_pb2.SERVING_MODE_LATEST_BEST,
+            wanted_checkpoint="c",
+            history=[serving_pb2.ServedVersion(time=Timestamp(seconds=1_700_000_000), checkpoint="c", mode=3)],
+        ),
         status=serving_pb2.ServingStatus(replica="one", streams={"": 2}, failure=Failure(message="wrong base")),
     )
     done = codegraft("serve", "show", "-p", "acme")
     assert "latest-best" in done.err and "wrong base" in done.err and "2 streams" in done.err
+    assert "since    2023-11-14 22:13:20 pinned: c" in done.err
 
 
 def test_models(fake: Any, codegraft: Codegraft) -> None:

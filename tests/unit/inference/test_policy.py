@@ -17,7 +17,7 @@ from codegraft.inference.v1.serving_pb2 import (
 from services.core.errors import FailedPrecondition, ServingNotFound
 from services.core.state import MemoryState, Table
 from services.inference.adapters.route import Route, Version, share
-from services.inference.policy import BASE, Best, Choice, Policies, approve, follow_best, named, set_mode
+from services.inference.policy import BASE, HISTORY, Best, Choice, Policies, approve, follow_best, named, set_mode
 
 SERVED = "projects/p/runs/a/checkpoints/10"
 
@@ -112,6 +112,24 @@ def test_the_way_back_is_remembered() -> None:
     assert made.previous_checkpoint.endswith("/20")
     set_mode(made, SERVING_MODE_PINNED, Choice(SERVED, "x"), None, Split(checkpoint="s", percent=5))
     assert named(made) == {SERVED, "s", made.previous_checkpoint}, "nothing lies between"
+
+
+def test_what_it_came_to_from_when_on_is_remembered() -> None:
+    made = Serving(mode=SERVING_MODE_LATEST_BEST)
+    for step in (10, 20, 20):  # the trainer tells of the same best again
+        follow_best(made, best("a", step, 2.0 - step / 100))
+    set_mode(made, SERVING_MODE_OFF, BASE, None, None)
+    told = [(each.sha256, each.mode, each.HasField("test_loss")) for each in made.history]
+    assert told == [
+        ("", SERVING_MODE_OFF, False),
+        ("a20", SERVING_MODE_LATEST_BEST, True),
+        ("a10", SERVING_MODE_LATEST_BEST, True),
+    ]
+    times = [each.time.ToNanoseconds() for each in made.history]
+    assert times == sorted(times, reverse=True) and times[-1] > 0
+    for step in range(2 * HISTORY):
+        set_mode(made, SERVING_MODE_PINNED, Choice(SERVED, f"s{step}"), None, None)
+    assert len(made.history) == HISTORY and made.history[0].sha256 == made.wanted_sha256
 
 
 async def test_replicas_that_hear_of_bests_in_any_order_agree() -> None:

@@ -2,22 +2,7 @@
 import { csrf, show } from "./forms.js";
 import { follow, replace } from "./live.js";
 
-const swaps = document.getElementById("swaps");
-follow(
-  `${location.pathname}/live`,
-  {
-    part: replace,
-    swap: (data) => {
-      const swap = JSON.parse(data);
-      const line = document.createElement("li");
-      const time = line.appendChild(document.createElement("time"));
-      time.textContent = new Date().toLocaleTimeString();
-      line.append(`${swap.checkpoint || "the base model"} took over${swap.seconds ? ` within ${swap.seconds}` : ""}`);
-      swaps.prepend(line);
-    },
-  },
-  document.getElementById("live-state"),
-);
+follow(`${location.pathname}/live`, { part: replace }, document.getElementById("live-state"));
 
 const form = document.getElementById("playground");
 const play = document.getElementById("play");
