@@ -53,7 +53,8 @@ def of(scan: Scan) -> Histogram | None:
     bins = list(scan.report.loss_bins)
     if not bins:
         return None
-    low, high = min(0.0, bins[0].low), bins[-1].high
+    threshold = scan.settings.max_loss if scan.settings.HasField("max_loss") else DEFAULT_THRESHOLD
+    low, high = min(0.0, bins[0].low), max(bins[-1].high, threshold)  # it has to be in the picture to be dragged
     if not high > low:
         high = low + 1
     most, wide = max(each.accepted + each.rejected for each in bins), WIDTH / (high - low)
@@ -63,7 +64,6 @@ def of(scan: Scan) -> Histogram | None:
         width = max(1.0, (each.high - each.low) * wide - 1)
         top = HEIGHT - accepted
         bars.append(Bar((each.low - low) * wide, width, top, accepted, top - rejected, rejected, each))
-    threshold = scan.settings.max_loss if scan.settings.HasField("max_loss") else DEFAULT_THRESHOLD
     return Histogram(bars, low, high, threshold)
 
 

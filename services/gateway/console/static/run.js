@@ -22,6 +22,7 @@ const runs = [svg.dataset.run, svg.dataset.other].filter(Boolean).map((address) 
 });
 
 let waiting = false;
+new ResizeObserver(schedule).observe(svg);
 function schedule() {
   if (waiting) return;
   waiting = true;
