@@ -14,7 +14,7 @@ pin = $(shell grep '^$(1)==' constraints.txt)
 # Named by what it was made from: a change of either file makes the set-up run again, nothing else does.
 STAMP := $(VENV)/.set-up-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 
-.PHONY: help setup proto proto-image docs demo promtool test chaos bench fuzz sshd lint format types deploy-check clean
+.PHONY: help setup proto proto-image docs demo promtool test chaos bench fuzz sshd chromium lint format types deploy-check clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,12 @@ sshd:
 	  test "$$(id -u)" = 0 || { echo "The tests need OpenSSH's server: sudo apt-get install openssh-server" >&2; exit 1; }; \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends openssh-server; } >/dev/null
 
+# The console is tested in a real browser: Debian's, which Playwright is told of. It downloads none of its own.
+chromium:
+	@command -v chromium >/dev/null || { \
+	  test "$$(id -u)" = 0 || { echo "The tests need Chromium: sudo apt-get install chromium" >&2; exit 1; }; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium; } >/dev/null
+
 # The alert rules are tested by Prometheus' own tool, taken out of Debian's package: nothing is installed or started.
 promtool: setup ## Bring promtool into .venv, unless it is there
 	@PATH="$(BIN):$$PATH" command -v promtool >/dev/null || { \
@@ -80,7 +86,7 @@ FUZZ_INPUTS ?= 100000
 fuzz: proto ## Hostile inputs against every reader of ingest (FUZZ_INPUTS=100000)
 	@$(BIN)/python -m tests.hostile.fuzz --inputs $(FUZZ_INPUTS) $(ARGS)
 
-test: proto sshd promtool ## Every test: unit, contract, chaos (short), end to end (ARGS="-k name")
+test: proto sshd chromium promtool ## Every test: unit, contract, chaos (short), end to end (ARGS="-k name")
 	@$(BIN)/python -m pytest --quiet tests/unit tests/contract tests/chaos tests/e2e $(ARGS)
 
 CHAOS_SECONDS ?= 600
@@ -106,4 +112,4 @@ deploy-check: proto promtool ## Images, compose and the Helm chart: linted, rend
 	@$(BIN)/python -m pytest --quiet tests/unit/deploy $(ARGS)
 
 clean: ## Remove what the build made; .venv stays
-	rm -rf gen dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf gen dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis

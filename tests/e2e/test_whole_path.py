@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ import httpx2
 import pytest
 
 from tests.e2e import editors
+from tests.e2e.conftest import CODEGRAFT
 
 HERE = Path(__file__).parent
-CODEGRAFT = [sys.executable, "-m", "services.cli.main"]
 SERVICES = ("ingest", "scanner", "trainer", "inference")
 PACKAGE_FILES = ["signer.py", "time.py", "tagging.py", "select.py", "retention.py", "error.py", "lifecycleconfig.py"]
 
@@ -55,21 +54,6 @@ def make_archive(folder: Path) -> Path:
         archive.add(package() / "xml.py", "minio/masked.py")
         archive.add(package() / "commonconfig.py", "minio/commonconfig.py")  # the held-out file, once more
     return folder / "package.tar.gz"
-
-
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Addresses of the services of a stack of its own, and its operator's key."""
-    data = tmp_path_factory.mktemp("stack")
-    command = [*CODEGRAFT, "up", "--detach", "--json", "--data", str(data)]
-    up = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    try:
-        assert up.returncode == 0, up.stdout + up.stderr
-        addresses = {service["name"]: service["address"] for service in json.loads(up.stdout)["services"]}
-        key = json.loads((data / "credentials.json").read_text())["api_key"]
-        yield addresses | {"key": key, "data": str(data)}
-    finally:
-        subprocess.run([*CODEGRAFT, "down", "--data", str(data)], check=True, timeout=60)
 
 
 @pytest.fixture(scope="module")

@@ -67,6 +67,7 @@ class Login:
             csrf=session.csrf,
             next=way,
             error=error,
+            hint="" if status == 401 else getattr(error, "hint", ""),  # it tells programs where they have their key
             home=PATH,
             project="",
             base="",

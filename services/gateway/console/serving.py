@@ -56,7 +56,7 @@ async def show(visit: Visit) -> Response:
 
 
 async def follow(visit: Visit) -> Response:
-    """GET /console/p/acme/serving/live: policy, replica and swaps after every change; and where the new one came from."""
+    """GET /console/p/acme/serving/live: policy, replica and swaps after every change, and the new lineage."""
 
     async def events() -> AsyncGenerator[bytes, None]:
         active: str | None = None

@@ -1,0 +1,294 @@
+"""A person's way through the console, from nothing to a swapped adapter: what is clicked, and what then is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from playwright.sync_api import expect
+
+from tests.e2e.chromium import Desk, in_tab
+from tests.servers.relay import Relay
+from tests.servers.ssh import SshServer
+
+PROJECT = "console"
+SCAN = {"max_tokens_per_file": "256", "window_tokens": "256"}
+RUN = {
+    "lora_r": "4",
+    "learning_rate": "2e-3",
+    "train_steps": "4",
+    "batch_size": "2",
+    "context_length": "128",
+    "warmup_steps": "1",
+    "eval_steps": "2",
+    "max_eval_tokens": "512",
+    "proof_places": "4",
+}
+"""Settings that train within seconds; the others stay AUTO."""
+
+
+def sign_in(desk: Desk, key: str) -> None:
+    """With a key that does not exist, then with one that does."""
+    desk.page.goto(f"{desk.url}/console")
+    desk.look("01-sign-in")
+    desk.fill(key="cg_nobody_0123456789abcdef")
+    with desk.expecting("401"):
+        desk.click("sign-in")
+        expect(desk.at("problem")).to_be_visible()
+    desk.look("02-sign-in-refused")
+    desk.fill(key=key)
+    desk.click("sign-in")
+    expect(desk.page.get_by_role("heading", name="Projects")).to_be_visible()
+
+
+def tab_to(desk: Desk, id: str, most: int = 40) -> None:
+    """Presses Tab until this element has the focus. Every stop on the way shows that it has it, within the window."""
+    for _ in range(most):
+        desk.page.keyboard.press("Tab")
+        focused = desk.page.locator(":focus")
+        assert focused.evaluate("it => getComputedStyle(it).outlineStyle") != "none", focused.inner_html()
+        expect(focused).to_be_in_viewport()
+        if focused.get_attribute("id") == id:
+            return
+    raise AssertionError(f"#{id} is not reached by {most} times Tab")
+
+
+def new_project(desk: Desk) -> None:
+    """Made with nothing but the keyboard."""
+    keyboard = desk.page.keyboard
+    desk.page.reload()
+    keyboard.press("Tab")
+    expect(desk.page.locator(":focus")).to_have_text("Skip to the content")
+    keyboard.press("Enter")
+    expect(desk.at("main")).to_be_focused()
+    tab_to(desk, "project_id")
+    keyboard.type("No good id")
+    with desk.expecting("400"):
+        keyboard.press("Enter")
+        expect(desk.at("project_id")).to_have_attribute("aria-invalid", "true")
+    expect(desk.at("project_id")).to_be_focused()
+    desk.look("03-projects-wrong-id")
+    keyboard.press("ControlOrMeta+a")
+    keyboard.type(PROJECT)
+    tab_to(desk, "title")
+    keyboard.type("Made by clicking")
+    tab_to(desk, "create-project")
+    keyboard.press("Space")
+    expect(desk.at("no-sources")).to_be_visible()
+
+
+def add_files(desk: Desk, archive: Path, held_out: Path) -> None:
+    """An archive from the file picker; a file by drag and drop, for the test part only."""
+    desk.look("04-sources-none")
+    with desk.page.expect_file_chooser() as chooser:
+        desk.page.get_by_label("Drop files here, or choose them").click()
+    desk.at("upload").get_by_text("Split and masks").click()
+    desk.fill(upload__exclude="masked.py")
+    chooser.value.set_files(archive)
+    states = desk.page.locator("#sources .state")
+    expect(states).to_have_text(["ready"])
+    desk.at("upload").get_by_text("Split and masks").click()
+    desk.at("upload-split").select_option("test")
+    desk.drop(held_out, "drop")
+    expect(states).to_have_text(["ready", "ready"])
+
+
+def add_repository(desk: Desk, server: SshServer, repository: Path) -> None:
+    """A private one over ssh, with a key that is made and copied here."""
+    desk.fill(ssh__credential_id="deploy", ssh__title="for the repository", ssh__known_hosts=server.host_key)
+    desk.click("generate-key")
+    desk.click("copy-deploy")
+    expect(desk.at("copy-deploy")).to_have_text("Copied")
+    copied = desk.page.evaluate("navigator.clipboard.readText()")
+    assert copied.startswith("ssh-ed25519 ")
+    server.admit(copied)
+    desk.fill(git__url=server.url(repository), git__source_id="app")
+    desk.at("git-credential").select_option("deploy")
+    desk.click("add-git-button")
+    expect(desk.at("source-app-state")).to_have_text("ready")
+    expect(desk.at("source-app")).to_contain_text("Commit")
+    desk.look("05-sources")
+    desk.at("source-app").get_by_role("link", name="Settings").click()
+    desk.fill(train_masks="*.py")
+    desk.look("06-source")
+    desk.click("save-source")
+    expect(desk.at("source-app-state")).to_have_text("ready")
+
+
+def settle_project(desk: Desk) -> None:
+    """Masks and licences of the whole project."""
+    desk.click("project")
+    desk.fill(exclude="*.generated.py", exclude_licenses="GPL-*")
+    desk.look("07-project")
+    desk.click("save-project")
+    expect(desk.at("exclude")).to_have_value("*.generated.py")
+
+
+def scan(desk: Desk) -> None:
+    """To its end, with the progress on the way."""
+    desk.click("nav-dataset")
+    expect(desk.at("no-scans")).to_be_visible()
+    desk.look("08-dataset-none")
+    desk.click("new-scan")
+    desk.fill(**SCAN)
+    desk.look("09-scan-new")
+    desk.click("start")
+    expect(desk.at("state")).to_have_text("succeeded")
+    expect(desk.at("funnel")).to_be_visible()
+    desk.look("10-dataset")
+
+
+def drag_threshold(desk: Desk) -> tuple[str, str]:
+    """With the mouse from where it is to the left, where everything is above it; gives what was told of both places."""
+    slider, preview = desk.at("threshold"), desk.at("preview")
+    slider.focus()
+    slider.press("ArrowLeft")
+    expect(preview).to_contain_text("more would be rejected")
+    before = preview.inner_text()
+    box = slider.bounding_box()
+    assert box
+    low, high = float(slider.get_attribute("min") or 0), float(slider.get_attribute("max") or 0)
+    share = (float(slider.input_value()) - low) / (high - low)
+    mouse, thumb, level = desk.page.mouse, 16, box["y"] + box["height"] / 2
+    mouse.move(box["x"] + thumb / 2 + (box["width"] - thumb) * share, level)
+    mouse.down()
+    mouse.move(box["x"] + 20, level, steps=10)
+    mouse.up()
+    expect(preview).not_to_have_text(before)
+    desk.look("11-dataset-threshold")
+    return before, preview.inner_text()
+
+
+def explain(desk: Desk, reason: str) -> str:
+    """From the table of reasons to one file's verdict."""
+    desk.at("reasons").get_by_role("link", name=reason).click()
+    desk.look("12-files")
+    desk.page.locator("#files tbody th a, #files tbody td a").first.click()
+    desk.look("13-file")
+    return desk.at("why").inner_text()
+
+
+def switch_language(desk: Desk, language: str) -> None:
+    """Off, and on again."""
+    desk.click("nav-dataset")
+    box = desk.page.get_by_role("checkbox", name=language)
+    for on in (False, True):
+        box.set_checked(on)
+        desk.click("save-languages")
+        desk.page.wait_for_load_state()
+        expect(box).to_be_checked(checked=on)
+
+
+def start_run(desk: Desk, title: str, **settings: str) -> str:
+    """With settings by hand, after a look at the plan and one mistake; gives the run's id."""
+    desk.click("nav-training")
+    if desk.at("no-runs").is_visible():
+        desk.look("14-training-none")
+    desk.click("new-run")
+    expect(desk.at("plan")).to_be_visible()
+    desk.fill(title=title, **RUN | settings)
+    desk.click("show-plan")
+    expect(desk.at("plan")).to_contain_text(RUN["train_steps"])
+    desk.look("15-run-new")
+    desk.fill(lora_dropout="7")
+    with desk.expecting("400"):
+        desk.click("start")
+        expect(desk.at("lora_dropout")).to_have_attribute("aria-invalid", "true")
+    desk.look("16-run-new-wrong")
+    desk.fill(lora_dropout="")
+    desk.click("start")
+    expect(desk.at("run-state")).to_be_visible()
+    return desk.page.url.rpartition("/")[2]
+
+
+def lose_and_find_again(desk: Desk, relay: Relay) -> None:
+    """The connection breaks while a page is live, and comes back by itself."""
+    state = desk.at("live-state")
+    expect(state).to_have_attribute("data-kind", "on")
+    expect(desk.at("log")).to_contain_text("plan:")
+    with desk.expecting("ERR_"):
+        relay.cut()
+        expect(state).to_have_attribute("data-kind", "lost")
+    expect(state).to_have_attribute("data-kind", "on")
+
+
+def finish_run(desk: Desk) -> None:
+    """Waits for its end."""
+    expect(desk.at("state")).to_have_text("succeeded", timeout=120_000)
+    expect(desk.at("log")).to_contain_text("best so far")
+
+
+def compare(desk: Desk, first: str, second: str) -> None:
+    """Two runs beside each other."""
+    desk.click("nav-training")
+    desk.look("20-training")
+    desk.page.get_by_role("radio", name=f"{first} as the first").check()
+    desk.page.get_by_role("radio", name=f"{second} as the second").check()
+    desk.click("compare-button")
+    expect(desk.at("curves")).to_have_attribute("aria-label", re.compile("best test loss.*; and best test loss"))
+    desk.look("21-compare")
+
+
+def play(desk: Desk, prefix: str) -> None:
+    """Both sides complete the same text."""
+    desk.fill(prefix=prefix, max_tokens="24")
+    desk.click("play")
+    for side in ("base", "adapter"):
+        expect(desk.at(f"answer-{side}").locator("mark")).not_to_be_empty()
+    for side in ("base", "adapter"):
+        expect(desk.at(f"facts-{side}")).to_contain_text("written in")
+
+
+def choose(desk: Desk, mode: str, checkpoint: str = "") -> None:
+    """Sets the policy and waits for the replica."""
+    desk.click("nav-serving")
+    desk.at(f"mode-{mode}").check()
+    if checkpoint:
+        desk.fill(checkpoint=checkpoint)
+    desk.click("set-policy")
+    desk.page.wait_for_load_state()
+    expect(desk.at(f"mode-{mode}")).to_be_checked()
+    expect(desk.at("converged")).to_have_text("serving")
+
+
+def make_key(desk: Desk, id: str, role: str) -> str:
+    """Its secret is shown, once."""
+    desk.fill(key_id=id, title="of a test")
+    desk.at("role").select_option(role)
+    desk.page.get_by_role("checkbox", name=PROJECT).check()
+    desk.click("create-key")
+    secret = desk.at("secret").inner_text()
+    desk.look("31-key-made")
+    desk.page.get_by_role("link", name="Done").click()
+    expect(desk.at(f"key-{id}")).to_contain_text("active")
+    assert secret not in desk.page.content()
+    return secret
+
+
+def sign_in_as_reader(operator: Desk, secret: str) -> None:
+    """In a browser window of its own: what a reader may not is said, and what he may is there."""
+    browser = operator.page.context.browser
+    assert browser
+    with browser.new_context(reduced_motion="reduce") as context:
+        it = in_tab(context, operator.url)
+        it.page.goto(f"{it.url}/console/p/{PROJECT}/dataset")
+        it.fill(key=secret)
+        it.click("sign-in")
+        expect(it.at("funnel")).to_be_visible()
+        it.click("nav-system")
+        expect(it.at("keys-denied")).to_be_visible()
+        with it.expecting("403"):
+            it.click("audit")
+            expect(it.at("problem")).to_be_visible()
+        it.look("32-not-allowed")
+        operator.troubles += it.troubles
+
+
+def rotate_and_revoke(desk: Desk, id: str, secret: str) -> None:
+    """A new secret, and then none that works."""
+    desk.click(f"rotate-{id}")
+    assert desk.at("secret").inner_text() != secret
+    desk.page.get_by_role("link", name="Done").click()
+    desk.page.once("dialog", lambda dialog: dialog.accept())
+    desk.click(f"revoke-{id}")
+    expect(desk.at(f"key-{id}")).to_contain_text("revoked")

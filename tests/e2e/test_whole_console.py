@@ -1,0 +1,189 @@
+"""The whole way from an empty project to a swapped adapter, clicked in a real browser: the real stack, the real model.
+
+Each part of the way is a fixture that the next one stands on. After every test nothing may have gone wrong in the
+browser, and wherever somebody looks, pictures are taken and axe looks too (tests/e2e/chromium.py).
+"""
+
+from __future__ import annotations
+
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.e2e import console_story as story
+from tests.e2e.chromium import Desk, in_tab, window
+from tests.e2e.test_whole_path import make_archive, make_bundle, package
+from tests.servers import ssh
+from tests.servers.relay import Relay, relaying
+
+pytestmark = pytest.mark.timeout(400)
+
+
+@pytest.fixture(scope="module")
+def relay(stack: dict[str, str]) -> Iterator[Relay]:
+    """What the browser's connections go through, so that they can be broken."""
+    with relaying(stack["gateway"]) as it:
+        yield it
+
+
+@pytest.fixture(scope="module")
+def person(relay: Relay, stack: dict[str, str]) -> Iterator[Desk]:
+    """Somebody who has signed in as an operator."""
+    with window(f"http://{relay.address}") as it:
+        story.sign_in(it, stack["key"])
+        yield it
+
+
+@pytest.fixture(autouse=True)
+def nothing_went_wrong(person: Desk) -> Iterator[None]:
+    yield
+    troubles, person.troubles[:] = list(person.troubles), []
+    assert troubles == [], "\n".join(troubles)
+
+
+@pytest.fixture(scope="module")
+def sources(person: Desk, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """An archive, a file and a private repository in a new project; gives their ids."""
+    folder = tmp_path_factory.mktemp("console")
+    make_bundle(folder)
+    story.new_project(person)
+    story.add_files(person, make_archive(folder), package() / "commonconfig.py")
+    with ssh.serving(folder / "ssh") as server:
+        story.add_repository(person, server, folder / "repo")
+    found = person.page.locator("#sources h3 a").all_inner_texts()
+    story.settle_project(person)
+    return found
+
+
+@pytest.fixture(scope="module")
+def started(person: Desk, sources: list[str]) -> str:
+    """A scan that is over and a run that goes on; gives its id."""
+    story.scan(person)
+    return story.start_run(person, "First")
+
+
+@pytest.fixture(scope="module")
+def trained(person: Desk, started: str) -> str:
+    """The run is over, and its best adapter serves."""
+    person.page.goto(f"{person.url}/console/p/{story.PROJECT}/training/{started}")
+    story.finish_run(person)
+    return started
+
+
+@pytest.fixture(scope="module")
+def second(person: Desk, trained: str) -> str:
+    """One more run, which goes on."""
+    return story.start_run(person, "Second", train_steps="2", seed="7", proof_places="0")
+
+
+def test_sources_come_from_the_disk_and_from_a_private_repository(sources: list[str]) -> None:
+    assert sources == ["app", "commonconfig-py", "package"]
+
+
+def test_a_live_page_survives_a_broken_connection(person: Desk, started: str, relay: Relay) -> None:
+    story.lose_and_find_again(person, relay)
+    lines = person.at("log").inner_text().splitlines()
+    assert len([line for line in lines if "plan:" in line]) == 1, "the story goes on where it stopped"
+    person.look("17-run-live")
+
+
+def test_the_dataset_is_explained(person: Desk, started: str) -> None:
+    person.click("nav-dataset")
+    assert person.at("funnel").locator("td.number").all_inner_texts() == ["17", "10", "10", "9", "1"]
+    here, there = story.drag_threshold(person)
+    assert " 0 files more would be rejected" in here and " 10 files more would be rejected" in there
+    assert person.page.locator("#histogram g.changes").count() > 0
+    why = story.explain(person, "LOTS_OF_DIGITS")
+    assert re.match(r"LOTS_OF_DIGITS: 9\d\.\d% of the characters\n", why) and "data rather than code" in why
+    story.switch_language(person, "Text")
+
+
+def test_system_keys_and_audit_log(person: Desk, started: str) -> None:
+    """While the run goes on: it is the one job."""
+    person.click("nav-system")
+    expect(person.at("health").locator(".state")).to_have_text(["serving"] * 4)
+    expect(person.at("jobs").locator("tbody tr")).to_contain_text(["running"])
+    person.look("30-system")
+    secret = story.make_key(person, "ci", "reader")
+    story.sign_in_as_reader(person, secret)
+    story.rotate_and_revoke(person, "ci", secret)
+    person.click("audit")
+    expect(person.at("records").locator("tbody tr").first).to_contain_text("RevokeKey")
+    person.look("34-audit")
+
+
+def test_a_run_leaves_checkpoints_to_take_home(person: Desk, trained: str, tmp_path: Path) -> None:
+    person.look("18-run")
+    label = person.at("curves").get_attribute("aria-label") or ""
+    assert re.fullmatch(r"Losses up to step 4: best test loss \d\.\d{4} at step [24]", label)
+    assert person.at("curves").locator("circle.best").count() == 1
+    with person.page.expect_download() as download:
+        person.click("download-4")
+    download.value.save_as(tmp_path / "adapter.tar")
+    with tarfile.open(tmp_path / "adapter.tar") as tar:
+        assert {"adapter_config.json", "adapter_model.safetensors"} <= set(tar.getnames())
+    person.click("keep-4")
+    expect(person.at("keep-4")).to_have_text("Let go")
+
+
+def test_base_and_adapter_answer_beside_each_other(person: Desk, trained: str) -> None:
+    person.click("nav-serving")
+    expect(person.at("active")).to_contain_text(f"{trained}/")
+    expect(person.at("lineage")).to_contain_text("First")
+    expect(person.at("lineage-commits")).to_contain_text("app at ")
+    story.play(person, "def main(")
+    assert person.at("facts-adapter").inner_text().startswith(f"{trained}/")
+    assert person.at("facts-base").inner_text().startswith("smollm2-135m,")
+    person.look("22-playground")
+    person.fill(max_tokens="512", temperature="1")
+    person.click("play")
+    expect(person.at("answer-adapter").locator("mark")).not_to_be_empty()
+    person.click("stop")
+    for side in ("base", "adapter"):
+        expect(person.at(f"facts-{side}")).to_contain_text("stopped")
+
+
+def test_swaps_are_seen_as_they_happen_and_taken_back(person: Desk, trained: str, second: str) -> None:
+    onlooker = in_tab(person.page.context, person.url)
+    onlooker.troubles = person.troubles
+    onlooker.page.goto(f"{person.url}/console/p/{story.PROJECT}/serving")
+    before = onlooker.at("active").inner_text()
+    story.finish_run(person)
+    best = person.at("best").inner_text().rpartition(" ")[2]
+    story.choose(person, "pinned", f"{second}/{best}")
+    swaps = onlooker.at("swaps").locator("tbody tr")
+    expect(onlooker.at("active")).to_have_text(f"{second}/{best}")
+    expect(swaps.first).to_contain_text(f"{second}/{best}")
+    expect(onlooker.at("lineage")).to_contain_text("Second")
+    expect(swaps.nth(1)).to_contain_text(before)
+    story.choose(person, "off")
+    expect(onlooker.at("active")).to_have_text("the base model")
+    expect(onlooker.at("came-from")).to_contain_text("The base model answers")
+    person.click("nav-training")
+    person.page.get_by_role("link", name="First").click()
+    person.click(f"serve-{before.rpartition('/')[2]}")
+    expect(onlooker.at("active")).to_have_text(before)
+    story.choose(person, "latest-best")
+    person.look("23-serving")
+    assert person.at("history").locator("tbody tr").count() == 4, "who changed the policy"
+    onlooker.page.close()
+
+
+def test_two_runs_beside_each_other(person: Desk, trained: str, second: str) -> None:
+    story.finish_run(person) if person.page.url.endswith(second) else None
+    story.compare(person, trained, second)
+    differing = person.at("compared").locator("tr", has=person.page.locator("td strong"))
+    assert {"train_steps", "seed"} <= set(differing.locator("th").all_inner_texts())
+
+
+def test_signing_out_ends_it(person: Desk) -> None:
+    person.page.goto(f"{person.url}/console/nowhere", wait_until="commit")
+    person.troubles.clear()
+    person.look("40-not-found")
+    person.click("sign-out")
+    person.page.goto(f"{person.url}/console/system")
+    expect(person.at("sign-in")).to_be_visible()
