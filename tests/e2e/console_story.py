@@ -30,12 +30,12 @@ RUN = {
 def sign_in(desk: Desk, key: str) -> None:
     """With a key that does not exist, then with one that does."""
     desk.page.goto(f"{desk.url}/console")
-    desk.look("01-sign-in")
+    desk.look("00-sign-in")
     desk.fill(key="cg_nobody_0123456789abcdef")
     with desk.expecting("401"):
         desk.click("sign-in")
         expect(desk.at("problem")).to_be_visible()
-    desk.look("02-sign-in-refused")
+    desk.look("01-sign-in-refused")
     desk.fill(key=key)
     desk.click("sign-in")
     expect(desk.page.get_by_role("heading", name="Projects")).to_be_visible()
@@ -67,7 +67,7 @@ def new_project(desk: Desk) -> None:
         keyboard.press("Enter")
         expect(desk.at("project_id")).to_have_attribute("aria-invalid", "true")
     expect(desk.at("project_id")).to_be_focused()
-    desk.look("03-projects-wrong-id")
+    desk.look("02-projects-wrong-id")
     keyboard.press("ControlOrMeta+a")
     keyboard.type(PROJECT)
     tab_to(desk, "title")
@@ -79,7 +79,7 @@ def new_project(desk: Desk) -> None:
 
 def add_files(desk: Desk, archive: Path, held_out: Path) -> None:
     """An archive from the file picker; a file by drag and drop, for the test part only."""
-    desk.look("04-sources-none")
+    desk.look("03-sources-none")
     with desk.page.expect_file_chooser() as chooser:
         desk.page.get_by_label("Drop files here, or choose them").click()
     desk.at("upload").get_by_text("Split and masks").click()
@@ -107,10 +107,10 @@ def add_repository(desk: Desk, server: SshServer, repository: Path) -> None:
     desk.click("add-git-button")
     expect(desk.at("source-app-state")).to_have_text("ready")
     expect(desk.at("source-app")).to_contain_text("Commit")
-    desk.look("05-sources")
+    desk.look("04-sources")
     desk.at("source-app").get_by_role("link", name="Settings").click()
     desk.fill(train_masks="*.py")
-    desk.look("06-source")
+    desk.look("05-source")
     desk.click("save-source")
     expect(desk.at("source-app-state")).to_have_text("ready")
 
@@ -119,23 +119,29 @@ def settle_project(desk: Desk) -> None:
     """Masks and licences of the whole project."""
     desk.click("project")
     desk.fill(exclude="*.generated.py", exclude_licenses="GPL-*")
-    desk.look("07-project")
+    desk.look("09-project")
     desk.click("save-project")
     expect(desk.at("exclude")).to_have_value("*.generated.py")
 
 
 def scan(desk: Desk) -> None:
-    """To its end, with the progress on the way."""
+    """Started, and followed until it runs."""
     desk.click("nav-dataset")
     expect(desk.at("no-scans")).to_be_visible()
-    desk.look("08-dataset-none")
+    desk.look("07-dataset-none")
     desk.click("new-scan")
     desk.fill(**SCAN)
-    desk.look("09-scan-new")
+    desk.look("08-scan-new")
     desk.click("start")
+    expect(desk.at("state")).to_have_text("running")
+
+
+def finish_scan(desk: Desk) -> None:
+    """Waits for its end; the page shows the report by itself."""
+    desk.click("nav-dataset")
     expect(desk.at("state")).to_have_text("succeeded")
-    expect(desk.at("funnel")).to_be_visible()
-    desk.look("10-dataset")
+    expect(desk.at("languages")).to_be_visible()
+    desk.look("12-dataset")
 
 
 def drag_threshold(desk: Desk) -> tuple[str, str]:
@@ -155,16 +161,16 @@ def drag_threshold(desk: Desk) -> tuple[str, str]:
     mouse.move(box["x"] + 20, level, steps=10)
     mouse.up()
     expect(preview).not_to_have_text(before)
-    desk.look("11-dataset-threshold")
+    desk.look("13-dataset-threshold")
     return before, preview.inner_text()
 
 
 def explain(desk: Desk, reason: str) -> str:
     """From the table of reasons to one file's verdict."""
     desk.at("reasons").get_by_role("link", name=reason).click()
-    desk.look("12-files")
+    desk.look("14-files")
     desk.page.locator("#files tbody th a, #files tbody td a").first.click()
-    desk.look("13-file")
+    desk.look("15-file")
     return desk.at("why").inner_text()
 
 
@@ -179,26 +185,41 @@ def switch_language(desk: Desk, language: str) -> None:
         expect(box).to_be_checked(checked=on)
 
 
-def start_run(desk: Desk, title: str, **settings: str) -> str:
-    """With settings by hand, after a look at the plan and one mistake; gives the run's id."""
+def ask_too_early(desk: Desk) -> None:
+    """For a plan, before there is a dataset."""
     desk.click("nav-training")
-    if desk.at("no-runs").is_visible():
-        desk.look("14-training-none")
+    expect(desk.at("no-runs")).to_be_visible()
+    desk.look("10-training-none")
+    desk.click("new-run")
+    expect(desk.at("plan-problem")).to_contain_text("dataset")
+    desk.look("11-run-without-dataset")
+
+
+def start_run(desk: Desk, title: str, **settings: str) -> str:
+    """With settings by hand; gives the run's id."""
+    desk.click("nav-training")
     desk.click("new-run")
     expect(desk.at("plan")).to_be_visible()
     desk.fill(title=title, **RUN | settings)
+    desk.click("start")
+    expect(desk.at("run-state")).to_be_visible()
+    return desk.page.url.rpartition("/")[2]
+
+
+def plan(desk: Desk) -> None:
+    """A look at what the settings come to and why, and one that is out of its range."""
+    desk.click("nav-training")
+    desk.click("new-run")
+    desk.fill(**RUN)
     desk.click("show-plan")
-    expect(desk.at("plan")).to_contain_text(RUN["train_steps"])
-    desk.look("15-run-new")
+    expect(desk.at("plan").locator("dd").first).to_have_text(RUN["train_steps"])
+    expect(desk.at("lora_alpha-hint")).to_contain_text("twice the rank")
+    desk.look("16-plan")
     desk.fill(lora_dropout="7")
     with desk.expecting("400"):
         desk.click("start")
         expect(desk.at("lora_dropout")).to_have_attribute("aria-invalid", "true")
-    desk.look("16-run-new-wrong")
-    desk.fill(lora_dropout="")
-    desk.click("start")
-    expect(desk.at("run-state")).to_be_visible()
-    return desk.page.url.rpartition("/")[2]
+    expect(desk.page.get_by_role("alert").filter(visible=True)).to_contain_text("0 to 0.9")
 
 
 def lose_and_find_again(desk: Desk, relay: Relay) -> None:
@@ -212,21 +233,22 @@ def lose_and_find_again(desk: Desk, relay: Relay) -> None:
     expect(state).to_have_attribute("data-kind", "on")
 
 
-def finish_run(desk: Desk) -> None:
-    """Waits for its end."""
-    expect(desk.at("state")).to_have_text("succeeded", timeout=120_000)
+def finish_run(desk: Desk, run: str) -> None:
+    """Waits for its end on its page."""
+    desk.page.goto(f"{desk.url}/console/p/{PROJECT}/training/{run}")
+    expect(desk.at("state")).to_have_text("succeeded", timeout=240_000)
     expect(desk.at("log")).to_contain_text("best so far")
 
 
 def compare(desk: Desk, first: str, second: str) -> None:
     """Two runs beside each other."""
     desk.click("nav-training")
-    desk.look("20-training")
+    desk.look("27-training")
     desk.page.get_by_role("radio", name=f"{first} as the first").check()
     desk.page.get_by_role("radio", name=f"{second} as the second").check()
     desk.click("compare-button")
     expect(desk.at("curves")).to_have_attribute("aria-label", re.compile("best test loss.*; and best test loss"))
-    desk.look("21-compare")
+    desk.look("28-compare")
 
 
 def play(desk: Desk, prefix: str) -> None:
@@ -258,7 +280,7 @@ def make_key(desk: Desk, id: str, role: str) -> str:
     desk.page.get_by_role("checkbox", name=PROJECT).check()
     desk.click("create-key")
     secret = desk.at("secret").inner_text()
-    desk.look("31-key-made")
+    desk.look("21-key-made")
     desk.page.get_by_role("link", name="Done").click()
     expect(desk.at(f"key-{id}")).to_contain_text("active")
     assert secret not in desk.page.content()
@@ -280,7 +302,7 @@ def sign_in_as_reader(operator: Desk, secret: str) -> None:
         with it.expecting("403"):
             it.click("audit")
             expect(it.at("problem")).to_be_visible()
-        it.look("32-not-allowed")
+        it.look("22-not-allowed")
         operator.troubles += it.troubles
 
 
