@@ -13,8 +13,8 @@ from codegraft.access.v1.audit_pb2 import AuditChange, AuditRecord
 from services.client.aio.access import Audit
 
 _PAGE = 1000
-_TOLD = frozenset({"history"})
-"""Fields that say what the records around them say."""
+_TOLD = frozenset({"etag", "history", "update_time"})
+"""Fields that differ with every change, and tell nothing of this one."""
 
 
 @dataclass(frozen=True, slots=True)
