@@ -60,7 +60,7 @@ class Desk:
         self.page.locator(f"#{id}").click()
 
     def fill(self, **fields: str) -> None:
-        """Types into the fields with these ids; underscores at the end are none of theirs."""
+        """Types into the fields with these ids, whose hyphens are written as two underscores."""
         for id, value in fields.items():
             self.page.locator(f"#{id.replace('__', '-')}").fill(value)
 

@@ -21,8 +21,8 @@ RUN = {
     "context_length": "128",
     "warmup_steps": "1",
     "eval_steps": "2",
-    "max_eval_tokens": "512",
-    "proof_places": "4",
+    "max_eval_tokens": "256",
+    "proof_places": "2",
 }
 """Settings that train within seconds; the others stay AUTO."""
 

@@ -84,13 +84,6 @@ def test_sources_come_from_the_disk_and_from_a_private_repository(sources: list[
     assert sources == ["app", "commonconfig-py", "package"]
 
 
-def test_a_live_page_survives_a_broken_connection(person: Desk, started: str, relay: Relay) -> None:
-    story.lose_and_find_again(person, relay)
-    lines = person.at("log").inner_text().splitlines()
-    assert len([line for line in lines if "plan:" in line]) == 1, "the story goes on where it stopped"
-    person.look("17-run-live")
-
-
 def test_the_dataset_is_explained(person: Desk, started: str) -> None:
     person.click("nav-dataset")
     assert person.at("funnel").locator("td.number").all_inner_texts() == ["17", "10", "10", "9", "1"]
@@ -100,6 +93,14 @@ def test_the_dataset_is_explained(person: Desk, started: str) -> None:
     why = story.explain(person, "LOTS_OF_DIGITS")
     assert re.match(r"LOTS_OF_DIGITS: 9\d\.\d% of the characters\n", why) and "data rather than code" in why
     story.switch_language(person, "Text")
+
+
+def test_a_live_page_survives_a_broken_connection(person: Desk, started: str, relay: Relay) -> None:
+    person.page.goto(f"{person.url}/console/p/{story.PROJECT}/training/{started}")
+    story.lose_and_find_again(person, relay)
+    lines = person.at("log").inner_text().splitlines()
+    assert len([line for line in lines if "plan:" in line]) == 1, "the story goes on where it stopped"
+    person.look("17-run-live")
 
 
 def test_a_plan_tells_why_and_refuses_nonsense(person: Desk, started: str) -> None:
