@@ -14,7 +14,7 @@ from codegraft.ingest.v1.snapshot_pb2 import CreateSnapshotResponse, ListSnapsho
 from codegraft.scanner.v1 import scan_pb2 as pb
 from codegraft.scanner.v1 import verdict_pb2
 from services.core import errors
-from services.gateway.console import scan_settings
+from services.gateway.console import histogram, scan_settings
 from tests.contract.console_world import EVIL, Browser, Page, check
 
 pytest_plugins = ["tests.contract.console_fixtures"]
@@ -56,6 +56,11 @@ def acme(browser: Browser) -> Browser:
     return browser
 
 
+def test_a_threshold_above_all_losses_is_in_the_picture() -> None:
+    found = histogram.of(scan(settings=pb.ScanSettings(max_loss=8)))
+    assert found and (found.low, found.high, found.at) == (0, 8, 760)
+
+
 async def test_the_page_shows_funnel_reasons_losses_and_languages(acme: Browser) -> None:
     page = await acme.page(HERE)
     wanted = {"scan-state", "funnel", "reasons", "histogram", "threshold", "languages", "choose-scan", "preview"}
@@ -63,7 +68,7 @@ async def test_the_page_shows_funnel_reasons_losses_and_languages(acme: Browser)
     funnel = page.text[page.text.index("in the snapshot") : page.text.index("Reasons")]
     for number in ("1,000", "650", "600", "570", "30", "60.0 %"):
         assert number in funnel, number
-    bars = [each for each in page.of("rect") if each["class"] == "accepted"]
+    bars = [each for each in page.of("rect") if each["class"] == "accepted" and "x" in each]
     assert [float(each["height"]) for each in bars] == [200, 100, 0]
     assert [float(each["x"]) for each in bars] == [190, 475, 570], "0 to 4 nats on 760 units"
     line = next(each for each in page.of("line") if each.get("id") == "threshold-line")
