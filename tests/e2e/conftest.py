@@ -15,7 +15,7 @@ CODEGRAFT = [sys.executable, "-m", "services.cli.main"]
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Addresses of the services of a real stack, its operator's key and its folder. It may fetch from this machine over ssh."""
+    """Addresses of the services of a real stack, its operator's key, its folder. It may fetch from here over ssh."""
     data = tmp_path_factory.mktemp("stack")
     command = [*CODEGRAFT, "up", "--detach", "--json", "--data", str(data)]
     environment = {**os.environ, "CODEGRAFT_INGEST_ALLOWED_NETWORKS": json.dumps(["127.0.0.0/8"])}
