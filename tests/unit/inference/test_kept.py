@@ -60,9 +60,9 @@ async def test_they_are_read_by_project_page_and_time(texts: Kept) -> None:
 async def test_they_are_deleted_and_no_audit_record_holds_them(texts: Kept) -> None:
     await texts.keep(P, made(), SHOWN, "secret code")
     await texts.keep("projects/p2", made(), SHOWN, "of another")
-    with audit.gathering() as changes:
+    with audit.gathering() as gathered:
         assert await texts.delete(P) == 1
-    assert changes and "secret" not in str(audit.fill(audit.AuditRecord(), changes))
+    assert gathered.changes and "secret" not in str(audit.fill(audit.AuditRecord(), gathered.changes))
     assert await texts.page(P, 0, 0, "") == ([], "")
     assert len((await texts.page("projects/p2", 0, 0, ""))[0]) == 1
 
