@@ -128,7 +128,7 @@ def from_rpc(call: grpc.RpcError) -> CodegraftError:
         return Unavailable(f"the service cannot be reached: {details}", hint="Check its address and that it runs.")
     if error_class is NotSupported:  # no service of ours wrote it: the server's library knows no such method
         return NotSupported(
-            f"the service does not know this call: it is of an older release, or not the one that was meant ({details})",
+            f"the service does not know this call ({details}): it is of an older release, or not the one meant",
             hint="Upgrade the service (codegraft doctor tells releases), or use the client of its release.",
         )
     return error_class(details or code.name)
