@@ -4,7 +4,7 @@ Continuous batching with chunked prefill (Sarathi-Serve, arXiv:2403.02310): ever
 step, and what is left of the step's token budget goes to prompts in the order of their admission. So a long prompt
 never stops the others, and a finished one makes room within a step.
 
-What is left then goes to guesses of what the decoding ones will say next (engine/speculate.py): the first thing to go
+Without prompts it goes to guesses of what the decoding ones will say next (engine/speculate.py): the first thing to go
 when the budget or the memory is short, so that they delay nobody.
 
 Memory is given out block by block as sequences grow, not for the longest they might get: most end early. When it runs
@@ -164,7 +164,8 @@ class Scheduler:
                 break
             plan.work.append(Work(sequence, sequence.computed, count))
             budget -= count
-        self._draft(plan.work, budget)
+        if not prefilling:  # whoever waits for the first token waits for the whole step
+            self._draft(plan.work, budget)
         return plan
 
     def commit(self, work: list[Work], results: list[Result | None]) -> None:

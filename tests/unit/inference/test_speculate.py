@@ -82,7 +82,7 @@ def test_the_more_run_the_less_is_guessed() -> None:
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > 2 and sizes[-1] == 0
 
 
-def test_guesses_take_only_what_is_left_of_the_step() -> None:
+def test_who_waits_for_the_first_token_waits_for_no_guesses() -> None:
     scheduler = Scheduler(Limits(step_tokens=8))
     first = make(6, 40)
     scheduler.submit(first)
@@ -90,11 +90,12 @@ def test_guesses_take_only_what_is_left_of_the_step() -> None:
     plan = scheduler.plan(0)
     assert [(work.count, len(work.drafts) > 2) for work in plan.work] == [(1, True)]
     compute(scheduler, plan, right=9)
-    scheduler.submit(make(21, 1))
-    for count in (7, 7, 7):
+    scheduler.submit(make(17, 1))
+    for count in (7, 7, 3):
         plan = scheduler.plan(0)
-        assert [(work.count, work.drafts) for work in plan.work] == [(1, ()), (count, ())], "prompts come first"
+        assert [(work.count, work.drafts) for work in plan.work] == [(1, ()), (count, ())], "not even in what is left"
         compute(scheduler, plan)
+    assert scheduler.plan(0).work[0].drafts, "and now again"
 
 
 def test_guesses_take_no_block_that_others_may_need() -> None:
