@@ -86,8 +86,10 @@ FUZZ_INPUTS ?= 100000
 fuzz: proto ## Hostile inputs against every reader of ingest (FUZZ_INPUTS=100000)
 	@$(BIN)/python -m tests.hostile.fuzz --inputs $(FUZZ_INPUTS) $(ARGS)
 
+# Files side by side: most tests wait for servers, and those of one file share theirs.
+TEST_WORKERS ?= 2
 test: proto sshd chromium promtool ## Every test: unit, contract, chaos (short), end to end (ARGS="-k name")
-	@$(BIN)/python -m pytest --quiet tests/unit tests/contract tests/chaos tests/e2e $(ARGS)
+	@$(BIN)/python -m pytest --quiet --numprocesses $(TEST_WORKERS) --dist loadfile tests/unit tests/contract tests/chaos tests/e2e $(ARGS)
 
 CHAOS_SECONDS ?= 600
 CHAOS_REPORT ?= dist/chaos
