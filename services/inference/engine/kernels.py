@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -168,3 +169,13 @@ def adapt(x: Any, y: Any, a: Any, b: Any, owners: Any, slots: Any) -> None:
                 value, row = ranks[owners[part] * rank + n], b[slot, part, n]
                 for at in range(piece):
                     out[at] += value * row[at]
+
+
+def warm() -> None:
+    """Compiles all of them, or loads what was compiled, so that no step has to."""
+    floats, ints = (partial(np.zeros, dtype=dtype) for dtype in (np.float32, np.int64))
+    kv, slots, turns = np.zeros((2, 1, BLOCK, 2), np.uint16), ints(1), floats((1, 1, 2, 1))
+    norm(floats((1, 2)), floats(2), 1.0, floats((1, 2)))
+    turn(floats((1, 3, 2, 1)), 2, turns, turns, kv, slots, ints(0))
+    attend(floats((1, 3, 2)), kv, ints((1, 1)), slots, BLOCK, 1.0, floats((1, 1, 2)))
+    adapt(floats((1, 2)), floats((1, 2)), floats((1, 2, 1)), floats((1, 1, 1, 2)), ints(1), slots)

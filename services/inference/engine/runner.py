@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from services.inference.adapters.lora import Segment, Weights, install
+from services.inference.engine import kernels
 from services.inference.engine.attention import NAME, Step
 from services.inference.engine.block import simplify
 from services.inference.engine.blocks import BLOCK, blocks_for
@@ -51,6 +52,8 @@ class Runner:
         """Called once in the thread that will call :meth:`step`, before it does."""
         if self._threads is not None:
             reserve(self._threads)
+        if self._model.device.type == "cpu":
+            kernels.warm()
 
     @torch.inference_mode()
     def step(self, work: list[Work]) -> list[Result | None]:

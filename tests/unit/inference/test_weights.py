@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from services.inference.engine import layers
+from services.inference.engine import kernels, layers
 from services.inference.engine.layers import speed_up
 from services.inference.engine.scheduler import Limits
 from services.inference.engine.weights import Blocked, Half, Narrow
@@ -75,3 +75,17 @@ def test_float32_stays_as_it_is(reference: LlamaForCausalLM, tokenizer: PreTrain
     before = {type(module) for module in bench.model.modules()}
     speed_up(bench.model, "int8")
     assert {type(module) for module in bench.model.modules()} == before
+
+
+@needs_kernels
+def test_no_step_has_to_compile(reference: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    bench = Bench(copy.deepcopy(reference).bfloat16(), tokenizer, Limits(running=8, kv_tokens=2048))
+    speed_up(bench.model, "int8")
+    bench.engine.start()
+    adapters = [None, marker(bench.model, 1), marker(bench.model, 2), marker(bench.model, 3, rank=9)]
+    for count in (1, 3, 8):
+        for heard in [bench.submit(PROMPT[: 3 + n], 12, adapter=adapters[n % 4]) for n in range(count)]:
+            heard.wait()
+    bench.engine.stop()
+    for kernel in (kernels.norm, kernels.turn, kernels.attend, kernels.adapt):
+        assert len(kernel.signatures) == 1, kernel  # type: ignore[attr-defined]
