@@ -23,6 +23,8 @@ from services.cli.main import main
 from services.client import Addresses, Codegraft
 from services.core import errors
 from services.core.jobs import new_status
+from services.core.quota.jobs import places
+from services.core.quota.limits import Kind
 from services.core.rpc.interceptors import CallInterceptor
 from services.core.rpc.status import from_rpc
 from services.core.runtime import Runtime
@@ -64,7 +66,9 @@ async def channel(tmp_path: Path) -> AsyncIterator[tuple[grpc.aio.Channel, Runti
     trainer = Trainer(runtime, TrainerSettings(cache_dir=tmp_path, trainer_workers=0), newest=None)  # type: ignore[arg-type]
     for add, servicer, _ in (*ingest.services, *trainer.services):
         add(servicer, server)
-    scan_pb2_grpc.add_ScanServiceServicer_to_server(ScanServicer(runtime, ScannerSettings(), scans, datasets), server)
+    room = places(runtime.quotas, Kind.SCANS, state, scans)
+    scanner = ScanServicer(runtime, ScannerSettings(), scans, datasets, room)
+    scan_pb2_grpc.add_ScanServiceServicer_to_server(scanner, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     fetching = asyncio.create_task(ingest.fetcher.run())
