@@ -171,7 +171,7 @@ class WholeStack:
     def _environment(self, service: str) -> dict[str, str]:
         to = {name: self.ways["", name].address for name in SERVICES}
         if service == gateway.NAME:
-            return {**os.environ, **gateway.environment(self._settings, to)}
+            return {**os.environ, **gateway.environment(self._settings, to, self.credentials.console_key)}
         servers = {name: self.ways[service, name].address for name in SERVERS}
         model = {f"CODEGRAFT_{name.upper()}_MODEL": f"dir:{self._base}" for name in ("scanner", "trainer", "inference")}
         threads = {f"CODEGRAFT_{name.upper()}_THREADS": "1" for name in ("scanner", "trainer", "inference")}

@@ -13,8 +13,10 @@ from codegraft.access.v1.access_pb2 import ROLE_OPERATOR, ROLE_READER
 from codegraft.access.v1.audit_pb2 import AuditRecord
 from codegraft.access.v1.quota_pb2 import Limits
 from codegraft.inference.v1 import serving_pb2 as pb
+from codegraft.inference.v1.feedback_pb2 import FEEDBACK_EVENT_ACCEPTED
 from codegraft.ingest.v1.source_pb2 import Source
 from codegraft.scanner.v1.dataset_pb2 import DatasetManifest
+from services.client import Addresses, AsyncCodegraft
 from services.core import errors
 from services.core.audit.log import MemoryAudit
 from services.core.auth import policy
@@ -39,6 +41,7 @@ EXPECTED = {
     "CreateRun": {NEW}, "PauseRun": {CHANGED}, "ResumeRun": {CHANGED}, "CancelRun": {CHANGED},
     "KeepCheckpoint": {CHANGED}, "ImportAdapter": {NEW}, "PushModel": {NEW},
     "SetServing": {NEW, CHANGED}, "ApproveServing": {CHANGED}, "LoadAdapter": {NEW}, "UnloadAdapter": {GONE},
+    "DeleteKeptCompletions": {GONE},
 }  # fmt: skip
 """What each does to what is stored."""
 
@@ -146,8 +149,13 @@ async def test_inference(worlds: Callable[..., Any]) -> None:
     await world.serving.LoadAdapter(pb.LoadAdapterRequest(checkpoint=three.checkpoint))
     await world.serving.UnloadAdapter(pb.UnloadAdapterRequest(checkpoint=three.checkpoint))
     await world.serving.ApproveServing(pb.ApproveServingRequest(parent=PROJECT, checkpoint=two.checkpoint))
+    world.peers.keeps = True
+    async with AsyncCodegraft(Addresses(*[world.address] * 4)) as client:
+        completed = await world.complete(max_tokens=1).end()
+        await client.feedback.record(PROJECT, completed.started.completion_id, FEEDBACK_EVENT_ACCEPTED, text="x = 1")
+        assert await client.feedback.delete_kept(PROJECT) == 1
     found = check(records(world.runtime), "anonymous")
-    assert found == {"SetServing", "ApproveServing", "LoadAdapter", "UnloadAdapter"}
+    assert found == {"SetServing", "ApproveServing", "LoadAdapter", "UnloadAdapter", "DeleteKeptCompletions"}
 
 
 async def test_a_change_of_a_key_is_seen_by_operators_of_all_its_projects(world: House) -> None:

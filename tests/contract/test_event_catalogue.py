@@ -21,6 +21,7 @@ from services.core.events.nats import NatsBus
 from services.core.jobs.nats import NatsQueue
 from services.core.nats_connection import NatsConnection, connect
 from services.core.state.nats import NatsState
+from services.inference import kept
 from tools import asyncapi, event_catalogue
 
 PASSWORDS = {name: f"password-of-{name}" for name in permissions.SERVICES}
@@ -59,6 +60,8 @@ async def used_by_all(server: str) -> None:
         await NatsAudit(connection, name).append(AuditRecord())
         for kind in permissions.SERVICES[name].jobs:
             await NatsQueue(connection).submit(kind, "projects/p/jobs/j")
+        if name == "inference":
+            await NatsState(connection, kept.BUCKET, kept.BOUNDS).list()
         if name == "trainer":
             event = BestCheckpointChanged(checkpoint="projects/p/runs/r/checkpoints/7", test_loss=1.25)
             await NatsBus(connection, "codegraft/trainer").publish(BEST, "projects/p/runs/r", event, id="one")

@@ -300,7 +300,7 @@ async def on_nats(own_nats_server: Any, tmp_path: Path) -> AsyncIterator[Callabl
             return None
 
         return Runtime(
-            state=lambda bucket: NatsState(connection, bucket),
+            state=lambda bucket, bounds: NatsState(connection, bucket, bounds),
             jobs=MemoryQueue(),
             events=NatsBus(connection, "codegraft/inference"),
             store=store,

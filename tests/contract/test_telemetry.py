@@ -81,7 +81,7 @@ async def runtime(own_nats_server: NatsServer, tmp_path: Path) -> AsyncIterator[
         return None
 
     yield Runtime(
-        state=lambda bucket: NatsState(connection, bucket),
+        state=lambda bucket, bounds: NatsState(connection, bucket, bounds),
         jobs=NatsQueue(connection),
         events=NatsBus(connection, "codegraft/tests"),
         audit=MemoryAudit(),

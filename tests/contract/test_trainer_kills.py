@@ -207,8 +207,9 @@ async def test_killed_or_drained_at_any_moment_it_becomes_the_same_adapter(scene
 
 async def _upgraded(scene: Scene, expected: str) -> None:
     """A rolling upgrade: each trainer gets a successor, then SIGTERM; the job goes on long before its lease ends."""
-    drained = await scene.create("drained")
+    await asyncio.sleep(0.5)  # until NATS has seen that the killed one is gone: nothing may be sent to it any more
     trainer = scene.trainers.start(LATE, "beside")
+    drained = await scene.create("drained")
     for epoch in (1, 2):
         before = await scene.until(drained, lambda now, epoch=epoch: _is_at(now, epoch, 7 * epoch))
         successor = scene.trainers.start(LATE, "beside")

@@ -54,6 +54,7 @@ def sources(person: Desk, tmp_path_factory: pytest.TempPathFactory) -> list[str]
     story.add_files(person, make_archive(folder), package() / "commonconfig.py")
     with ssh.serving(folder / "ssh") as server:
         story.add_repository(person, server, folder / "repo")
+    person.page.goto(f"{person.url}/console/p/{story.PROJECT}/sources")  # no page that may still load itself anew
     return person.page.locator("#sources h3 a").all_inner_texts()
 
 
