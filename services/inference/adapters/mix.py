@@ -273,8 +273,7 @@ class Mixer:
     def mix(self, segments: list[Segment]) -> Mix:
         """What a step with these segments needs."""
         if segments[-1].end <= self._few and segments[0].weights.on_cpu:
-            many = [segment for segment in segments if segment.end - segment.begin > _FEW]
-            return Mix(many, self._placed([segment for segment in segments if segment.end - segment.begin <= _FEW]))
+            return self._placed(segments)
         alone = [segment for segment in segments if segment.end - segment.begin > _FEW]
         by_rank: dict[int, list[Segment]] = {}
         for segment in segments:
@@ -301,18 +300,25 @@ class Mixer:
         slot = self._stacks[rank].slot(weights) if rank in self._stacks else None
         return rank, slot if slot is not None else 2**31, id(weights)
 
-    def _placed(self, segments: list[Segment]) -> list[Stacked | Placed]:
+    def _placed(self, segments: list[Segment]) -> Mix:
+        alone: list[Segment] = []
         by_rank: dict[int, list[Segment]] = {}
         for segment in segments:
-            by_rank.setdefault(_stack_rank(segment.weights), []).append(segment)
+            if segment.end - segment.begin > _FEW:
+                alone.append(segment)
+            else:
+                by_rank.setdefault(_stack_rank(segment.weights), []).append(segment)
         placed = list[Stacked | Placed]()
         for rank, mine in by_rank.items():
             stack = self._stack(rank)
+            if len(mine) == 1 and stack.slot(mine[0].weights) is None:  # a copy takes longer than torch's calls
+                alone += mine
+                continue
             slots = np.full(mine[-1].end, -1, np.int64)
             for segment, slot in zip(mine, stack.place([segment.weights for segment in mine]), strict=True):
                 slots[segment.begin : segment.end] = slot
             placed.append(Placed(stack, slots))
-        return placed
+        return Mix(alone, placed)
 
     def _stack(self, rank: int) -> Stack:
         return self._stacks.setdefault(rank, Stack(rank, self._groups))

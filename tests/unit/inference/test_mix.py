@@ -80,9 +80,20 @@ def test_decodes_on_different_adapters_are_stacked_and_one_alone_is_not() -> Non
 
 def test_a_few_tokens_are_placed_and_many_on_one_adapter_are_not() -> None:
     mixer, known = Mixer(GROUPS), [adapter(seed, rank) for seed, rank in enumerate((16, 16, 8))]
+    for weights in known:
+        mixer.stage(weights)
     mixed = mixer.mix([Segment(0, 2, known[0]), Segment(2, 20, known[1]), Segment(20, 21, known[2])])
     assert [segment.weights for segment in mixed.alone] == [known[1]]
     assert [placed.slots.tolist().count(-1) for placed in mixed.stacked] == [0, 20]
+
+
+def test_no_step_copies_an_adapter_that_is_mixed_with_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer, known = Mixer(GROUPS), [adapter(seed, 16) for seed in range(2)]
+    mixer.stage(known[0])
+    monkeypatch.setattr(mix, "_fill", lambda *_: pytest.fail("a step has copied an adapter"))
+    for weights, alone in zip(known, (0, 1), strict=True):
+        assert len(mixer.mix([Segment(0, 2, weights)]).alone) == alone
+        check(mixer, [Segment(0, 2, weights)], 3)
 
 
 def test_a_step_in_the_order_of_the_slots_gathers_nothing() -> None:
