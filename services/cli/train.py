@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -94,12 +95,12 @@ def start(
 
     codegraft train start -p acme --from r-0abc        # go on from that run's best adapter, on the newest dataset
     """
-    hyperparameters = Hyperparameters(
+    hyperparameters = _requested(
         lora_r=lora_r,
         lora_alpha=lora_alpha,
         lora_init_scale=lora_init_scale,
         lora_dropout=lora_dropout,
-        target_modules=target_module or (),
+        target_module=target_module,
         learning_rate=learning_rate,
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
@@ -107,7 +108,7 @@ def start(
         weight_decay=weight_decay,
         train_steps=train_steps,
         decay_steps=decay_steps,
-        low_gpu_memory_mode=None if low_gpu_memory_mode is None else low_gpu_memory_mode is Switch.ON,
+        low_gpu_memory_mode=low_gpu_memory_mode,
         context_length=context_length,
         fim_rate=fim_rate,
         seed=seed,
@@ -138,6 +139,43 @@ def start(
         else:
             err.print(f"queued {run.name}; follow it with: codegraft train watch --project {project}")
     raise_failure(run.status, run.name)
+
+
+def plan(project: str, dataset: str, model: str, json: bool, **settings: Any) -> None:
+    """Show what a run would do, with the reason of every setting and how long it takes. Nothing is trained.
+
+    Takes the settings of `codegraft train start`: codegraft train plan -p acme --lora-r 32 --time-limit-seconds 600
+    """
+    chosen = full_name(names.DATASET, dataset, project) if dataset else ""
+    with connect() as client:
+        found = client.runs.plan(project, _requested(**settings), dataset=chosen, base_model=model)
+    if json:
+        print_json(found)
+        return
+    _tell_plan(found)
+    err.print(
+        f"{found.hyperparameters.train_steps} steps over {found.train_tokens:,} tokens ({found.epochs:.1f} passes), "
+        f"about {duration(found.estimated_seconds)}"
+    )
+
+
+def _as_start(command: Callable[..., None]) -> None:
+    """Registers a command that takes what `start` takes, but for what only a run has."""
+    parameters = inspect.signature(start, eval_str=True).parameters.values()
+    taken = [each for each in parameters if each.name not in {"title", "from_", "watch"}]
+    command.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]
+    command.__annotations__ = {each.name: each.annotation for each in taken}
+    app.command()(command)
+
+
+_as_start(plan)
+
+
+def _requested(
+    *, target_module: list[str] | None, low_gpu_memory_mode: Switch | None, **settings: Any
+) -> Hyperparameters:
+    low = None if low_gpu_memory_mode is None else low_gpu_memory_mode is Switch.ON
+    return Hyperparameters(target_modules=target_module or (), low_gpu_memory_mode=low, **settings)
 
 
 @app.command("list")

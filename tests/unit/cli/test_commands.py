@@ -284,6 +284,26 @@ def test_train_start_sends_what_is_given_and_nothing_else(trainer: Any, codegraf
     assert "1.5000 -> 1.2000 (-20.0 %)" in done.err
 
 
+def test_train_plan_trains_nothing_and_tells_why(trainer: Any, codegraft: Codegraft) -> None:
+    setting = hyperparameters_pb2.PlannedSetting(name="lora_r", value="32", given=True)
+    found = hyperparameters_pb2.Plan(
+        settings=[setting, hyperparameters_pb2.PlannedSetting(name="seed", value="0", why="always")],
+        train_tokens=1200,
+        epochs=2.5,
+    )
+    found.hyperparameters.train_steps, found.estimated_seconds = 40, 90
+    trainer.answers["PlanRun"] = run_pb2.PlanRunResponse(plan=found)
+    given = ("-p", "acme", "--lora-r", "32", "--low-gpu-memory-mode", "on", "--dataset", "abc", "--model", "tiny")
+    done = codegraft("train", "plan", *given)
+    assert done.code == 0, done.err
+    sent = trainer.last("PlanRun")
+    assert (sent.dataset, sent.base_model) == ("projects/acme/datasets/abc", "tiny")
+    assert sent.hyperparameters == hyperparameters_pb2.Hyperparameters(lora_r=32, low_gpu_memory_mode=True)
+    assert "always" in done.out and "given" in done.out and "40 steps over 1,200 tokens (2.5 passes)" in done.err
+    assert json.loads(codegraft("train", "plan", *given, "--json").out)["estimated_seconds"] == 90
+    assert "CreateRun" not in trainer.requests
+
+
 def test_every_hyperparameter_has_its_option(codegraft: Codegraft) -> None:
     options = inspect.signature(train.start).parameters.keys()
     for field in hyperparameters_pb2.Hyperparameters.DESCRIPTOR.fields:
