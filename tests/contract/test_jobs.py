@@ -411,7 +411,7 @@ async def test_a_pause_that_is_taken_back_only_interrupts(world: World) -> None:
     async with world.working(handler):
         await world.reaches(JOB_STATE_RUNNING)
         await world.table.mutate(NAME, lambda run: request_pause(run.status))
-        status = await world.reaches(JOB_STATE_SUCCEEDED, seconds=3)
+        status = await world.reaches(JOB_STATE_SUCCEEDED)
     assert (status.epoch, status.attempt) == (2, 1)
 
 
@@ -452,7 +452,7 @@ async def test_a_job_resumed_while_its_worker_lets_go_is_queued_again(world: Wor
     async with world.working(handler, lease=timedelta(seconds=30)):
         await world.reaches(JOB_STATE_RUNNING)
         await world.table.mutate(NAME, lambda run: request_pause(run.status))
-        await world.reaches(JOB_STATE_SUCCEEDED, seconds=3)
+        await world.reaches(JOB_STATE_SUCCEEDED)
 
 
 async def test_a_pause_survives_a_worker_that_vanished(world: World) -> None:
@@ -468,7 +468,7 @@ async def test_a_pause_survives_a_worker_that_vanished(world: World) -> None:
     await world.create()
     await world.table.mutate(NAME, vanish)
     async with world.working(handler):
-        await world.reaches(JOB_STATE_PAUSED, seconds=3)
+        await world.reaches(JOB_STATE_PAUSED)
     assert not started
 
 
@@ -617,7 +617,7 @@ async def test_shutdown_gives_the_job_back(world: World) -> None:
     status = (await world.table.get(NAME)).status
     assert (status.state, status.attempt, status.worker) == (JOB_STATE_QUEUED, 0, "")
     async with world.working(quick, "next"):
-        status = await world.reaches(JOB_STATE_SUCCEEDED, seconds=3)  # at once, not when the ack wait is over
+        status = await world.reaches(JOB_STATE_SUCCEEDED)
     assert (status.epoch, status.attempt) == (2, 1)
 
 

@@ -111,7 +111,8 @@ def add_repository(desk: Desk, server: SshServer, repository: Path) -> None:
     desk.at("source-app").get_by_role("link", name="Settings").click()
     desk.fill(train_masks="*.py")
     desk.look("05-source")
-    desk.click("save-source")
+    with desk.page.expect_navigation():
+        desk.click("save-source")
     expect(desk.at("source-app-state")).to_have_text("ready")
 
 
@@ -119,26 +120,21 @@ def settle_project(desk: Desk) -> None:
     """Masks and licences of the whole project."""
     desk.click("project")
     desk.fill(exclude="*.generated.py", exclude_licenses="GPL-*")
-    desk.look("09-project")
-    desk.click("save-project")
+    desk.look("07-project")
+    with desk.page.expect_navigation():
+        desk.click("save-project")
     expect(desk.at("exclude")).to_have_value("*.generated.py")
 
 
 def scan(desk: Desk) -> None:
-    """Started, and followed until it runs."""
+    """Started, and followed to its end; the page shows each state and then the report by itself."""
     desk.click("nav-dataset")
     expect(desk.at("no-scans")).to_be_visible()
-    desk.look("07-dataset-none")
+    desk.look("10-dataset-none")
     desk.click("new-scan")
     desk.fill(**SCAN)
-    desk.look("08-scan-new")
+    desk.look("11-scan-new")
     desk.click("start")
-    expect(desk.at("state")).to_have_text("running")
-
-
-def finish_scan(desk: Desk) -> None:
-    """Waits for its end; the page shows the report by itself."""
-    desk.click("nav-dataset")
     expect(desk.at("state")).to_have_text("succeeded")
     expect(desk.at("languages")).to_be_visible()
     desk.look("12-dataset")
@@ -189,10 +185,10 @@ def ask_too_early(desk: Desk) -> None:
     """For a plan, before there is a dataset."""
     desk.click("nav-training")
     expect(desk.at("no-runs")).to_be_visible()
-    desk.look("10-training-none")
+    desk.look("08-training-none")
     desk.click("new-run")
     expect(desk.at("plan-problem")).to_contain_text("dataset")
-    desk.look("11-run-without-dataset")
+    desk.look("09-run-without-dataset")
 
 
 def start_run(desk: Desk, title: str, **settings: str) -> str:

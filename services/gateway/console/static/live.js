@@ -10,9 +10,13 @@ export function followAll(within) {
   }
 }
 
-// What has ended may have more to show than its live parts.
+let leaving = 0;
+addEventListener("beforeunload", () => (leaving = Date.now()));
+
+// What has ended may have more to show than its live parts. To load the page anew would take back a click that is on its
+// way to another page: it is waited for.
 export function ended(element) {
-  if (element.dataset.ended === "reload") location.reload();
+  if (element.dataset.ended === "reload") setTimeout(() => location.reload(), Date.now() - leaving < 3000 ? 3000 : 0);
 }
 
 // Follows a stream; handlers are called with the data of their kind of event.
