@@ -299,6 +299,7 @@ class Completions:
                 project=request.project,
                 session=f"{request.project}/{request.session}" if request.session else "",
                 after=sequences[0] if sequences else None,
+                overhang_ids=prompt.overhang_ids,
             )
             sequences.append(sequence)
         return sequences

@@ -18,6 +18,7 @@ class Spelling:
     def __init__(self, vocabulary: Sequence[bytes]) -> None:
         self.size = len(vocabulary)
         """Token ids that there are; a model may have more embeddings than that (Qwen2.5 pads them)."""
+        self._vocabulary = vocabulary
         self._ids: dict[bytes, list[int]] = {}
         for number, data in enumerate(vocabulary):
             if data:
@@ -32,6 +33,10 @@ class Spelling:
             found += self._ids[self._sorted[at]]
             at += 1
         return found
+
+    def rest(self, text: bytes, token: int) -> bytes:
+        """What of the text is left behind a token that begins it."""
+        return text[len(self._vocabulary[token]) :]
 
 
 def token_bytes(tokenizer: Any) -> list[bytes]:

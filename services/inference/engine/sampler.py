@@ -34,9 +34,12 @@ class Sampler:
         likeliest: list[int] = logits.argmax(-1).tolist()  # one call for all: most requests are greedy
         chosen, row = list[tuple[int, ...]](), 0
         for sequence, drafts in sequences:
-            special, tokens = _is_special(sequence), list[int]()
+            special, tokens, overhang = _is_special(sequence), list[int](), sequence.text.overhang
             for at in range(len(drafts) + 1):
-                token = self._one(logits[row + at].float(), sequence, tokens) if special else likeliest[row + at]
+                token = likeliest[row + at]
+                if special:
+                    token = self._one(logits[row + at].float(), sequence, tokens, overhang)
+                    overhang = self._spelling.rest(overhang, token)
                 tokens.append(token)
                 if at < len(drafts) and token != drafts[at]:
                     break
@@ -63,9 +66,9 @@ class Sampler:
         """Drops what is kept for a sequence that has ended."""
         self._generators.pop(sequence.number, None)
 
-    def _one(self, logits: torch.Tensor, sequence: Sequence, chosen: list[int]) -> int:
+    def _one(self, logits: torch.Tensor, sequence: Sequence, chosen: list[int], overhang: bytes) -> int:
         sampling = sequence.sampling
-        allowed = self._spelling.beginning(sequence.text.overhang) if sequence.text.overhang else []
+        allowed = self._spelling.beginning(overhang) if overhang else []
         if sampling.repetition_penalty != 1.0:
             logits = _penalized(logits, sequence, chosen)
         if allowed:

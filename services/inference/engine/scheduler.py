@@ -64,6 +64,8 @@ class Work:
     count: int
     drafts: tuple[int, ...] = ()
     """Guesses of what comes behind them, computed with them."""
+    repeats: bool = False
+    """Whether the guesses spell an overhang; the others are the drafter's."""
 
     @property
     def tokens(self) -> list[int]:
@@ -162,8 +164,9 @@ class Scheduler:
             count = min(sequence.remaining, budget)
             if count == 0:
                 break
-            plan.work.append(Work(sequence, sequence.computed, count))
-            budget -= count
+            item = self._repeat(Work(sequence, sequence.computed, count), budget - count)
+            plan.work.append(item)
+            budget -= count + len(item.drafts)
         if not prefilling:  # whoever waits for the first token waits for the whole step
             self._draft(plan.work, budget)
         return plan
@@ -174,9 +177,10 @@ class Scheduler:
         for item, result in zip(work, results, strict=True):
             sequence = item.sequence
             right = max(0, len(result.tokens) - 1) if result else 0
-            sequence.drafter.learn(len(item.drafts), right)
-            self.drafted_tokens += len(item.drafts)
-            self.right_tokens += right
+            if not item.repeats:
+                sequence.drafter.learn(len(item.drafts), right)
+                self.drafted_tokens += len(item.drafts)
+                self.right_tokens += right
             self.generated_tokens += len(result.tokens) if result else 0
             sequence.computed = min(item.start + item.count + right, len(sequence.tokens))
             if sequence.table is not None:
@@ -193,12 +197,25 @@ class Scheduler:
             self.waiting.remove(gone)
             self.running = [s for s in self.running if s.number not in gone]
 
+    def _repeat(self, item: Work, budget: int) -> Work:
+        """With what spells the overhang behind it, where its prompt is through and there is room: it is a few tokens,
+        and one by one each would take a step before the caller sees anything."""
+        sequence, drafts = item.sequence, item.sequence.repetition if item.samples else ()
+        if not drafts or len(drafts) > budget:
+            return item
+        assert sequence.table is not None
+        if self.blocks.available <= len(self.running) or not self.blocks.grow(
+            sequence.table, len(sequence.tokens) + len(drafts), sequence.capacity
+        ):
+            return item
+        return replace(item, drafts=drafts, repeats=True)
+
     def _draft(self, work: list[Work], budget: int) -> None:
         """Adds guesses to the decodes of a step, as far as the budget goes and they are worth their arithmetic."""
         cost = price(sum(item.count for item in work))
         for at, item in enumerate(work):
             sequence = item.sequence
-            if item.count > 1 or not item.samples:
+            if item.count > 1 or not item.samples or item.drafts:
                 continue  # its prompt is not through, or has just come to its end
             most = min(self.limits.draft_tokens, budget, sequence.draftable)
             assert sequence.table is not None

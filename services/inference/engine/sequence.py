@@ -125,6 +125,9 @@ class Sequence:
     after: Sequence | None = None
     """One with the same prompt: this one waits until that has computed it, to share its blocks."""
 
+    overhang_ids: tuple[int, ...] = ()
+    """How the text's overhang may be spelled. Guessed at once, so that it rarely takes more than one step."""
+
     number: int = field(default_factory=lambda: next(_numbers))
     """Unique in this process."""
     tokens: list[int] = field(init=False)
@@ -181,6 +184,14 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens that wait for their keys and values; 1 while decoding."""
         return len(self.tokens) - self.computed
+
+    @property
+    def repetition(self) -> tuple[int, ...]:
+        """Tokens that may spell what is left of the overhang; none when it was spelled otherwise so far."""
+        so_far, ids = self.tokens[len(self.prompt) :], self.overhang_ids
+        if not self.text.overhang or list(ids[: len(so_far)]) != so_far:
+            return ()
+        return ids[len(so_far) : self.capacity - len(self.prompt) - 1]
 
     @property
     def draftable(self) -> int:

@@ -222,6 +222,21 @@ def test_generation_begins_with_the_overhang(bench: Bench) -> None:
     assert not heard.text.startswith("\n  é")
 
 
+@pytest.mark.parametrize(("right", "steps"), [(5, 3), (2, 6), (0, 8)])
+def test_an_overhang_that_is_spelled_as_guessed_takes_one_step(
+    bench: Bench, right: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overhang = "\n  é".encode()
+    ids = tuple(bench.vocabulary.index(bytes([byte])) for byte in overhang)
+    guess = ids[:right] + ids[-1:] * (right < len(ids))
+    step, works = bench.runner.step, list[list[Work]]()
+    monkeypatch.setattr(bench.runner, "step", lambda work: works.append(work) or step(work))
+    before = bench.engine.drafted_tokens
+    heard = bench.submit(PROMPTS[1], 3, overhang=overhang.decode(), overhang_ids=guess).wait()
+    assert tuple(heard.new[:5]) == ids and len(works) == steps
+    assert bench.engine.drafted_tokens == before, "it says nothing of what the drafter's guesses are worth"
+
+
 def test_stop_token_ends_without_text(bench: Bench, reference: LlamaForCausalLM) -> None:
     tokens = greedy(reference, PROMPTS[1], 8)
     at = next(n for n in range(1, 8) if tokens[n] not in tokens[:n])

@@ -159,6 +159,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "penalty and seed": {"sampling": Sampling(**COOL, seed=4, repetition_penalty=1.2, min_p=0.01)},
     "logprobs": {"sampling": Sampling(logprobs=2)},
     "overhang": {"overhang": "\n  é"},
+    "overhang, seed": {"overhang": "\n  é", "sampling": Sampling(**COOL, seed=5, repetition_penalty=1.2, logprobs=1)},
     "stop": {"stop": tuple("abcdefghij\n")},
     "line": {"single_line": True, "stop_ids": frozenset(range(60, 70))},
 }
@@ -184,6 +185,8 @@ def test_everything_is_as_without_guesses(reference: LlamaForCausalLM, tokenizer
         ]
         for seed, (one, known) in enumerate(zip(made, plain, strict=False)):
             one.sequence.drafter = Knowing(known.sequence.tokens, seed)
+            if one.sequence.text.overhang:  # right to its end, or not
+                one.sequence.overhang_ids = (*known.new[: 3 + seed % 2], known.new[0])
         bench.engine.submit(*(one.sequence for one in made))
         bench.engine.start()
         answers = [told(one.wait()) for one in made]

@@ -38,6 +38,8 @@ class Prompt:
     A document's words were tokenized whole. Behind a cut word, or behind a newline whose indentation is still to come,
     a model that continues a document would be off; so the last word or blank run is generated anew, constrained to
     begin with what is there (token healing). A middle behind a marker of its own begins anywhere."""
+    overhang_ids: tuple[int, ...] = ()
+    """What the overhang is when nothing follows it: a guess of how it is spelled, often right but for its last token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,7 @@ def completion_prompt(
     else:
         header = _header(fmt, tokenizer, path)
         frame, suffix_ids, continues = _Frame([*fmt.bos_ids, *header], [], [], suffix_first=False), [], bool(header)
-    prefix_ids = encode(fmt, tokenizer, prefix, continues=continues)
+    prefix_ids, end = encode(fmt, tokenizer, prefix, continues=continues), list[int]()
     if overhang:
         # Cut from the ids: how blanks before a word are grouped depends on the word.
         end = encode(fmt, tokenizer, overhang)
@@ -157,6 +159,7 @@ def completion_prompt(
         suffix_used=bool(suffix_ids),
         truncated=truncated,
         overhang=overhang,
+        overhang_ids=tuple(end),
     )
 
 
