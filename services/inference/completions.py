@@ -20,6 +20,7 @@ from services.core.errors import (
     Unavailable,
 )
 from services.core.models.prompts import Prompt, PromptFormat
+from services.core.models.spelling import within
 from services.core.quota.quotas import owners
 from services.core.quota.rates import Rates
 from services.core.telemetry import tracing
@@ -299,7 +300,7 @@ class Completions:
                 project=request.project,
                 session=f"{request.project}/{request.session}" if request.session else "",
                 after=sequences[0] if sequences else None,
-                overhang_ids=prompt.overhang_ids,
+                overhang_ids=within(model.vocabulary, prompt.overhang.encode(), prompt.overhang_ids),
             )
             sequences.append(sequence)
         return sequences

@@ -25,9 +25,15 @@ class Spelling:
                 self._ids.setdefault(data, []).append(number)
         self._sorted = sorted(self._ids)
 
-    def beginning(self, text: bytes) -> list[int]:
-        """Ids of the tokens that begin the text or that the text begins; empty when none does."""
+    def beginning(self, text: bytes, first: int | None = None) -> list[int]:
+        """Ids of the tokens that begin the text or that the text begins; empty when none does.
+
+        Args:
+            first: the only one of those that are shorter than the text; None for all of them.
+        """
         found = [number for size in range(1, len(text)) for number in self._ids.get(text[:size], ())]
+        if first is not None:
+            found = [number for number in found if number == first]
         at = bisect_left(self._sorted, text)
         while at < len(self._sorted) and self._sorted[at].startswith(text):
             found += self._ids[self._sorted[at]]
@@ -37,6 +43,17 @@ class Spelling:
     def rest(self, text: bytes, token: int) -> bytes:
         """What of the text is left behind a token that begins it."""
         return text[len(self._vocabulary[token]) :]
+
+
+def within(vocabulary: Sequence[bytes], text: bytes, ids: Sequence[int]) -> tuple[int, ...]:
+    """The first of these ids, as far as they spell the text or its begin."""
+    size = 0
+    for count, number in enumerate(ids):
+        data = vocabulary[number]
+        if not data or text[size : size + len(data)] != data:
+            return tuple(ids[:count])
+        size += len(data)
+    return tuple(ids)
 
 
 def token_bytes(tokenizer: Any) -> list[bytes]:

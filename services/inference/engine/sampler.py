@@ -35,10 +35,13 @@ class Sampler:
         chosen, row = list[tuple[int, ...]](), 0
         for sequence, drafts in sequences:
             special, tokens, overhang = _is_special(sequence), list[int](), sequence.text.overhang
+            spelled = sequence.repetition
             for at in range(len(drafts) + 1):
                 token = likeliest[row + at]
                 if special:
-                    token = self._one(logits[row + at].float(), sequence, tokens, overhang)
+                    first = spelled[at] if overhang.isspace() and at < len(spelled) else None
+                    allowed = self._spelling.beginning(overhang, first) if overhang else []
+                    token = self._one(logits[row + at].float(), sequence, tokens, allowed)
                     overhang = self._spelling.rest(overhang, token)
                 tokens.append(token)
                 if at < len(drafts) and token != drafts[at]:
@@ -66,9 +69,8 @@ class Sampler:
         """Drops what is kept for a sequence that has ended."""
         self._generators.pop(sequence.number, None)
 
-    def _one(self, logits: torch.Tensor, sequence: Sequence, chosen: list[int], overhang: bytes) -> int:
+    def _one(self, logits: torch.Tensor, sequence: Sequence, chosen: list[int], allowed: list[int]) -> int:
         sampling = sequence.sampling
-        allowed = self._spelling.beginning(overhang) if overhang else []
         if sampling.repetition_penalty != 1.0:
             logits = _penalized(logits, sequence, chosen)
         if allowed:

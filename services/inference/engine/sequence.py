@@ -126,7 +126,8 @@ class Sequence:
     """One with the same prompt: this one waits until that has computed it, to share its blocks."""
 
     overhang_ids: tuple[int, ...] = ()
-    """How the text's overhang may be spelled. Guessed at once, so that it rarely takes more than one step."""
+    """How the text's overhang is spelled, blanks only like this or by a token that goes on. Guessed at once, so that it
+    rarely takes more than one step."""
 
     number: int = field(default_factory=lambda: next(_numbers))
     """Unique in this process."""

@@ -10,7 +10,7 @@ import torch
 from services.core.errors import JobCancelled
 from services.core.models import prompts
 from services.core.models.prompts import Prompt, PromptFormat
-from services.core.models.spelling import Spelling, token_bytes
+from services.core.models.spelling import Spelling, token_bytes, within
 from services.core.places import Place
 from services.trainer.model.lora import Trainee
 
@@ -27,6 +27,8 @@ class _Line:
 
     overhang: bytes
     """What is still to be repeated of the prompt's overhang."""
+    spelled: tuple[int, ...] = ()
+    """How it is spelled when it is blank."""
     text: bytes = b""
     tokens: int = 0
     """New ones; those that only repeat do not count, as in inference."""
@@ -74,7 +76,7 @@ class LineWriter:
             JobCancelled: it was asked for meanwhile.
         """
         rendered = [self._prompt(place, use_suffix) for place in places]
-        lines = [_Line(prompt.overhang.encode()) for prompt in rendered]
+        lines = [self._line(prompt.overhang.encode(), prompt.overhang_ids) for prompt in rendered]
         for batch in _batches([len(prompt.ids) for prompt in rendered]):
 
             def choose(logits: torch.Tensor, going: Sequence[int], batch: list[int] = batch) -> list[int | None]:
@@ -84,6 +86,9 @@ class LineWriter:
 
             trainee.generate([rendered[number].ids for number in batch], choose)
         return [line.text.decode(errors="replace") for line in lines]
+
+    def _line(self, overhang: bytes, ids: Sequence[int]) -> _Line:
+        return _Line(overhang, within(self._vocabulary, overhang, ids) if overhang.isspace() else ())
 
     def _prompt(self, place: Place, use_suffix: bool) -> Prompt:
         return prompts.completion_prompt(
@@ -100,7 +105,9 @@ class LineWriter:
         logits = logits[:, : self._spelling.size]  # what pads the embeddings is no token, and has no text
         chosen: list[int | None] = list(logits.argmax(-1).tolist())
         for row, line in enumerate(lines):
-            if line.overhang and (allowed := self._spelling.beginning(line.overhang)):
+            first = line.spelled[0] if line.spelled else None
+            line.spelled = line.spelled[1:]
+            if line.overhang and (allowed := self._spelling.beginning(line.overhang, first)):
                 kept = torch.tensor(allowed, device=logits.device)
                 chosen[row] = allowed[int(logits[row, kept].argmax())]
             token = chosen[row]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from services.core import errors
 from services.core.models import prompts
+from services.core.models.spelling import token_bytes, within
 from tests.unit.core import tokenizers
 from tests.unit.core.tokenizers import SAMPLE
 
@@ -65,6 +66,12 @@ def test_a_plain_prompt_is_a_token_prefix_of_its_document_wherever_it_is_cut(cut
     assert document[: len(prompt.ids)] == prompt.ids
     assert tokenizer.decode(prompt.ids).endswith(SAMPLE[:cut].removesuffix(prompt.overhang))
     assert SAMPLE[:cut].endswith(prompt.overhang) and not prompt.suffix_used
+    spelled = list(within(token_bytes(tokenizer), prompt.overhang.encode(), prompt.overhang_ids))
+    if prompt.overhang.isspace():
+        document = prompts.training_document(fmt, tokenizer, path="a.py", text=SAMPLE[:cut] + "word")
+    else:
+        document = prompts.training_document(fmt, tokenizer, path="a.py", text=SAMPLE[:cut])
+    assert document[: len(prompt.ids) + len(spelled)] == prompt.ids + spelled and (spelled or len(prompt.overhang) < 2)
 
 
 @pytest.mark.parametrize("text", ["\n\nab", "x\n\n\n  ab", "x = 1\n \n\tab", "a\n\n12", "a\n\n\n"])

@@ -14,9 +14,21 @@ VOCABULARY = [b"a", b"b", b"ab", b"c", b"\n"]
 LOGITS = torch.tensor([2.0, 1.0, 0.5, -1.0, 3.0])
 
 
-def make(sampling: Sampling, prompt: list[int] | None = None, overhang: str = "") -> Sequence:
-    text = TextStream(VOCABULARY, overhang=overhang)
-    return Sequence(prompt=prompt or [3], max_tokens=5, text=text, deliver=lambda _: None, sampling=sampling)
+def make(
+    sampling: Sampling,
+    prompt: list[int] | None = None,
+    overhang: str = "",
+    overhang_ids: tuple[int, ...] = (),
+    vocabulary: list[bytes] = VOCABULARY,
+) -> Sequence:
+    return Sequence(
+        prompt=prompt or [3],
+        max_tokens=5,
+        text=TextStream(vocabulary, overhang=overhang),
+        deliver=lambda _: None,
+        sampling=sampling,
+        overhang_ids=overhang_ids,
+    )
 
 
 def sample(sampler: Sampler, logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
@@ -76,6 +88,21 @@ def test_the_overhang_allows_only_what_spells_it() -> None:
     assert sample(sampler, LOGITS[None], [make(Sampling(), overhang="abc")]) == [0]
     assert sample(sampler, LOGITS[None], [make(Sampling(), overhang="c")]) == [3]
     assert sample(sampler, LOGITS[None], [make(Sampling(), overhang="é")]) == [4], "what cannot be spelled binds nobody"
+
+
+def test_blanks_are_spelled_as_the_tokenizer_groups_them() -> None:
+    blanks = [b" ", b"  ", b"   x", b"    ", b"x"]
+    sampler = Sampler(Spelling(blanks))
+
+    def chosen(overhang: str, ids: tuple[int, ...], drafts: tuple[int, ...] = ()) -> tuple[int, ...]:
+        sequence = make(Sampling(), overhang=overhang, overhang_ids=ids, vocabulary=blanks)
+        return sampler.sample(torch.tensor([[9.0, 1.0, 2.0, 0.0, 3.0]]).repeat(3, 1), [(sequence, drafts)])[0]
+
+    assert chosen("   ", ()) == (0,), "nobody said how"
+    assert chosen("   ", (1, 0)) == (2,), "a token that goes on is as good"
+    assert chosen("     ", (3, 0)) == (3,), "one by one is not"
+    assert chosen("     ", (3, 0), (3, 0)) == (3, 0, 0), "behind it anything"
+    assert chosen("x", (4,)) == chosen("x", ()) == (4,)
 
 
 def test_what_pads_the_embeddings_is_never_chosen() -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from services.core.models.spelling import Spelling, token_bytes
+from services.core.models.spelling import Spelling, token_bytes, within
 from services.inference.engine.text import TextStream, suffix_stop
 
 BYTES = [bytes([byte]) for byte in range(256)]
@@ -93,3 +93,14 @@ def test_vocabularies_of_words_and_of_sentence_piece() -> None:
 def test_spelling_finds_exactly_the_tokens_that_agree(vocabulary: list[bytes], text: bytes) -> None:
     expected = [n for n, data in enumerate(vocabulary) if data and (data.startswith(text) or text.startswith(data))]
     assert sorted(Spelling(vocabulary).beginning(text)) == expected
+    for first in range(len(vocabulary)):
+        whole = [n for n in expected if n == first or vocabulary[n].startswith(text)]
+        assert sorted(Spelling(vocabulary).beginning(text, first)) == whole
+
+
+def test_ids_within_a_text() -> None:
+    vocabulary = [b"\n\n", b"\n", b"x", b"", b"\n   ", b" x"]
+    assert within(vocabulary, b"\n\n\n", [0, 1, 2]) == (0, 1)
+    assert within(vocabulary, b"\n    ", [4, 5]) == (4,), "the last blank goes with the word"
+    assert within(vocabulary, b"\n", [3, 1]) == within(vocabulary, b"\n", []) == ()
+    assert within(vocabulary, b"\n\n", [0]) == (0,)

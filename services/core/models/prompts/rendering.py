@@ -39,7 +39,11 @@ class Prompt:
     a model that continues a document would be off; so the last word or blank run is generated anew, constrained to
     begin with what is there (token healing). A middle behind a marker of its own begins anywhere."""
     overhang_ids: tuple[int, ...] = ()
-    """What the overhang is when nothing follows it: a guess of how it is spelled, often right but for its last token."""
+    """How the tokenizer spells the overhang, of blanks with a word behind them: what goes beyond it is no matter.
+
+    Blanks are grouped by how many there are, so a model that knows only whole documents gives a part of a group no
+    sensible likelihood: three line ends one by one come from it when it means that one is all. So blanks are spelled
+    like this or by a token that goes on; a word may be cut anywhere, and this is only how it most likely is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +128,11 @@ def completion_prompt(
     else:
         header = _header(fmt, tokenizer, path)
         frame, suffix_ids, continues = _Frame([*fmt.bos_ids, *header], [], [], suffix_first=False), [], bool(header)
-    prefix_ids, end = encode(fmt, tokenizer, prefix, continues=continues), list[int]()
+    prefix_ids, spelled = encode(fmt, tokenizer, prefix, continues=continues), list[int]()
     if overhang:
         # Cut from the ids: how blanks before a word are grouped depends on the word.
         end = encode(fmt, tokenizer, overhang)
+        spelled = encode(fmt, tokenizer, overhang + "x") if overhang.isspace() else end
         whole = prefix_ids[-len(end) :] == end
         kept = prefix[: len(prefix) - len(overhang)]
         prefix_ids = prefix_ids[: -len(end)] if whole else encode(fmt, tokenizer, kept, continues=continues)
@@ -159,7 +164,7 @@ def completion_prompt(
         suffix_used=bool(suffix_ids),
         truncated=truncated,
         overhang=overhang,
-        overhang_ids=tuple(end),
+        overhang_ids=tuple(spelled),
     )
 
 
