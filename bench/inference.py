@@ -38,7 +38,7 @@ from services.inference.engine.sampler import Sampler
 from services.inference.engine.scheduler import Limits
 from services.inference.engine.sequence import Output, Sequence
 from services.inference.engine.text import TextStream
-from services.inference.engine.weights import Half, Narrow
+from services.inference.engine.weights import Rows8, Rows16
 
 PARTS = ("stream", "streams", "prefill", "adapters", "loss")
 KINDS: tuple[Kind, ...] = tuple(kind for kind in get_args(Kind) if kind != "auto")
@@ -242,7 +242,7 @@ def loss(sides: dict[str, Side], base: PreTrainedModel, tokenizer: Any, vocabula
             count += len(ids) - 1
     reference /= count
     print(f"loss, transformers in bfloat16: {reference:.4f} nats per token, {count} tokens of {len(documents)} files")
-    Half.few = Narrow.few = 2**31
+    Rows16.most = Rows8.most = 2**31
     for kind, side in sides.items():
         found = side.loss(documents)
         print(f"loss, {kind}: {found:.4f} nats per token, {found / reference - 1:+.2%} (asked: under +1 %)")

@@ -18,7 +18,7 @@ FROM ${PYTHON_IMAGE}
 # Versions are those of the base image's Debian, which takes security fixes in place: a pin would only break the build.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends tini \
+    && apt-get install --yes --no-install-recommends libgomp1 tini \
     && rm -rf /var/lib/apt/lists/* \
     && groupadd --gid 10001 codegraft \
     && useradd --uid 10001 --gid 10001 --home-dir /cache --no-create-home --shell /usr/sbin/nologin codegraft \

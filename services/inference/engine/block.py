@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from services.inference.adapters.lora import Joint
 from services.inference.engine import kernels
 from services.inference.engine.attention import Step, keep, look
 from services.inference.engine.blocks import BLOCK
@@ -36,8 +37,16 @@ class Block(nn.Module):
             self._window = attention.sliding_window
         elif "Mistral" in type(layer).__name__:
             self._window = attention.config.sliding_window
+        self.joints: tuple[Joint, ...] = (self._qkv, self._o, self._gate_up, self._down)
+        """Queries, keys and values; outputs; gate and up; down."""
+        self.is_silu = type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
         self._query_heads, kv_heads, _ = (out // attention.head_dim for out in self._qkv.outs)
         self._turned = self._query_heads + kv_heads
+
+    @property
+    def norms(self) -> tuple[Any, Any]:
+        """Before the attention and before the MLP."""
+        return self.input_layernorm, self.post_attention_layernorm
 
     def forward(
         self,
@@ -54,8 +63,12 @@ class Block(nn.Module):
         """
         x = hidden_states[0]
         qkv = self._qkv.compute(self.input_layernorm(x))
-        way = self._many if step.few is None or qkv.dtype != torch.float32 else self._few
-        x = self._o.compute(way(qkv, position_embeddings, step)).add_(x)
+        if step.few is None or qkv.dtype != torch.float32:
+            seen = self._many(qkv, position_embeddings, step)
+        else:
+            seen = qkv.new_empty(len(qkv), self._query_heads * self._width)
+            self.few(qkv, position_embeddings, step, seen)
+        x = self._o.compute(seen).add_(x)
         gate_up = self._gate_up.compute(self.post_attention_layernorm(x))
         gate, up = torch.split_with_sizes(gate_up, self._gate_up.outs, 1)
         return self._down.compute(self.mlp.act_fn(gate).mul_(up)).add_(x)[None]  # type: ignore[no-any-return]
@@ -71,8 +84,8 @@ class Block(nn.Module):
         keep(heads[self._query_heads :], kv, step)
         return look(heads[: self._query_heads], kv, step, self._scale, self._window).flatten(1)
 
-    def _few(self, qkv: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor], step: Step) -> torch.Tensor:
-        """The same for a few tokens on a CPU."""
+    def few(self, qkv: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor], step: Step, seen: torch.Tensor) -> None:
+        """The same for a few tokens on a CPU, into ``seen``; all float32."""
         few, tokens = step.few, qkv.shape[0]
         assert few is not None
         heads, kv = qkv.view(tokens, -1, self._width), few.kv[self._layer]
@@ -80,12 +93,11 @@ class Block(nn.Module):
         kernels.turn(halves, self._turned, turns[0].numpy(), turns[1].numpy(), kv, few.slots, few.begun)
         if few.tables is None:
             queries = heads[:, : self._query_heads].to(torch.bfloat16).transpose(0, 1)
-            return look(queries, step.kv[self._layer], step, self._scale, self._window).flatten(1).float()
-        seen = qkv.new_empty(tokens, self._query_heads * self._width)
+            seen.copy_(look(queries, step.kv[self._layer], step, self._scale, self._window).flatten(1))
+            return
         out = seen.view(tokens, self._query_heads, -1).numpy()
         window = self._window or few.tables.size * BLOCK
         kernels.attend(heads.numpy(), kv, few.tables, few.pasts, window, self._scale, out)
-        return seen
 
 
 class Rotary(nn.Module):

@@ -19,7 +19,8 @@ from services.inference.engine.weights import Half, Narrow, Plain, Product
 
 Kind = Literal["auto", "bf16", "int8"]
 _FIRST = 2
-"""So many layers at the begin, and the last one, keep 16 bits: half of what 8 lose is lost there."""
+"""Where activations are rounded to 8 bits, too (fbgemm), so many layers at the begin, the last one and the output head
+keep 16: with 8 they lose as much as all others. Without that 8 bits everywhere lose 0.5 % of the loss on code."""
 
 
 def speed_up(model: PreTrainedModel, kind: Kind) -> None:
@@ -35,12 +36,12 @@ def speed_up(model: PreTrainedModel, kind: Kind) -> None:
     last = max((_layer(joint) for joint in found), default=0)
     for joint in found:
         if isinstance(joint.product, Plain):
-            narrow = kind == "int8" and _FIRST <= _layer(joint) < last
+            narrow = kind == "int8" and (kernels.in_threads() or _FIRST <= _layer(joint) < last)
             packed = Narrow if narrow else Half
             joint.product = packed(joint.product.weight, joint.product.bias)
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if isinstance(head, nn.Linear):
-        model.set_output_embeddings(Head(head))  # type: ignore[no-untyped-call]
+        model.set_output_embeddings(Head(head, kind))  # type: ignore[no-untyped-call]
     embeddings = model.get_input_embeddings()
     embeddings.register_forward_hook(_widen)
     table = embeddings.weight
@@ -59,14 +60,12 @@ def _layer(joint: Joint) -> int:
 
 
 class Head(nn.Module):
-    """The output head with packed weights, 16 bits always: in 8 it loses as much as all other layers together.
+    """The output head with packed weights; an embedding that is tied to it keeps its own."""
 
-    An embedding that is tied to it keeps its own.
-    """
-
-    def __init__(self, head: nn.Linear) -> None:
+    def __init__(self, head: nn.Linear, kind: Kind) -> None:
         super().__init__()
-        self.product: Product = Half(head.weight.detach(), None if head.bias is None else head.bias.detach())
+        packed = Narrow if kind == "int8" and kernels.in_threads() else Half
+        self.product: Product = packed(head.weight.detach(), None if head.bias is None else head.bias.detach())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[1, tokens, hidden]`` to ``[1, tokens, embeddings]``."""
@@ -94,11 +93,15 @@ class Norm(nn.Module):
         """Over the last dimension."""
         if x.numel() <= MOST * x.shape[-1]:
             out = torch.empty_like(x)
-            kernels.norm(x.view(-1, x.shape[-1]).numpy(), self._array, self._least, out.view(-1, x.shape[-1]).numpy())
+            self.into(x.view(-1, x.shape[-1]), out.view(-1, x.shape[-1]))
             return out
         size = torch.linalg.vector_norm(x, 2, -1, keepdim=True)
         normed: torch.Tensor = x / size.hypot_(torch.tensor(self._least))
         return normed.mul_(self.weight)
+
+    def into(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """A few tokens, ``[tokens, width]``, on a CPU."""
+        kernels.norm(x.numpy(), self._array, self._least, out.numpy())
 
 
 def _widen(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:

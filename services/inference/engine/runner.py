@@ -16,6 +16,7 @@ from services.inference.engine import kernels
 from services.inference.engine.attention import NAME, Step
 from services.inference.engine.block import simplify
 from services.inference.engine.blocks import BLOCK, blocks_for
+from services.inference.engine.compiled import Compiled, fits
 from services.inference.engine.cores import reserve
 from services.inference.engine.few import MOST, bits, few
 from services.inference.engine.rows import Row, batches
@@ -46,6 +47,7 @@ class Runner:
             for _ in range(config.num_hidden_layers)
         ]
         self._bits = bits(self._kv)
+        self._compiled: Compiled | None = None
         model.set_attn_implementation(NAME)
 
     def begin(self) -> None:
@@ -54,6 +56,8 @@ class Runner:
             reserve(self._threads)
         if self._model.device.type == "cpu":
             kernels.warm()
+            kernels.use(self._threads)
+            self._compiled = Compiled(self._model, self._active) if fits(self._model) else None
 
     @torch.inference_mode()
     def step(self, work: list[Work]) -> list[Result | None]:
@@ -90,15 +94,23 @@ class Runner:
         if self._bits is not None and len(ids) <= MOST:
             step = replace(step, few=few(step, self._bits))
         with self._active.use(segments):
-            logits = self._model(
-                input_ids=torch.tensor([ids], device=device),
-                position_ids=torch.tensor([positions], device=device),
-                use_cache=False,
-                logits_to_keep=torch.tensor(last, dtype=torch.long, device=device),
-                step=step,
-            ).logits[0]
-        outputs = logits.split([work[index].outputs for index in order])
+            logits = self._logits(ids, positions, last, step)
+        outputs = torch.split_with_sizes(logits, [work[index].outputs for index in order])
         return self._results(work, dict(zip(order, outputs, strict=True)))
+
+    def _logits(self, ids: list[int], positions: list[int], last: list[int], step: Step) -> torch.Tensor:
+        """Of the tokens whose outputs are wanted, ``[last, embeddings]``."""
+        if self._compiled is not None and step.few is not None and len(ids) <= self._compiled.most:
+            return self._compiled.logits(ids, positions, last, step)
+        device = self._model.device
+        logits: torch.Tensor = self._model(
+            input_ids=torch.tensor([ids], device=device),
+            position_ids=torch.tensor([positions], device=device),
+            use_cache=False,
+            logits_to_keep=torch.tensor(last, dtype=torch.long, device=device),
+            step=step,
+        ).logits
+        return logits[0]
 
     def _results(self, work: list[Work], outputs: dict[int, torch.Tensor]) -> list[Result | None]:
         """From each entry's outputs ``[outputs, embeddings]``, by its index."""

@@ -14,6 +14,7 @@ from services.inference.engine.scheduler import Limits
 from services.inference.engine.weights import Blocked, Half, Narrow
 from tests.unit.inference.tiny import Bench, greedy, marker
 
+IN_THREADS = kernels.in_threads()
 PROMPT = [5, 9, 2, 60, 33, 7, 8, 120, 44, 91]
 needs_kernels = pytest.mark.skipif(not layers._supported(), reason="this processor has no such kernels")
 
@@ -23,26 +24,32 @@ needs_kernels = pytest.mark.skipif(not layers._supported(), reason="this process
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("kind", "error"), [(Half, 0.003), (Blocked, 0.004), (Narrow, 0.02)])
 def test_products_are_the_exact_ones_within_their_rounding(
-    kind: type[Half | Blocked | Narrow], error: float, bias: bool, tokens: int
+    kind: type[Half | Blocked | Narrow], error: float, bias: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(1)
     weight, x = torch.randn(96, 64).bfloat16(), torch.randn(tokens, 64)
     offset = torch.randn(96).bfloat16() if bias else None
     exact = torch.nn.functional.linear(x, weight.float(), None if offset is None else offset.float())
-    product = kind(weight, offset)(x)
-    assert product.dtype == torch.float32
-    assert ((product - exact).norm() / exact.norm()).item() < error
+    for threads in (True, False):
+        monkeypatch.setattr(kernels, "in_threads", lambda threads=threads: threads and IN_THREADS)
+        product = kind(weight, offset)(x)
+        assert product.dtype == torch.float32
+        assert ((product - exact).norm() / exact.norm()).item() < error
 
 
 @needs_kernels
-def test_halves_lose_nothing_of_few_tokens() -> None:
+@pytest.mark.parametrize("threads", [True, False])
+def test_halves_lose_nothing_of_few_tokens(threads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "in_threads", lambda: threads and IN_THREADS)
     torch.manual_seed(1)
     weight, x = torch.randn(96, 64).bfloat16(), torch.randn(2, 64)
     torch.testing.assert_close(Half(weight, None)(x), x @ weight.float().T, rtol=1e-5, atol=1e-5)
 
 
 @needs_kernels
-def test_a_token_in_eight_bits_does_not_depend_on_the_others() -> None:
+@pytest.mark.parametrize("threads", [True, False])
+def test_a_token_in_eight_bits_does_not_depend_on_the_others(threads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "in_threads", lambda: threads and IN_THREADS)
     torch.manual_seed(1)
     weight, x = torch.randn(96, 64).bfloat16(), torch.randn(1, 64)
     narrow, exact = Narrow(weight, None), x @ weight.float().T
@@ -87,5 +94,5 @@ def test_no_step_has_to_compile(reference: LlamaForCausalLM, tokenizer: PreTrain
         for heard in [bench.submit(PROMPT[: 3 + n], 12, adapter=adapters[n % 4]) for n in range(count)]:
             heard.wait()
     bench.engine.stop()
-    for kernel in (kernels.norm, kernels.turn, kernels.attend, kernels.adapt):
+    for kernel in (kernels.norm, kernels.turn, kernels.attend, kernels.adapt, kernels.narrow, kernels.gate):
         assert len(kernel.signatures) == 1, kernel  # type: ignore[attr-defined]

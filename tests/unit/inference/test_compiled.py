@@ -1,0 +1,123 @@
+"""The compiled step against the same model's step by torch, on the same packed weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from services.inference.adapters.lora import Weights
+from services.inference.engine import compiled, kernels, layers
+from services.inference.engine.scheduler import Limits
+from services.inference.engine.sequence import Sampling
+from tests.unit.inference.tiny import Bench, marker
+
+needs_kernels = pytest.mark.skipif(
+    not layers._supported() or not kernels.in_threads(), reason="this machine has no such kernels"
+)
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+}
+
+
+def qwen(vocabulary: int) -> PreTrainedModel:
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=vocabulary, **SIZES))
+    for layer in model.model.layers:
+        for part in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+            part.bias.data.normal_()
+    return model
+
+
+def mistral(vocabulary: int) -> PreTrainedModel:
+    return MistralForCausalLM(MistralConfig(vocab_size=vocabulary, sliding_window=12, **SIZES))
+
+
+Told = list[list[tuple[int, float]]]
+"""Tokens and their log probabilities, by stream."""
+
+
+def run(bench: Bench, adapters: list[Weights | None]) -> Told:
+    """One, two and four streams, with guesses."""
+    told: Told = []
+    bench.engine.start()
+    for count in (1, 2, 4):
+        made = [
+            bench.make([5, 9, 2, 60, 33, 9, 2][: 3 + n], 24, adapter=adapters[n], sampling=Sampling(logprobs=0))
+            for n in range(count)
+        ]
+        bench.engine.submit(*(heard.sequence for heard in made))
+        for heard in made:
+            heard.wait()
+            told.append([(one.token, one.logprob) for output in heard.outputs for one in output.logprobs])
+    bench.engine.stop()
+    return told
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("family", "kind"), [("llama", "bf16"), ("llama", "int8"), ("qwen", "bf16"), ("mistral", "int8")]
+)
+def test_it_computes_what_torch_does(
+    family: str,
+    kind: layers.Kind,
+    reference: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(2)
+    model: PreTrainedModel = copy.deepcopy(reference)
+    if family != "llama":
+        model = {"qwen": qwen, "mistral": mistral}[family](reference.config.vocab_size)
+    calls, logits = list[int](), compiled.Compiled.logits
+    monkeypatch.setattr(
+        compiled.Compiled, "logits", lambda self, ids, *rest: calls.append(len(ids)) or logits(self, ids, *rest)
+    )
+    told = list[Told]()
+    for compile in (True, False):
+        bench = Bench(model.eval().bfloat16(), tokenizer, Limits(running=4, kv_tokens=2048, draft_tokens=2))
+        layers.speed_up(bench.model, kind)
+        assert compiled.fits(bench.model)
+        monkeypatch.setattr("services.inference.engine.runner.fits", lambda model, compile=compile: compile)
+        adapters = [marker(bench.model, 1), None, marker(bench.model, 2, rank=9), None]
+        told.append(run(bench, adapters))
+    assert {1, 2, 4} <= set(calls) and max(calls) <= 8
+    for ours, theirs in zip(*told, strict=True):
+        same = next((n for n, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a[0] != b[0]), len(ours))
+        assert same >= 4, "a near tie may go either way, but not at once"
+        for (_, one), (_, other) in zip(ours[:same], theirs[:same], strict=True):
+            assert one == pytest.approx(other, abs=0.1)
+
+
+@needs_kernels
+def test_only_a_model_that_is_all_of_it_is_compiled(
+    reference: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    def packed() -> PreTrainedModel:
+        bench = Bench(copy.deepcopy(reference).bfloat16(), tokenizer, Limits(running=4, kv_tokens=2048))
+        layers.speed_up(bench.model, "int8")
+        return bench.model
+
+    assert compiled.fits(packed())
+    assert not compiled.fits(Bench(reference, tokenizer, Limits(running=4, kv_tokens=2048)).model), "float32"
+    gelu = packed()
+    gelu.model.layers[1].is_silu = False
+    plain = packed()
+    plain.model.norm = reference.model.norm
+    assert not compiled.fits(gelu) and not compiled.fits(plain)
