@@ -97,7 +97,8 @@ class Block(nn.Module):
             return
         out = seen.view(tokens, self._query_heads, -1).numpy()
         window = self._window or few.tables.size * BLOCK
-        kernels.attend(heads.numpy(), kv, few.tables, few.pasts, window, self._scale, out)
+        attend = kernels.attend_in_threads if kernels.in_threads() else kernels.attend
+        attend(heads.numpy(), kv, few.tables, few.pasts, window, self._scale, out)
 
 
 class Rotary(nn.Module):

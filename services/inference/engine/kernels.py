@@ -97,8 +97,53 @@ def turn(qkv: Any, turned: int, cos: Any, sin: Any, kv: Any, slots: Any, begun: 
 
 
 @_compiled
+def _attend(
+    token: int, head: int, qkv: Any, kv: Any, tables: Any, pasts: Any, window: int, scale: float, out: Any
+) -> None:
+    """What one token sees through the queries of one head of keys; see :func:`attend`."""
+    head_dim = out.shape[2]
+    group = out.shape[1] // kv.shape[1]
+    row = np.empty(head_dim, np.float32)
+    bits = row.view(np.uint32)
+    end = pasts[token] + 1
+    begin = max(0, end - window)
+    weights = np.empty((group, end - begin), np.float32)
+    for at in range(begin, end):
+        key = kv[0, head, tables[token, at // BLOCK] * BLOCK + at % BLOCK]
+        for n in range(head_dim):
+            bits[n] = np.uint32(key[n]) << np.uint32(16)
+        for member in range(group):
+            query = qkv[token, head * group + member]
+            score = np.float32(0.0)
+            for n in range(head_dim):
+                score += query[n] * row[n]
+            weights[member, at - begin] = score * np.float32(scale)
+    for member in range(group):
+        largest = np.float32(-np.inf)
+        for at in range(end - begin):
+            largest = max(largest, weights[member, at])
+        total = np.float32(0.0)
+        for at in range(end - begin):
+            weight = np.float32(math.exp(weights[member, at] - largest))
+            weights[member, at] = weight
+            total += weight
+        for at in range(end - begin):
+            weights[member, at] /= total
+        out[token, head * group + member] = 0.0
+    for at in range(begin, end):
+        value = kv[1, head, tables[token, at // BLOCK] * BLOCK + at % BLOCK]
+        for n in range(head_dim):
+            bits[n] = np.uint32(value[n]) << np.uint32(16)
+        for member in range(group):
+            seen = out[token, head * group + member]
+            weight = weights[member, at - begin]
+            for n in range(head_dim):
+                seen[n] += weight * row[n]
+
+
+@_compiled
 def attend(qkv: Any, kv: Any, tables: Any, pasts: Any, window: int, scale: float, out: Any) -> None:
-    """What single tokens of several sequences see, each in the blocks of its own.
+    """What single tokens see, each in the blocks of its sequence.
 
     Args:
         qkv: ``[tokens, heads, head_dim]``, float32: turned queries first.
@@ -108,47 +153,17 @@ def attend(qkv: Any, kv: Any, tables: Any, pasts: Any, window: int, scale: float
         window: tokens that each sees at most, itself included.
         out: ``[tokens, query_heads, head_dim]``, float32.
     """
-    tokens, heads, head_dim = out.shape
-    kv_heads = kv.shape[1]
-    group = heads // kv_heads
-    row = np.empty(head_dim, np.float32)
-    bits = row.view(np.uint32)
-    for token in range(tokens):
-        end = pasts[token] + 1
-        begin = max(0, end - window)
-        weights = np.empty((group, end - begin), np.float32)
-        for head in range(kv_heads):
-            for at in range(begin, end):
-                key = kv[0, head, tables[token, at // BLOCK] * BLOCK + at % BLOCK]
-                for n in range(head_dim):
-                    bits[n] = np.uint32(key[n]) << np.uint32(16)
-                for member in range(group):
-                    query = qkv[token, head * group + member]
-                    score = np.float32(0.0)
-                    for n in range(head_dim):
-                        score += query[n] * row[n]
-                    weights[member, at - begin] = score * np.float32(scale)
-            for member in range(group):
-                largest = np.float32(-np.inf)
-                for at in range(end - begin):
-                    largest = max(largest, weights[member, at])
-                total = np.float32(0.0)
-                for at in range(end - begin):
-                    weight = np.float32(math.exp(weights[member, at] - largest))
-                    weights[member, at] = weight
-                    total += weight
-                for at in range(end - begin):
-                    weights[member, at] /= total
-                out[token, head * group + member] = 0.0
-            for at in range(begin, end):
-                value = kv[1, head, tables[token, at // BLOCK] * BLOCK + at % BLOCK]
-                for n in range(head_dim):
-                    bits[n] = np.uint32(value[n]) << np.uint32(16)
-                for member in range(group):
-                    seen = out[token, head * group + member]
-                    weight = weights[member, at - begin]
-                    for n in range(head_dim):
-                        seen[n] += weight * row[n]
+    heads = kv.shape[1]
+    for pair in range(out.shape[0] * heads):
+        _attend(pair // heads, pair % heads, qkv, kv, tables, pasts, window, scale, out)
+
+
+@_in_threads
+def attend_in_threads(qkv: Any, kv: Any, tables: Any, pasts: Any, window: int, scale: float, out: Any) -> None:
+    """As :func:`attend`, where :func:`in_threads`."""
+    heads = kv.shape[1]
+    for pair in prange(out.shape[0] * heads):
+        _attend(pair // heads, pair % heads, qkv, kv, tables, pasts, window, scale, out)
 
 
 @_compiled
@@ -246,11 +261,11 @@ def gate(gate_up: Any, out: Any) -> None:
 
 @cache
 def in_threads() -> bool:
-    """Whether there are threads for :func:`narrow` and :func:`half`: they need libgomp on the system."""
+    """Whether there are threads for the kernels that want them: they need libgomp on the system."""
     # In a thread that ends with it: its team would keep the engine's from waiting actively, see engine/cores.py.
     with ThreadPoolExecutor(1) as other:
         try:
-            other.submit(_warm_products).result()
+            other.submit(_warm_threads).result()
         except ValueError:  # numba's "no threading layer could be loaded"
             return False
     return True
@@ -262,8 +277,16 @@ def use(threads: int | None) -> None:
         numba.set_num_threads(max(1, min(threads, numba.config.NUMBA_NUM_THREADS)))  # type: ignore[attr-defined]
 
 
-def _warm_products() -> None:
+def _seen() -> tuple[Any, ...]:
+    """The least that attention can be called with."""
+    floats, ints = (partial(np.zeros, dtype=dtype) for dtype in (np.float32, np.int64))
+    kv = np.zeros((2, 1, BLOCK, 2), np.uint16)
+    return floats((1, 3, 2)), kv, ints((1, 1)), ints(1), BLOCK, 1.0, floats((1, 1, 2))
+
+
+def _warm_threads() -> None:
     floats = partial(np.zeros, dtype=np.float32)
+    attend_in_threads(*_seen())
     x, out, row = floats((1, 2)), floats((1, 1)), floats(1)
     narrow(x, np.zeros((1, 2), np.int8), row, row, False, out, 1)
     half(x, np.zeros((1, 2), np.uint16), row, False, out, 1)
@@ -275,7 +298,7 @@ def warm() -> None:
     kv, slots, turns = np.zeros((2, 1, BLOCK, 2), np.uint16), ints(1), floats((1, 1, 2, 1))
     norm(floats((1, 2)), floats(2), 1.0, floats((1, 2)))
     turn(floats((1, 3, 2, 1)), 2, turns, turns, kv, slots, ints(0))
-    attend(floats((1, 3, 2)), kv, ints((1, 1)), slots, BLOCK, 1.0, floats((1, 1, 2)))
+    attend(*_seen())
     adapt(floats((1, 2)), floats((1, 2)), floats((1, 2, 1)), floats((1, 1, 1, 2)), ints(1), slots)
     gate(floats((1, 2)), floats((1, 1)))
     in_threads()

@@ -92,7 +92,7 @@ class Runner:
             kv=self._kv,
         )
         if self._bits is not None and len(ids) <= MOST:
-            step = replace(step, few=few(step, self._bits))
+            step = replace(step, few=few(step, self._bits, rows))
         with self._active.use(segments):
             logits = self._logits(ids, positions, last, step)
         outputs = torch.split_with_sizes(logits, [work[index].outputs for index in order])

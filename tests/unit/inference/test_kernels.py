@@ -11,12 +11,14 @@ from transformers import MistralConfig, MistralForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from services.inference.adapters.lora import install
+from services.inference.engine import kernels
 from services.inference.engine.attention import Step
 from services.inference.engine.block import Block, Rotary, simplify
 from services.inference.engine.few import bits, few
 from services.inference.engine.layers import Norm
 from services.inference.engine.rows import Row, batches
 
+IN_THREADS = kernels.in_threads()
 SLOTS = 24 * 16
 
 
@@ -47,6 +49,7 @@ def test_norms(tokens: int) -> None:
         torch.testing.assert_close(Norm(exact)(x), exact(x), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("threads", [True, False])
 @pytest.mark.parametrize("window", [None, 5, 40])
 @pytest.mark.parametrize(
     "rows",
@@ -60,7 +63,10 @@ def test_norms(tokens: int) -> None:
     ],
 )
 @torch.inference_mode()
-def test_what_tokens_see(rows: list[tuple[int, int]], window: int | None) -> None:
+def test_what_tokens_see(
+    rows: list[tuple[int, int]], window: int | None, threads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "in_threads", lambda: threads and IN_THREADS)
     block, rotary = make_block(window)
     begin, free, made, slots, begun, positions = 0, list(range(24)), list[Row](), list[int](), list[int](), list[int]()
     for count, past in rows:
@@ -82,7 +88,7 @@ def test_what_tokens_see(rows: list[tuple[int, int]], window: int | None) -> Non
         if compiled:
             arrays = bits(memory)
             assert arrays is not None
-            step = Step(together, alone, step.slots, step.begun, memory, few(step, arrays))
+            step = Step(together, alone, step.slots, step.begun, memory, few(step, arrays, made))
         if compiled:
             block.few(qkv.clone(), turns, step, seen := torch.empty(begin, 96))
         else:
@@ -93,14 +99,18 @@ def test_what_tokens_see(rows: list[tuple[int, int]], window: int | None) -> Non
     torch.testing.assert_close(own, kept, rtol=0.01, atol=1e-6)  # to a bit of bfloat16
 
 
-def test_single_tokens_are_read_in_place_and_others_left_to_torch() -> None:
+def test_single_tokens_are_read_in_place_and_others_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = [torch.zeros(2, 2, SLOTS, 16, dtype=torch.bfloat16)]
     arrays = bits(memory)
     assert arrays is not None
     one, many = Row(0, 1, 20, [4, 2]), Row(1, 3, 0, [7])
-    found = few(Step([], [one], torch.tensor([36]), None, memory), arrays)
+    found = few(Step([], [one], torch.tensor([36]), None, memory), arrays, [one])
     assert found.tables.tolist() == [[4, 2]] and found.pasts.tolist() == [20]
-    assert few(Step([], [one, many], torch.arange(4), None, memory), arrays).tables is None
+    found = few(Step([], [one, many], torch.arange(4), None, memory), arrays, [one, many])
+    assert found.tables.tolist() == [[4, 2], [7, 0], [7, 0], [7, 0]] and found.pasts.tolist() == [20, 0, 1, 2]
+    monkeypatch.setattr(kernels, "in_threads", lambda: False)
+    assert few(Step([], [one, many], torch.arange(4), None, memory), arrays, [one, many]).tables is None
+    assert few(Step([], [one], torch.tensor([36]), None, memory), arrays, [one]).tables is not None
     arrays[0][1, 1, 3, 5] = 0x3F80
     assert memory[0][1, 1, 3, 5] == 1.0, "another memory"
     assert bits([torch.zeros(2, 2, 16, 16)]) is None
