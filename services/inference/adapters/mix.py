@@ -214,7 +214,8 @@ class Placed:
         """See :meth:`Mix.add`."""
         a, b, owners = self.stack.a[paths].numpy(), self.stack.b[paths].numpy(), self.stack.pieces[paths]
         out = y.float()  # mostly y itself
-        kernels.adapt(x.float().numpy(), out.numpy(), a, b, owners, self.slots)
+        adapt = kernels.adapt_in_threads if kernels.in_threads() else kernels.adapt
+        adapt(x.float().numpy(), out.numpy(), a, b, owners, self.slots)
         if out is not y:
             y.copy_(out)
 

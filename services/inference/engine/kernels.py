@@ -167,6 +167,26 @@ def attend_in_threads(qkv: Any, kv: Any, tables: Any, pasts: Any, window: int, s
 
 
 @_compiled
+def _adapt(token: int, x: Any, y: Any, a: Any, b: Any, owners: Any, slots: Any) -> None:
+    """One token's; see :func:`adapt`."""
+    slot = slots[token]
+    if slot < 0:
+        return
+    pieces, rank, piece = b.shape[1:]
+    ranks = np.zeros(a.shape[2], np.float32)
+    for at in range(x.shape[1]):
+        value, row = x[token, at], a[slot, at]
+        for n in range(len(ranks)):
+            ranks[n] += value * row[n]
+    for part in range(pieces):
+        out = y[token, part * piece : (part + 1) * piece]
+        for n in range(rank):
+            value, row = ranks[owners[part] * rank + n], b[slot, part, n]
+            for at in range(piece):
+                out[at] += value * row[at]
+
+
+@_compiled
 def adapt(x: Any, y: Any, a: Any, b: Any, owners: Any, slots: Any) -> None:
     """Adds to the products of layers with the same input what each token's adapter gives.
 
@@ -177,24 +197,15 @@ def adapt(x: Any, y: Any, a: Any, b: Any, owners: Any, slots: Any) -> None:
         owners: the layer of each piece, int64.
         slots: each token's, int64; -1 for none, also for those that are missing at the end.
     """
-    pieces, rank, piece = b.shape[1:]
-    ranks = np.empty(a.shape[2], np.float32)
     for token in range(len(slots)):
-        slot = slots[token]
-        if slot < 0:
-            continue
-        for n in range(len(ranks)):
-            ranks[n] = 0.0
-        for at in range(x.shape[1]):
-            value, row = x[token, at], a[slot, at]
-            for n in range(len(ranks)):
-                ranks[n] += value * row[n]
-        for part in range(pieces):
-            out = y[token, part * piece : (part + 1) * piece]
-            for n in range(rank):
-                value, row = ranks[owners[part] * rank + n], b[slot, part, n]
-                for at in range(piece):
-                    out[at] += value * row[at]
+        _adapt(token, x, y, a, b, owners, slots)
+
+
+@_in_threads
+def adapt_in_threads(x: Any, y: Any, a: Any, b: Any, owners: Any, slots: Any) -> None:
+    """As :func:`adapt`, where :func:`in_threads`."""
+    for token in prange(len(slots)):
+        _adapt(token, x, y, a, b, owners, slots)
 
 
 @_in_threads
@@ -284,9 +295,16 @@ def _seen() -> tuple[Any, ...]:
     return floats((1, 3, 2)), kv, ints((1, 1)), ints(1), BLOCK, 1.0, floats((1, 1, 2))
 
 
+def _adapted() -> tuple[Any, ...]:
+    """The same of adapters."""
+    floats, ints = (partial(np.zeros, dtype=dtype) for dtype in (np.float32, np.int64))
+    return floats((1, 2)), floats((1, 2)), floats((1, 2, 1)), floats((1, 1, 1, 2)), ints(1), ints(1)
+
+
 def _warm_threads() -> None:
     floats = partial(np.zeros, dtype=np.float32)
     attend_in_threads(*_seen())
+    adapt_in_threads(*_adapted())
     x, out, row = floats((1, 2)), floats((1, 1)), floats(1)
     narrow(x, np.zeros((1, 2), np.int8), row, row, False, out, 1)
     half(x, np.zeros((1, 2), np.uint16), row, False, out, 1)
@@ -299,6 +317,6 @@ def warm() -> None:
     norm(floats((1, 2)), floats(2), 1.0, floats((1, 2)))
     turn(floats((1, 3, 2, 1)), 2, turns, turns, kv, slots, ints(0))
     attend(*_seen())
-    adapt(floats((1, 2)), floats((1, 2)), floats((1, 2, 1)), floats((1, 1, 1, 2)), ints(1), slots)
+    adapt(*_adapted())
     gate(floats((1, 2)), floats((1, 1)))
     in_threads()
