@@ -1,4 +1,4 @@
-"""What goes over NATS besides events, in AsyncAPI's words: jobs, the audit log, the services' records; and the streams.
+"""What goes over NATS besides events, in AsyncAPI's words: jobs, audit log, usage, the services' records; the streams.
 
 Subjects and settings come from the code, who may use them from the table of permissions.
 """
@@ -14,6 +14,8 @@ from services.core.events import bus
 from services.core.events import nats as events
 from services.core.jobs import nats as jobs
 from services.core.jobs import queue
+from services.core.quota import nats as quota
+from services.core.quota.exchange import INTERVAL
 from services.inference import kept
 from tools import contract
 
@@ -110,6 +112,13 @@ def channels() -> dict[str, Any]:
             "messages": {"AuditRecord": {"$ref": "#/components/messages/AuditRecord"}},
             "x-jetstream-stream": audit.STREAM,
         },
+        "quota": {
+            "address": f"{quota.PREFIX}{{service}}",
+            "description": "What processes let in of requests and tokens a minute, so that a limit holds over all of"
+            " them. No stream: nothing keeps it, and a process that misses some counts alone for that long.",
+            "parameters": {"service": {"description": "Whose process it is.", "enum": list(permissions.SERVICES)}},
+            "messages": {"SharedUsage": {"$ref": "#/components/messages/SharedUsage"}},
+        },
         **{f"state-{bucket}": _bucket(bucket) for bucket in RECORDS},
     }
 
@@ -163,6 +172,14 @@ def operations() -> dict[str, Any]:
         )
         if service.reads_audit:
             add(name, "reads.audit", "audit", "receive", "For AuditService.ListAuditRecords.")
+        add(
+            name,
+            "tells.usage",
+            "quota",
+            "send",
+            f"At most every {INTERVAL:g} seconds while owners with a limit call, sooner where it is much of a limit.",
+        )
+        add(name, "hears.usage", "quota", "receive", "Taken from the buckets of this process, too.")
         add(name, "writes.state", f"state-{name}", "send", "Compare-and-set on the key's revision.")
         add(name, "follows.state", f"state-{name}", "receive", "Begun anew behind the last revision every two minutes.")
         for bucket in service.buckets:
@@ -194,6 +211,7 @@ def messages() -> dict[str, Any]:
             "payload": name,
         },
         "AuditRecord": _record("codegraft.access.v1.AuditRecord"),
+        "SharedUsage": _record("codegraft.access.v1.SharedUsage"),
         **{_last(name): _record(name) for names in RECORDS.values() for name in names},
     }
 

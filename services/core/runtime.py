@@ -25,7 +25,9 @@ from services.core.events.nats import NatsBus
 from services.core.jobs import JobQueue, MemoryQueue
 from services.core.jobs.nats import NatsQueue
 from services.core.nats_connection import NatsConnection, connect
+from services.core.quota.channel import Channel
 from services.core.quota.limits import NONE, Defaults
+from services.core.quota.nats import NatsChannel
 from services.core.quota.quotas import Quotas
 from services.core.state import Bounds, MemoryState, StateStore
 from services.core.state.nats import NatsState
@@ -66,6 +68,7 @@ class Runtime:
         check: Callable[[], Awaitable[None]],
         quota_project: Defaults = NONE,
         quota_key: Defaults = NONE,
+        channel: Channel | None = None,
     ) -> None:
         self._open_state = state
         self._states: dict[str, StateStore] = {}
@@ -76,7 +79,7 @@ class Runtime:
         self.store = store
         self.blobs = Blobs(store)
         self.artifacts = Artifacts(store, cache_dir)
-        self.quotas = Quotas(self.state(keyring.BUCKET), quota_project, quota_key)
+        self.quotas = Quotas(self.state(keyring.BUCKET), quota_project, quota_key, channel)
 
     def state(self, bucket: str, bounds: Bounds | None = None) -> StateStore:
         """The records of one bucket (one per service); the same object for the same bucket.
@@ -137,6 +140,7 @@ class Runtime:
                 check=check,
                 quota_project=settings.quota_project,
                 quota_key=settings.quota_key,
+                channel=NatsChannel(connection, service),
             )
 
     @classmethod

@@ -90,7 +90,7 @@ async def test_a_sound_installation_has_nothing_to_mend(place: Installation) -> 
     assert not problems(found) and len(found) == 1 + 2 * len(SERVICES)
 
 
-async def test_each_wrong_thing_is_found(place: Installation) -> None:
+async def test_each_wrong_thing_is_found(place: Installation, monkeypatch: pytest.MonkeyPatch) -> None:
     async with installation.opened(place) as control:
         await NatsState(control.nats, "scanner").list()
         info = await control.nats.js.stream_info("KV_scanner")
@@ -105,6 +105,11 @@ async def test_each_wrong_thing_is_found(place: Installation) -> None:
     settings = place.settings
     admin = ServiceCredentials("secret", "A" * 20, "b" * 40, "")
     assert await permissions._try_nats(settings, "codegraft", "secret", [], ["KV_ingest"]) == "may look at KV_ingest"
+    with monkeypatch.context() as patch:  # users of a version before the subjects of quotas
+        patch.setattr(permissions, "USAGE", "newer.")
+        known = KNOWN["trainer"].nats_password
+        told = await permissions._try_nats(settings, "trainer", known, ["KV_trainer"], [])
+        assert told == "may not exchange what is used on newer.trainer"
     others = await permissions.check(Installation(settings, {"inference": admin}))
     assert problems(others)["object store as inference"] == "may write what it only reads"
     assert problems(others)["NATS as inference"].startswith("cannot log in")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 from collections.abc import Iterator
 from datetime import timedelta
@@ -23,6 +24,7 @@ from services.core.errors import StateUnavailable, StoreUnavailable
 from services.core.events.nats import NatsBus
 from services.core.jobs.nats import NatsQueue
 from services.core.nats_connection import NatsConnection
+from services.core.quota.nats import NatsChannel
 from services.core.state import Bounds
 from services.core.state.nats import NatsState
 from services.core.store.s3 import S3Address, S3Store
@@ -128,6 +130,26 @@ async def test_the_audit_log_is_written_by_all_and_read_by_ingest(connections: d
             await NatsAudit(mine, name).page("projects/p", 0, "")
         with pytest.raises(StateUnavailable):
             await NatsAudit(mine, "ingest").append(AuditRecord())
+
+
+async def test_usage_of_quotas_is_told_by_each_for_itself_and_heard_by_all(
+    connections: dict[str, NatsConnection],
+) -> None:
+    heard: dict[str, list[bytes]] = {name: [] for name in connections}
+    async with contextlib.AsyncExitStack() as stack:
+        for name, connection in connections.items():
+            await stack.enter_async_context(NatsChannel(connection, name).listen(heard[name].append, lambda: None))
+            for _ in range(2):  # the client's first PING overtakes what waits to be sent
+                await connection.client.flush()
+        for name, connection in connections.items():
+            for other in permissions.SERVICES.keys() - {name}:
+                await NatsChannel(connection, other).send(f"{name} for {other}".encode())
+            await NatsChannel(connection, name).send(name.encode())
+        async with asyncio.timeout(5):
+            while not all(len(words) >= len(connections) for words in heard.values()):  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+        await asyncio.sleep(0.05)
+    assert all(sorted(words) == sorted(name.encode() for name in connections) for words in heard.values())
 
 
 @pytest.mark.parametrize("name", permissions.SERVICES)

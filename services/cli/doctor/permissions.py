@@ -25,6 +25,7 @@ from services.cli.doctor.check import Check, failed, ok
 from services.cli.local.files import ServiceCredentials
 from services.cli.local.permissions import KEYS, SERVICES
 from services.core.config import CoreSettings
+from services.core.quota.nats import PREFIX as USAGE
 from services.core.runtime import nats_tls
 
 _TIMEOUT = 1.0
@@ -92,11 +93,20 @@ async def _try_nats(settings: CoreSettings, user: str, password: str, own: list[
                 return f"may not look at {stream}"
         if others and (allowed := await _allowed(client, others, refused)):
             return allowed
-        return ""
+        return await _silenced(client, user, refused) if own else ""
     except (nats.errors.Error, OSError, TimeoutError) as error:
         return f"it does not answer: {error or type(error).__name__}"
     finally:
         await client.close()
+
+
+async def _silenced(client: Client, user: str, refused: list[str]) -> str:
+    """What is wrong where the service may not tell or hear how much is used of quotas; empty when it may."""
+    await client.subscribe(f"{USAGE}*")
+    await client.publish(f"{USAGE}{user}", b"")  # which says nothing
+    for _ in range(2):  # the client's first PING overtakes what waits to be sent; what is refused comes before the PONG
+        await client.flush(timeout=int(_TIMEOUT))
+    return f"may not exchange what is used on {USAGE}{user}" if any(f'"{USAGE}' in line for line in refused) else ""
 
 
 async def _allowed(client: Client, others: list[str], refused: list[str]) -> str:

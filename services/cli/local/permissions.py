@@ -4,8 +4,9 @@
 ``$INGEST_PASSWORD`` and so on in place of passwords.
 
 A service publishes to its own buckets and its own events, takes jobs of its own kinds, reads the API keys and all
-events, and gets answers in an inbox of its own. What no rule of NATS can see: a service may have messages of its
-streams sent to any subject, so one that was taken over could still disturb others; it cannot read their buckets.
+events, says what it counts of quotas and hears what the others do, and gets answers in an inbox of its own. What no
+rule of NATS can see: a service may have messages of its streams sent to any subject, so one that was taken over could
+still disturb others; it cannot read their buckets.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from services.core.quota.nats import PREFIX as USAGE
 
 API = "$JS.API"
 KEYS = "KV_access"
@@ -49,7 +52,7 @@ def publish(name: str) -> list[str]:
     service, buckets = SERVICES[name], (name, *SERVICES[name].buckets)
     own = [f"KV_{bucket}" for bucket in buckets]
     subjects = [f"$KV.{bucket}.>" for bucket in buckets]
-    subjects += [f"codegraft.{name}.>", f"audit.{name}.>", f"{API}.STREAM.CREATE.AUDIT"]
+    subjects += [f"codegraft.{name}.>", f"audit.{name}.>", f"{API}.STREAM.CREATE.AUDIT", f"{USAGE}{name}"]
     if service.writes_keys:
         subjects.append("$KV.access.>")
     for stream in (*own, KEYS, "EVENTS", *(["AUDIT"] if service.reads_audit else [])):
@@ -79,8 +82,8 @@ def publish(name: str) -> list[str]:
 
 
 def subscribe(name: str) -> list[str]:
-    """Subjects that it may subscribe to: its own inbox, through which also streams come."""
-    return [f"_INBOX.{name}.>"]
+    """Subjects that it may subscribe to: its own inbox, through which also streams come, and what all say of usage."""
+    return [f"_INBOX.{name}.>", f"{USAGE}*"]
 
 
 def nats_users(passwords: Mapping[str, str]) -> str:

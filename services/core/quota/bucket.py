@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MINUTE = 60.0
+_LONGEST = 3600.0
+"""Seconds until a bucket is full, at most, by what others say: a wrong word shuts nobody out for longer."""
 
 
 @dataclass(slots=True)
@@ -37,3 +39,19 @@ class Bucket:
         """Takes the amount, whether it is there or not; a negative one goes back, and no bucket is more than full."""
         if limit > 0:
             self.full_at = max(self.full_at, now) + amount * MINUTE / limit
+
+    # --- what other processes took from theirs ------------------------------------------------------------------------
+
+    def left(self, now: float) -> float:
+        """Seconds until it is full: whatever the limit, what another process needs to begin where this one is."""
+        return max(0.0, self.full_at - now)
+
+    def others_took(self, amount: float, limit: int, now: float) -> None:
+        """Takes what others let in already; so it may be late, and lack more than there ever was."""
+        if limit > 0:
+            took = max(self.full_at, now) + amount * MINUTE / limit
+            self.full_at = min(took, max(self.full_at, now + _LONGEST))
+
+    def not_before(self, seconds: float, now: float) -> None:
+        """Others know that it is not full before so many seconds; who knew of more keeps to that."""
+        self.full_at = max(self.full_at, now + min(seconds, _LONGEST))

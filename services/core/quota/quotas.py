@@ -1,7 +1,7 @@
 """The quotas that a service knows: a copy in memory of what ingest keeps in JetStream KV, followed by a watch.
 
-As with keys, a call costs no request to NATS, and while NATS is away the known limits go on counting. Before the first
-copy is there, the defaults of the settings do.
+As with keys, a call costs no request to NATS, and while NATS is away the known limits go on counting, those of rates
+for each process alone. Before the first copy is there, the defaults of the settings do.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from services.core.auth import policy
 from services.core.auth.caller import ANYBODY, Caller
 from services.core.backoff import Backoff
 from services.core.errors import NotFound, StateUnavailable
+from services.core.quota.channel import Channel
+from services.core.quota.exchange import Exchange
 from services.core.quota.limits import NONE, Defaults, Kind, Limits, effective, of_message
 from services.core.quota.rates import Rates
 from services.core.state import StateStore, Table
@@ -35,21 +37,32 @@ class Quotas:
         store: the bucket services.core.auth.keyring.BUCKET.
         project: limits of projects for which nothing is set.
         key: those of keys, and of OIDC subjects.
+        channel: to the other processes; without one, rates are those of this process.
 
     Attributes:
         requests: calls that begin.
         tokens: of completions.
     """
 
-    def __init__(self, store: StateStore, project: Defaults = NONE, key: Defaults = NONE) -> None:
+    def __init__(
+        self, store: StateStore, project: Defaults = NONE, key: Defaults = NONE, channel: Channel | None = None
+    ) -> None:
         self._table = table(store)
         self._project, self._key = project, key
         self._set: dict[str, Limits] = {}
         self.requests = Rates(Kind.REQUESTS, self.limit)
         self.tokens = Rates(Kind.TOKENS, self.limit)
+        rates = {Kind.REQUESTS: self.requests, Kind.TOKENS: self.tokens}
+        self._exchange = Exchange(channel, rates) if channel is not None else None
 
     async def run(self) -> None:
-        """Follows the bucket until cancelled."""
+        """Follows the bucket, and exchanges usage with the other processes, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._follow())
+            if self._exchange is not None:
+                tasks.create_task(self._exchange.run())
+
+    async def _follow(self) -> None:
         waits, failures = Backoff(), 0
         while True:
             try:

@@ -1,8 +1,8 @@
 """Rates of projects and keys, each with its bucket in this process.
 
-Every process has buckets of its own: a call costs no message to any other process, and NATS may be away. So a limit
-holds at each process, and N replicas behind a balancer let through up to N times as much (docs/security.md says so). It
-is what Envoy calls local rate limiting; a shared count would put a round trip before every completion.
+A call costs no message to any other process, and NATS may be away: what this process let in goes to the others a moment
+later, and what they let in comes from them (services/core/quota/exchange.py). A shared count would put a round trip
+before every completion.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from services.core.quota.refusal import refuse
 
 MOST_BUCKETS = 10_000
 """From so many on, full buckets are thrown away, which changes nothing: names of callers must not fill the memory."""
+MUCH = 1 / 20
+"""Part of a limit that the others hear of at once: a burst at all replicas would be over before the next word."""
 
 
 class Rates:
@@ -26,6 +28,9 @@ class Rates:
     Args:
         limit: of an owner now; None for none.
         clock: seconds, never going back.
+
+    Attributes:
+        hurry: called when the others should hear of something at once. What is to be told is collected once it is set.
     """
 
     def __init__(
@@ -33,6 +38,8 @@ class Rates:
     ) -> None:
         self._kind, self._limit, self._clock = kind, limit, clock
         self._buckets: dict[str, Bucket] = {}
+        self._untold: dict[str, int] = {}
+        self.hurry: Callable[[], None] | None = None
 
     def take(self, owners: Sequence[str], amount: int = 1) -> Charge:
         """Takes the amount from the bucket of every owner, or from none.
@@ -47,11 +54,11 @@ class Rates:
             if wait := bucket.wait(amount, limit, now):
                 raise refuse(self._kind, owner, limit, math.ceil(bucket.used(limit, now)), amount, wait)
         for owner, limit in limited:
-            self._bucket(owner, now).take(amount, limit, now)
+            self._take(owner, amount, limit, now)
         return Charge(self, [owner for owner, _ in limited], amount)
 
     def used(self, owner: str) -> int | None:
-        """What has not come back yet of what an owner took in this process; None where it has no limit."""
+        """What has not come back yet of what an owner took, as far as this process knows; None without a limit."""
         limit, bucket = self._limit(self._kind, owner), self._buckets.get(owner)
         if limit is None:
             return None
@@ -62,7 +69,38 @@ class Rates:
         now = self._clock()
         for owner in owners:
             if (limit := self._limit(self._kind, owner)) is not None:
-                self._bucket(owner, now).take(amount, limit, now)
+                self._take(owner, amount, limit, now)
+
+    # --- for and from the other processes -----------------------------------------------------------------------------
+
+    def untold(self) -> dict[str, int]:
+        """What owners took here since the last time that this was asked; negative where they gave back more."""
+        untold, self._untold = self._untold, {}
+        return {owner: amount for owner, amount in untold.items() if amount}
+
+    def others_took(self, owner: str, amount: int) -> None:
+        """Another process let so much in."""
+        if (limit := self._limit(self._kind, owner)) is not None:
+            now = self._clock()
+            self._bucket(owner, now).others_took(amount, limit, now)
+
+    def left(self) -> dict[str, float]:
+        """Seconds until each bucket is full again, of those that are not."""
+        now = self._clock()
+        return {owner: left for owner, bucket in self._buckets.items() if (left := bucket.left(now)) > 0}
+
+    def not_before(self, owner: str, seconds: float) -> None:
+        """Another process knows that an owner's bucket is not full before so many seconds."""
+        if self._limit(self._kind, owner) is not None:
+            now = self._clock()
+            self._bucket(owner, now).not_before(seconds, now)
+
+    def _take(self, owner: str, amount: int, limit: int, now: float) -> None:
+        self._bucket(owner, now).take(amount, limit, now)
+        if self.hurry is not None:
+            self._untold[owner] = untold = self._untold.get(owner, 0) + amount
+            if abs(untold) > limit * MUCH:
+                self.hurry()
 
     def _bucket(self, owner: str, now: float) -> Bucket:
         if owner not in self._buckets and len(self._buckets) >= MOST_BUCKETS:

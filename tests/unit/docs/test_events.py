@@ -151,12 +151,14 @@ def test_nats_permits_the_operations_to_their_service_alone(name: str) -> None:
     service, channel = operation["tags"][0]["name"], DOCUMENT["channels"][operation["channel"]["$ref"].split("/")[2]]
     kinds = permissions.SERVICES[service].jobs
     addresses = [channel["address"].replace("{kind}", kind).replace("{service}", service) for kind in kinds or [""]]
-    stream = channel["x-jetstream-stream"]
+    stream = channel.get("x-jetstream-stream")
     for address in addresses:
         if operation["action"] == "send":
             assert allows(permissions.publish(service), address)
             others = permissions.SERVICES.keys() - {service}
             assert not [other for other in others if allows(permissions.publish(other), address)]
+        elif stream is None:
+            assert allows(permissions.subscribe(service), address)
         else:
             ways = [f"$JS.API.CONSUMER.CREATE.{stream}", *(f"$JS.ACK.{stream}.workers-{kind}.1" for kind in kinds)]
             assert any(allows(permissions.publish(service), way) for way in ways)
