@@ -499,6 +499,11 @@ class QuotaExceeded(ResourceExhausted):
 
     reason = "QUOTA_EXCEEDED"
 
+    @property
+    def is_callers_fault(self) -> bool:
+        """A job that found no room ends: somebody has to make some, and no further attempt does."""
+        return True
+
 
 class DiskFull(ResourceExhausted):
     """A folder in which a service writes has no room left."""

@@ -29,6 +29,7 @@ from services.core.quota.channel import Channel
 from services.core.quota.limits import NONE, Defaults
 from services.core.quota.nats import NatsChannel
 from services.core.quota.quotas import Quotas
+from services.core.quota.storage import Stored, told
 from services.core.state import Bounds, MemoryState, StateStore
 from services.core.state.nats import NatsState
 from services.core.store import Artifacts, Blobs, MemoryStore, ObjectStore, S3Store
@@ -54,6 +55,7 @@ class Runtime:
         blobs: objects by digest, over the store.
         artifacts: immutable named artifacts, over the store and the local cache.
         quotas: what projects and keys may use; the server keeps them up to date.
+        storage: room for artifacts of projects; ingest, which has records of its own, makes its own.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Runtime:
         quota_project: Defaults = NONE,
         quota_key: Defaults = NONE,
         channel: Channel | None = None,
+        service: str = "memory",
     ) -> None:
         self._open_state = state
         self._states: dict[str, StateStore] = {}
@@ -80,6 +83,8 @@ class Runtime:
         self.blobs = Blobs(store)
         self.artifacts = Artifacts(store, cache_dir)
         self.quotas = Quotas(self.state(keyring.BUCKET), quota_project, quota_key, channel)
+        counted = Stored(store, told(self.state(keyring.BUCKET)))
+        self.storage = counted.places(self.quotas, self.state(service))
 
     def state(self, bucket: str, bounds: Bounds | None = None) -> StateStore:
         """The records of one bucket (one per service); the same object for the same bucket.
@@ -141,6 +146,7 @@ class Runtime:
                 quota_project=settings.quota_project,
                 quota_key=settings.quota_key,
                 channel=NatsChannel(connection, service),
+                service=service,
             )
 
     @classmethod

@@ -13,7 +13,6 @@ from codegraft.ingest.v1 import (
     upload_pb2_grpc,
 )
 from services.core.auth import keyring
-from services.core.quota.limits import Kind
 from services.core.quota.usage import usage
 from services.core.rpc.server import Registration
 from services.core.runtime import Runtime
@@ -43,6 +42,7 @@ class Ingest:
     Attributes:
         services: for services/core/rpc/server.
         fetcher: run it in the background.
+        storage: run its telling in the background.
         tables: its records.
         keys: the API keys.
     """
@@ -55,7 +55,7 @@ class Ingest:
         snapshots = Snapshots(runtime, tables)
         workspace = Workspace(settings.cache_dir / "ingest", settings.ingest_kept_bytes)
         collector = Collector(runtime, settings, tables, uploads, workspace)
-        storage = Storage(runtime, tables)
+        self.storage = storage = Storage(runtime, tables)
         self.fetcher = Fetcher(runtime, settings, tables, collector, snapshots, workspace, storage.places)
         self.services: Sequence[Registration] = [
             (
@@ -98,5 +98,5 @@ class Ingest:
                 QuotaServicer(QuotaDesk(runtime.state(keyring.BUCKET), tables, self.keys, runtime.quotas)),
                 "codegraft.access.v1.QuotaService",
             ),
-            usage(runtime.quotas, {Kind.STORAGE: storage.places.used}),
+            usage(runtime.quotas, {}, storage.stored),
         ]

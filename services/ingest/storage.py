@@ -1,73 +1,117 @@
-"""How much projects and keys have stored: uploads, the files of sources, and what became of them."""
+"""What ingest itself keeps for projects and keys, in bytes: its records, and their sums for the other services."""
 
 from __future__ import annotations
 
-import json
-import time
+import asyncio
+import contextlib
 from collections.abc import Mapping
-from datetime import timedelta
 
+from codegraft.access.v1.quota_pb2 import ProjectStorage
+from codegraft.ingest.v1.source_pb2 import Source
+from codegraft.ingest.v1.upload_pb2 import Upload
+from services.core import log, names
+from services.core.auth import keyring
 from services.core.auth.caller import ANYBODY
-from services.core.errors import NotFound
-from services.core.quota.limits import Kind
-from services.core.quota.places import Places
+from services.core.backoff import Backoff
+from services.core.errors import CodegraftError, EtagMismatch, NotFound, ResourceExists, StateUnavailable
+from services.core.quota.storage import Stored, kind_of, sums
 from services.core.runtime import Runtime
+from services.core.state import Table
 from services.ingest.records import BUCKET, Tables
 
-_FRESH = 30.0
+_FRESH = 10.0
 """Seconds for which a project's artifacts are not counted again: they grow by no call that is refused here."""
-_LATER = 3600.0
-"""Seconds after which to look again. Nobody knows when something is deleted."""
-_UPLOAD = timedelta(hours=1)
-"""What an upload keeps for itself, if its process dies."""
+_TELL = 0.5
+"""Seconds between two rounds of telling sums: a burst of uploads is one."""
+logger = log.get(__name__)
 
 
 class Storage:
-    """Counts what is stored, by resource name. What snapshots alone still hold is not counted."""
+    """Storage as ingest counts it.
+
+    Attributes:
+        stored: what is used.
+        places: room for uploads and sources.
+    """
 
     def __init__(self, runtime: Runtime, tables: Tables) -> None:
-        self._store, self._tables = runtime.store, tables
-        self._artifacts: dict[str, tuple[float, dict[str, int]]] = {}
-        """By project: when they were counted, and what was found, by name."""
-        self.places = Places(
-            runtime.quotas, Kind.STORAGE, runtime.state(BUCKET), self.used, lasts=_UPLOAD, retry=_retry
-        )
+        self._tables = tables
+        self._sums = sums(runtime.state(keyring.BUCKET))
+        self._changed: set[str] = set()
+        """Projects whose sums may be others now."""
+        self.stored = Stored(runtime.store, self.records, _FRESH)
+        self.places = self.stored.places(runtime.quotas, runtime.state(BUCKET))
 
-    async def used(self, owner: str) -> Mapping[str, int]:
-        """Bytes of a project's uploads, sources and artifacts; of anybody else those of what it made itself."""
+    async def records(self, owner: str) -> Mapping[str, int]:
+        """Bytes of a project's uploads and sources; of anybody else those of what it made itself."""
         of_project = owner.startswith("projects/")
         prefix = f"{owner}/" if of_project else ""
         uploads = [each for each in await self._tables.uploads.all(prefix) if of_project or each.creator == owner]
         sources = [each for each in await self._tables.sources.all(prefix) if of_project or each.creator == owner]
-        found = await self._artifacts_of(owner) if of_project else {}
-        return found | {each.name: each.size for each in uploads} | {each.name: each.byte_count for each in sources}
+        return {each.name: each.size for each in uploads} | {each.name: each.byte_count for each in sources}
 
-    async def _artifacts_of(self, project: str) -> dict[str, int]:
-        """Bytes of snapshots' listings, datasets, adapters and training states: what their manifests say."""
-        counted, known = self._artifacts.get(project, (-_FRESH, {}))
-        if time.monotonic() - counted < _FRESH:
-            return known
-        found: dict[str, int] = {}
-        async for key in self._store.list(f"{project}/"):
-            name, _, file = key.rpartition("/")
-            if file != "manifest.json":
-                continue
-            if name in known:  # a manifest never changes
-                found[name] = known[name]
-                continue
+    async def tell(self) -> None:
+        """Keeps the sums of projects up to date, until cancelled. All replicas do it, and come to the same."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._follow(self._tables.uploads))
+            tasks.create_task(self._follow(self._tables.sources))
+            tasks.create_task(self._write())
+
+    async def _follow(self, table: Table[Upload] | Table[Source]) -> None:
+        waits, failures = Backoff(), 0
+        while True:
             try:
-                manifest = json.loads(await self._store.get(key))
-            except NotFound:
-                continue
-            found[name] = sum(int(each.get("size", 0)) for each in manifest.get("files", []))
-        self._artifacts[project] = time.monotonic(), found
-        return found
+                async for change in table.follow():
+                    failures = 0
+                    self._changed.add(names.project_of(change.name))
+            except StateUnavailable as error:
+                logger.warning("what is stored cannot be followed", error=error.message)
+            await asyncio.sleep(waits.delay(failures))
+            failures += 1
+
+    async def _write(self) -> None:
+        looked = False
+        while True:
+            await asyncio.sleep(_TELL)
+            try:
+                if not looked:  # what became empty while nobody told has nothing that could be followed
+                    self._changed |= {each.name for each in await self._sums.all()}
+                    looked = True
+                for project in list(self._changed):
+                    self._changed.discard(project)  # before it is counted: what changes meanwhile counts next time
+                    try:
+                        await self._tell(project)
+                    except CodegraftError:
+                        self._changed.add(project)
+                        raise
+            except CodegraftError as error:  # NATS is away, or many write
+                logger.warning("what is stored cannot be told", error=error.message)
+
+    async def _tell(self, project: str) -> None:
+        counted = ProjectStorage()
+        for name, size in (await self.records(project)).items():
+            kind = kind_of(name)
+            setattr(counted, kind, getattr(counted, kind) + size)
+
+        if not counted.ListFields():
+            with contextlib.suppress(NotFound, EtagMismatch):
+                await self._sums.delete(project)
+            return
+
+        def change(there: ProjectStorage) -> None:
+            there.uploads, there.sources = counted.uploads, counted.sources
+
+        try:
+            await self._sums.mutate(project, change)
+        except NotFound:
+            made = ProjectStorage(name=project)
+            change(made)
+            try:
+                await self._sums.create(made)
+            except ResourceExists:  # by another replica, which counted now or will hear of what comes
+                await self._sums.mutate(project, change)
 
 
 def owners_of(project: str, creator: str) -> list[str]:
     """Whose quotas a thing has to fit that is stored when nobody calls any more."""
     return [project, creator] if creator not in ("", ANYBODY.subject) else [project]
-
-
-async def _retry(owner: str) -> float:
-    return _LATER

@@ -76,6 +76,7 @@ class ScanServicer(scan_pb2_grpc.ScanServiceServicer):
             creator=current().subject,
         )
         if (there := await self._scans.find(scan.name)) is None:
+            await self._runtime.storage.check(request.parent)
             async with self._places.claim(owners(current(), request.parent), scan.name):
                 try:
                     there = scan = await self._scans.create(scan)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import pyarrow.parquet as pq
+from google.protobuf.message import Message
 
 from codegraft.event.v1.events_pb2 import DatasetCreated
 from codegraft.scanner.v1.dataset_pb2 import Dataset, DatasetManifest, VerdictsManifest
@@ -32,6 +33,7 @@ from services.core.errors import (
 from services.core.jobs import JobContext
 from services.core.jobs.parts import Parts, part_name
 from services.core.models import catalogue, stored, weights
+from services.core.quota.storage import size_of
 from services.core.runtime import Runtime
 from services.core.state import Table
 from services.core.store import Packs
@@ -80,6 +82,7 @@ class ScanWorker:
         Raises:
             EmptyDataset: no file was accepted for training; the verdicts say why.
             JobCancelled: it was asked for.
+            QuotaExceeded: the project has no room for the verdicts or the dataset.
             CodegraftError: the snapshot or the model is not there, or the store is away.
         """
         parts = Parts(self._runtime.store, self._runtime.jobs, KIND, context.name)
@@ -263,7 +266,7 @@ class ScanWorker:
             name=context.name, snapshot=context.job.snapshot, dataset=made.name if made.train.files else ""
         )
         try:
-            await self._runtime.artifacts.commit(context.name, manifest, {dataset.VERDICTS: path})
+            await self._commit(context.name, manifest, {dataset.VERDICTS: path})
         except ResourceExists:
             verdicts = await stored_verdicts(self._runtime, context.name)
             made = await asyncio.to_thread(dataset.manifest, origin, verdicts)
@@ -281,7 +284,7 @@ class ScanWorker:
         written = await asyncio.to_thread(dataset.write, verdicts, text_of, folder)
         # Exists: an earlier scan made the same dataset; only last digits of losses can differ.
         with contextlib.suppress(ResourceExists):
-            await self._runtime.artifacts.commit(manifest.name, manifest, written)
+            await self._commit(manifest.name, manifest, written)
         record = Dataset(
             name=manifest.name,
             digest=manifest.digest,
@@ -308,6 +311,11 @@ class ScanWorker:
             )
         except StateUnavailable as error:
             logger.warning("an event could not be published", dataset=manifest.name, error=str(error))
+
+    async def _commit(self, name: str, manifest: Message, files: Mapping[str, Path | bytes]) -> None:
+        """Raises QuotaExceeded when the project has no room for it, ResourceExists when another is there."""
+        async with self._runtime.storage.claim([names.project_of(name)], name, size_of(files)):
+            await self._runtime.artifacts.commit(name, manifest, files)
 
     def _texts(self, accepted: Mapping[str, Entry]) -> Callable[[str], str]:
         """Reads the text of an accepted file by its SHA-256, without its secrets, for a thread."""

@@ -78,6 +78,7 @@ class RunServicer(RunServiceServicer):
         run_id = names.new_id("r", request_id=request.request_id, scope=request.parent)
         if (there := await self._tables.runs.find(f"{request.parent}/runs/{run_id}")) is not None:
             return pb.CreateRunResponse(run=await self._again(there, request, spec))
+        await self._runtime.storage.check(request.parent)
         manifest = await datasets.find(self._runtime.artifacts, self._newest, request.parent, request.dataset)
         run = pb.Run(
             name=f"{request.parent}/runs/{run_id}",
@@ -144,6 +145,7 @@ class RunServicer(RunServiceServicer):
 
     async def ResumeRun(self, request: pb.ResumeRunRequest, context: Context) -> pb.ResumeRunResponse:
         names.parse(names.RUN, request.name)
+        await self._runtime.storage.check(names.project_of(request.name))
         whose = owners(current(), names.project_of(request.name))
         async with self._places.claim(whose, request.name):
             run = await self._tables.runs.mutate(request.name, lambda run: request_resume(run.status))

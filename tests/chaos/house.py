@@ -159,7 +159,7 @@ class House:
         loaded = TrainingLoaded(base_digest=weights.base_digest(self.base))
         loaded.plan.hyperparameters.lora_r, loaded.plan.hyperparameters.lora_alpha = RANK, 2.0 * RANK
         teller = Teller(tables.story, runtime.events, context)
-        return Committer(teller, tables.checkpoints, runtime.artifacts, loaded, "")
+        return Committer(teller, tables.checkpoints, runtime.artifacts, runtime.storage, loaded, "")
 
     def _adapter(self, of: str) -> Path:
         """The adapter's weights, a little less of them for each next one."""

@@ -102,7 +102,10 @@ async def house(runtime: Runtime, cache: Path, model: str = "", inference: str =
             for services in (ingest.services, scanner, trainer.services)
         ]
         addresses = Addresses(*where, inference or where[0])
-        tasks = [asyncio.create_task(work()) for work in (gate.run, runtime.quotas.run, ingest.fetcher.run)]
+        tasks = [
+            asyncio.create_task(work())
+            for work in (gate.run, runtime.quotas.run, ingest.fetcher.run, ingest.storage.tell)
+        ]
         try:
             async with AsyncCodegraft(addresses) as client:
                 client = client.with_key(root)

@@ -37,6 +37,7 @@ from services.trainer.adapters import export
 from services.trainer.adapters.merge import Merged
 from services.trainer.assembly import Trainer
 from services.trainer.config import TrainerSettings
+from tests.contract.storage_limit import limit_storage
 from tests.unit.trainer.whole import make_adapter, make_base
 
 RUN = "projects/demo/runs/r-1"
@@ -268,6 +269,26 @@ async def test_an_uploaded_adapter_can_serve_and_leave_again(
     assert verify.check_tensors(load_file(folder / WEIGHTS), manifest, serving).keys() == layers.keys()
     await house.client.adapters.download(checkpoint.name, tmp_path / "back")
     assert (tmp_path / "back" / WEIGHTS).read_bytes() == (adapter / WEIGHTS).read_bytes()
+
+
+async def test_an_upload_has_to_fit_its_project(house: House, adapter: Path, spool: Path) -> None:
+    used = await house.runtime.storage.used("projects/demo")
+    size = sum((adapter / name).stat().st_size for name in (WEIGHTS, CONFIG))
+    assert used == size, "the checkpoint that is there"
+    await limit_storage(house.runtime, "projects/demo", used + size - 1)
+    stored = [key async for key in house.runtime.store.list("")]
+    with pytest.raises(errors.QuotaExceeded) as told:
+        await house.upload(adapter)
+    assert told.value.metadata["used"] == str(used) and f"uses {used:,}" in told.value.message
+    assert told.value.metadata["owner"] == "projects/demo" and not left(spool)
+    assert [key async for key in house.runtime.store.list("")] == stored, "refused before anything is written"
+    # There is room for one: of two at once, one gets it.
+    await limit_storage(house.runtime, "projects/demo", used + size)
+    tried = await asyncio.gather(
+        *(house.upload(adapter, request_id=each) for each in ("one", "other")), return_exceptions=True
+    )
+    assert {type(each) for each in tried} == {Run, errors.QuotaExceeded}
+    assert await house.runtime.storage.used("projects/demo") == used + size
 
 
 async def test_the_same_upload_makes_one_run(house: House, base: Path, adapter: Path, tmp_path: Path) -> None:

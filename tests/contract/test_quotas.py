@@ -12,9 +12,10 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from codegraft.access.v1.access_pb2 import ROLE_CONTRIBUTOR, ROLE_OPERATOR, ROLE_READER
-from codegraft.access.v1.quota_pb2 import Limits, Quota
+from codegraft.access.v1.quota_pb2 import Limits, Quota, StorageUsage
 from codegraft.common.v1.job_pb2 import JOB_STATE_QUEUED
 from codegraft.ingest.v1 import project_pb2, project_pb2_grpc, upload_pb2
+from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest
 from services.core import errors
 from services.core.auth.keyring import BUCKET
 from services.core.jobs import request_cancel
@@ -213,6 +214,32 @@ async def test_a_key_pays_for_what_it_made_and_a_project_for_its_artifacts(world
     used = await mine.quotas.usage("keys/ci")
     assert used.storage_bytes == 2500
     assert (await mine.quotas.usage("projects/a")).storage_bytes == 7600
+
+
+async def until_others_count(world: House, project: str, total: int) -> None:
+    async with asyncio.timeout(5):
+        while await world.runtime.storage.used(project) != total:  # noqa: ASYNC110  # as a service sees it
+            await asyncio.sleep(0.02)
+
+
+async def test_what_is_stored_is_told_by_what_it_is_and_known_to_all_services(world: House) -> None:
+    """The others have of ingest's records their sums, a moment later."""
+    runtime = world.runtime
+    added = await world.client.sources.add_file("a", b"y" * 900, path="a.py")
+    await world.client.sources.wait(added.name)
+    await world.client.snapshots.create("a")
+    run = "projects/a/runs/r"
+    for name, size in ((f"{run}/checkpoints/1", 70), (f"{run}/states/1", 60), ("projects/a/scans/s", 50)):
+        await runtime.artifacts.commit(name, AdapterManifest(name=name), {"file": b"x" * size})
+    stored = await world.client.quotas.stored("projects/a")
+    assert (stored.adapters, stored.uploads, stored.sources, stored.training_states) == (70, 900, 900, 60)
+    assert stored.datasets == 100 + 50 and stored.snapshots > 0
+    total = sum(size for _, size in stored.ListFields())
+    assert (await world.client.quotas.usage("projects/a")).storage_bytes == total
+    await until_others_count(world, "projects/a", total)
+    assert await world.client.quotas.stored("keys/root") == StorageUsage(uploads=900, sources=900)
+    await world.client.sources.remove(added.name)
+    await until_others_count(world, "projects/a", total - 900)
 
 
 async def test_an_upload_that_breaks_off_gives_its_room_back(world: House) -> None:

@@ -36,6 +36,7 @@ from services.scanner.part_worker import PartWorker
 from services.scanner.servicer import KIND, ScanServicer
 from services.scanner.worker import ScanWorker
 from tests.contents import stored
+from tests.contract.storage_limit import limit_storage
 from tests.unit.inference import tiny
 
 PROJECT = "projects/demo"
@@ -105,6 +106,8 @@ FILES = {
     "held": {"held.py": code(99)},
 }
 SETTINGS = ScanSettings(max_loss=100, min_tokens=8)
+VERDICTS_ONLY = 8000
+"""Bytes that the verdicts of FILES take, but not the dataset beside them."""
 
 
 async def test_a_scan_makes_logs_and_a_dataset(runtime: Runtime, model: str) -> None:
@@ -201,3 +204,35 @@ async def test_mistakes_have_their_reason(runtime: Runtime, model: str) -> None:
         for error, call in cases:
             with pytest.raises(error):
                 await call  # type: ignore[misc]
+
+
+async def test_a_scan_without_room_ends_and_what_it_cannot_keep_is_not_there(runtime: Runtime, model: str) -> None:
+    """Verdicts and dataset count, each before it is stored; and nobody begins a scan in a project that is full."""
+    async with serving(runtime, model) as client:
+        snapshot_name = await take(runtime, FILES, test="held")
+        before = await runtime.storage.used(PROJECT)
+        await limit_storage(runtime, PROJECT, before + 100)
+
+        async def refused(scan: str) -> Scan:
+            with pytest.raises(errors.QuotaExceeded) as told:
+                await client.scans.wait(scan)
+            assert f"uses {await runtime.storage.used(PROJECT):,}" in told.value.message
+            ended = await client.scans.get(scan)
+            assert ended.status.attempt == 1, "no further attempt makes room"
+            return ended
+
+        first = await refused((await client.scans.create("demo", snapshot_name, SETTINGS)).name)
+        assert await runtime.storage.used(PROJECT) == before and not first.verdicts
+        await limit_storage(runtime, PROJECT, before)
+        with pytest.raises(errors.QuotaExceeded):
+            await client.scans.create("demo", snapshot_name, SETTINGS)
+        await limit_storage(runtime, PROJECT, before + VERDICTS_ONLY)
+        second = await refused((await client.scans.create("demo", snapshot_name, SETTINGS)).name)
+        assert second.verdicts == second.name and not second.dataset, "its verdicts had room"
+        await limit_storage(runtime, PROJECT, None)
+        scan = await client.scans.wait((await client.scans.create("demo", snapshot_name, SETTINGS)).name)
+        assert scan.dataset
+        size = await runtime.storage.used(PROJECT)
+        await limit_storage(runtime, PROJECT, size + VERDICTS_ONLY)
+        again = await client.scans.wait((await client.scans.create("demo", snapshot_name, SETTINGS)).name)
+        assert again.dataset == scan.dataset, "what is there already needs no room"

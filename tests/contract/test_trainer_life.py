@@ -24,7 +24,9 @@ from codegraft.trainer.v1 import run_pb2 as pb
 from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest
 from services.core import errors
 from services.trainer.model import lora
+from services.trainer.run.resume import States
 from tests.contract import test_trainer
+from tests.contract.storage_limit import limit_storage
 from tests.contract.test_trainer import (
     DATASET,
     PROJECT,
@@ -389,3 +391,22 @@ async def test_before_the_first_step_there_is_an_adapter_to_go_on_from(
         await world.create({"train_steps": 2, "eval_steps": 2}, base_model="", initial_checkpoint=left.name)
     )
     assert continued.status.state == JOB_STATE_SUCCEEDED, continued.status
+
+
+async def test_a_run_ends_where_its_project_is_full_and_its_last_checkpoint_stays(world: World) -> None:
+    run = await world.create(ENDLESS)
+    await world.until(run, lambda now: now.step >= 6)
+    await limit_storage(world.runtime, PROJECT, await world.runtime.storage.used(PROJECT))
+    last, _ = await world.watch(run)
+    assert last.status.state == JOB_STATE_FAILED and last.status.failure.reason == "QUOTA_EXCEEDED"
+    assert "bytes of storage, and uses" in last.status.failure.message and last.status.attempt == 1
+    assert not world.runtime.jobs.dead, "nobody has to look at it"  # type: ignore[attr-defined]
+    listed = (await world.runs.ListCheckpoints(pb.ListCheckpointsRequest(parent=run.name))).checkpoints
+    manifest = await world.runtime.artifacts.manifest(listed[-1].name, AdapterManifest)
+    await world.runtime.artifacts.fetch(manifest.name, manifest.files)
+    assert await States(world.runtime, run.name).newest() is not None
+    # Nobody begins another one, until there is room.
+    assert (await refused(world.create(QUICK))).reason == "QUOTA_EXCEEDED"
+    await limit_storage(world.runtime, PROJECT, None)
+    following, _ = await world.watch(await world.create({**QUICK, "train_steps": 4}, initial_checkpoint=manifest.name))
+    assert following.status.state == JOB_STATE_SUCCEEDED, following.status

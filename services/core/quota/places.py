@@ -102,6 +102,11 @@ class Places:
         """How much an owner takes, by its records."""
         return sum((await self._used(owner)).values())
 
+    async def check(self, owner: str) -> None:
+        """Raises QuotaExceeded when an owner has no room at all: for what will only know later how much it takes."""
+        if (room := await self.room(owner, "")) is not None:
+            room.check(1)
+
     async def room(self, owner: str, name: str) -> Room | None:
         """What one thing may take in all, without claiming it; None without a limit."""
         limit = self._quotas.limit(self._kind, owner)

@@ -1,4 +1,4 @@
-"""UsageService: what this process counts of quotas."""
+"""UsageService: what this service counts of quotas."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from services.core.auth.caller import Role, current
 from services.core.errors import PermissionDenied
 from services.core.quota.limits import Kind, message_of
 from services.core.quota.quotas import Quotas
+from services.core.quota.storage import Stored
 from services.core.rpc.server import Registration
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -21,20 +22,22 @@ Count = Callable[[str], Awaitable[int | None]]
 """What an owner uses; None where that is not counted."""
 
 
-def usage(quotas: Quotas, counts: Mapping[Kind, Count]) -> Registration:
+def usage(quotas: Quotas, counts: Mapping[Kind, Count], stored: Stored | None = None) -> Registration:
     """The service, for services/core/rpc/server.
 
     Args:
-        counts: what is counted besides requests.
+        counts: what is counted besides requests and storage.
+        stored: who counts storage.
     """
-    return add_UsageServiceServicer_to_server, UsageServicer(quotas, counts), "codegraft.access.v1.UsageService"
+    servicer = UsageServicer(quotas, counts, stored)
+    return add_UsageServiceServicer_to_server, servicer, "codegraft.access.v1.UsageService"
 
 
 class UsageServicer(UsageServiceServicer):
     """See the proto for what every call does and which errors it has."""
 
-    def __init__(self, quotas: Quotas, counts: Mapping[Kind, Count]) -> None:
-        self._quotas, self._counts = quotas, counts
+    def __init__(self, quotas: Quotas, counts: Mapping[Kind, Count], stored: Stored | None = None) -> None:
+        self._quotas, self._counts, self._stored = quotas, counts, stored
 
     async def GetUsage(self, request: pb.GetUsageRequest, context: Context) -> pb.GetUsageResponse:
         names.parse(names.KEY_QUOTA if request.name.startswith("keys/") else names.PROJECT_QUOTA, request.name)
@@ -48,4 +51,8 @@ class UsageServicer(UsageServiceServicer):
             )
         used = {Kind.REQUESTS: self._quotas.requests.used(owner)}
         used |= {kind: await count(owner) for kind, count in self._counts.items()}
-        return pb.GetUsageResponse(used=message_of(used))
+        storage = None
+        if self._stored is not None:
+            storage = await self._stored.usage(owner)
+            used[Kind.STORAGE] = sum(size for _, size in storage.ListFields())
+        return pb.GetUsageResponse(used=message_of(used), storage=storage)

@@ -64,6 +64,7 @@ class Importer:
             UploadMismatch: the bytes are not those announced.
             AdapterRejected, BaseModelMismatch: it does not fit the base model, or is not plain LoRA.
             RequestIdReused: the request came before with other files.
+            QuotaExceeded: the project has no room for it.
             ModelNotFound, StoreUnavailable, StateUnavailable.
         """
         names.parse(names.PROJECT, header.parent, field="header.parent")
@@ -73,15 +74,17 @@ class Importer:
         name = f"{header.parent}/runs/{run_id}"
         if (there := await self._tables.runs.find(name)) is not None:
             return await self._again(there, header, spec)
-        folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="codegraft-import-"))
-        try:
-            await arrival.receive(header.files, chunks, folder)
-            await stored.bring(spec, self._settings.cache_dir, self._runtime.artifacts)
-            base = await asyncio.to_thread(weights.ensure_weights, spec, self._settings.cache_dir)
-            manifest = await asyncio.to_thread(_verified, folder, base, spec, f"{name}/checkpoints/{STEP}")
-            return await self._keep(name, header, manifest, folder)
-        finally:
-            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+        checkpoint, size = f"{name}/checkpoints/{STEP}", sum(file.size for file in header.files)
+        async with self._runtime.storage.claim([header.parent], checkpoint, size):
+            folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="codegraft-import-"))
+            try:
+                await arrival.receive(header.files, chunks, folder)
+                await stored.bring(spec, self._settings.cache_dir, self._runtime.artifacts)
+                base = await asyncio.to_thread(weights.ensure_weights, spec, self._settings.cache_dir)
+                manifest = await asyncio.to_thread(_verified, folder, base, spec, checkpoint)
+                return await self._keep(name, header, manifest, folder)
+            finally:
+                await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
     def _check_files(self, files: list[ArtifactFile]) -> None:
         limits = {WEIGHTS: self._settings.trainer_max_adapter_bytes, CONFIG: _MAX_CONFIG_BYTES}

@@ -14,7 +14,10 @@ from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest, Checkpoint
 from codegraft.trainer.v1.run_event_pb2 import RunEvent
 from codegraft.trainer.v1.run_pb2 import Run
 from codegraft.trainer.v1.training_pb2 import CheckpointWritten, TrainingLoaded
+from services.core import names
 from services.core.errors import ResourceExists
+from services.core.quota.places import Places
+from services.core.quota.storage import size_of
 from services.core.state import Table
 from services.core.store import Artifacts
 from services.trainer import figures
@@ -29,6 +32,7 @@ class Committer:
     """Commits the checkpoints of one attempt.
 
     Args:
+        storage: room in the project.
         dataset_digest: of the dataset that the run trains on.
     """
 
@@ -37,17 +41,23 @@ class Committer:
         teller: Teller,
         checkpoints: Table[Checkpoint],
         artifacts: Artifacts,
+        storage: Places,
         loaded: TrainingLoaded,
         dataset_digest: str,
     ) -> None:
         self._teller = teller
         self._checkpoints = checkpoints
         self._artifacts = artifacts
+        self._storage = storage
         self._loaded = loaded
         self._dataset_digest = dataset_digest
 
     async def commit(self, written: CheckpointWritten) -> None:
-        """Commits an adapter that is written, and tells about it."""
+        """Commits an adapter that is written, and tells about it.
+
+        Raises:
+            QuotaExceeded: the project has no room for it; the checkpoints before stay as they are.
+        """
         loaded, teller, run = self._loaded, self._teller, self._teller.run
         train_loss = run.train_loss if run.HasField("train_loss") else None
         test_loss = written.test_loss if written.HasField("test_loss") else None
@@ -100,8 +110,10 @@ class Committer:
             probe=written.probe if written.HasField("probe") else None,
             best=written.best,
         )
-        with contextlib.suppress(ResourceExists):
-            await self._artifacts.commit(name, manifest, files_in(Path(written.adapter_path)))
+        files = files_in(Path(written.adapter_path))
+        async with self._storage.claim([names.project_of(name)], name, size_of(files)):
+            with contextlib.suppress(ResourceExists):
+                await self._artifacts.commit(name, manifest, files)
         return await self._artifacts.manifest(name, AdapterManifest)
 
     async def _record(self, record: Checkpoint) -> Checkpoint:

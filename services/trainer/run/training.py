@@ -124,7 +124,12 @@ class Training:
         self._settings = settings = Settings.from_proto(loaded.plan.hyperparameters)
         self._metrics = Metrics(self._teller, settings, loaded.corpus_tokens)
         self._committer = Committer(
-            self._teller, self._checkpoints, self._runtime.artifacts, loaded, self._dataset_digest
+            self._teller,
+            self._checkpoints,
+            self._runtime.artifacts,
+            self._runtime.storage,
+            loaded,
+            self._dataset_digest,
         )
         self._estimate = Estimate(
             settings, evaluated_step=loaded.evaluated_step, evaluation_seconds=loaded.evaluation_seconds

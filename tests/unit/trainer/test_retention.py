@@ -115,7 +115,12 @@ class Going:
         run = await self.tables.runs.create(run)
         self.teller = Teller(self.tables.story, self.runtime.events, JobContext(self.tables.runs, run, RUN))
         self._committer = Committer(
-            self.teller, self.tables.checkpoints, self.runtime.artifacts, TrainingLoaded(), "digest"
+            self.teller,
+            self.tables.checkpoints,
+            self.runtime.artifacts,
+            self.runtime.storage,
+            TrainingLoaded(),
+            "digest",
         )
 
     async def commit(self, step: int, test_loss: float | None = None, *, best: bool = False) -> list[int]:
