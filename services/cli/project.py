@@ -9,6 +9,8 @@ import typer
 from codegraft.ingest.v1.project_pb2 import Project
 from services.cli.connect import connect, id_of
 from services.cli.output import Json, err, out, print_json, print_table
+from services.client import Codegraft
+from services.core.errors import CodegraftError
 
 app = typer.Typer(help="Projects: name spaces of sources, datasets, runs and the serving choice.", no_args_is_help=True)
 
@@ -45,13 +47,14 @@ def list_(json: Json = False) -> None:
 
 @app.command()
 def show(project: Id, json: Json = False) -> None:
-    """Show a project: its title, masks, and what scans leave out."""
+    """Show a project: its title, masks, what scans leave out, and what it has stored."""
     with connect() as client:
         found = client.projects.get(project)
+        if not json:
+            _tell(found)
+            _tell_storage(client, found.name)
     if json:
         print_json(found)
-    else:
-        _tell(found)
 
 
 @app.command("set")
@@ -114,6 +117,19 @@ def _tell(project: Project) -> None:
             out.print(f"  {name + ':':15}{', '.join(values)}")
     if project.keep_completions:
         out.print("  texts of completions are kept: codegraft completions list")
+
+
+def _tell_storage(client: Codegraft, project: str) -> None:
+    """What it has stored, of its limit, and what for."""
+    try:
+        stored, limits = client.quotas.stored(project), client.quotas.get(project).effective
+    except CodegraftError as error:
+        err.print(f"what it has stored is not known: {error.message}")
+        return
+    of = f" of {limits.storage_bytes:,}" if limits.HasField("storage_bytes") else ""
+    kinds = [f"{kind.name.replace('_', ' ')} {size:,}" for kind, size in stored.ListFields()]
+    total = sum(size for _, size in stored.ListFields())
+    out.print(f"  {'bytes stored:':15}{total:,}{of}" + (f" ({', '.join(kinds)})" if kinds else ""))
 
 
 @app.command()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from codegraft.access.v1.quota_pb2 import Limits, SetQuotaResponse
+from codegraft.access.v1.quota_pb2 import Limits, SetQuotaResponse, StorageUsage
 from services.cli.connect import connect
 from services.cli.output import Json, err, print_json, print_table
 from services.core import names
@@ -33,30 +33,28 @@ Key = Annotated[str, typer.Option("--key", "-k", help="Key whose quota it is, su
 
 @app.command()
 def show(project: Project = "", key: Key = "", json: Json = False) -> None:
-    """Show what a project or a key may use, and what it uses.
+    """Show what a project or a key may use, and what it uses; of storage, what for.
 
-    Rates are counted by every process for itself; shown is what one of each service counts.
+    Rates are those of all services and replicas together.
     Example: codegraft quota show -p acme
     """
     owner = _owner(project, key)
     with connect() as client:
-        found, used = client.quotas.get(owner), Limits()
+        found, used, stored = client.quotas.get(owner), Limits(), StorageUsage()
         try:
-            used = client.quotas.usage(owner)
+            used, stored = client.quotas.usage(owner), client.quotas.stored(owner)
         except (PermissionDenied, Unavailable) as error:  # what it may use can be told nevertheless
             err.print(f"what it uses is not known: {error.message}")
     if json:
-        print_json({"quota": found.quota, "effective": found.effective, "used": used})
+        print_json({"quota": found.quota, "effective": found.effective, "used": used, "storage": stored})
         return
-    rows = [
-        [
-            words,
-            _number(found.effective, field, "no limit"),
-            _number(used, field, "-"),
-            _word(found.quota.limits, field),
-        ]
-        for field, words in _FIELDS.items()
-    ]
+    rows = []
+    for field, words in _FIELDS.items():
+        limit, own = _number(found.effective, field, "no limit"), _word(found.quota.limits, field)
+        rows.append([words, limit, _number(used, field, "-"), own])
+        if field == "storage_bytes":
+            kinds = [(kind.name.replace("_", " "), size) for kind, size in stored.ListFields()]
+            rows += [[f"  of {kind}", "", f"{size:,}", ""] for kind, size in kinds]
     print_table(["WHAT", "LIMIT", "USED", "SET"], rows, empty="")
 
 
@@ -64,12 +62,12 @@ def show(project: Project = "", key: Key = "", json: Json = False) -> None:
 def set_(
     project: Project = "",
     key: Key = "",
-    requests: Annotated[str, typer.Option(help=f"Calls that may begin in a minute, at each process. {_VALUE}")] = "",
+    requests: Annotated[str, typer.Option(help=f"Calls that may begin in a minute, at all services. {_VALUE}")] = "",
     tokens: Annotated[
-        str, typer.Option(help=f"Tokens of prompts and completions in a minute, at each process. {_VALUE}")
+        str, typer.Option(help=f"Tokens of prompts and completions in a minute, at all replicas. {_VALUE}")
     ] = "",
     storage: Annotated[
-        str, typer.Option(help="Bytes of uploads, sources and artifacts: 20G, 500M, none, default.")
+        str, typer.Option(help="Bytes of uploads, sources, datasets and adapters: 20G, 500M, none, default.")
     ] = "",
     runs: Annotated[str, typer.Option(help=f"Runs that are queued or running. {_VALUE}")] = "",
     scans: Annotated[str, typer.Option(help=f"Scans that are queued or running. {_VALUE}")] = "",

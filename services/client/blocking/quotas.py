@@ -16,6 +16,7 @@ class Quotas:
 
     def __init__(self, channel: grpc.Channel, channels: Sequence[grpc.Channel], caller: Caller) -> None:
         self._stub = quota_pb2_grpc.QuotaServiceStub(channel)
+        self._usage = quota_pb2_grpc.UsageServiceStub(channel)
         self._counting = [quota_pb2_grpc.UsageServiceStub(each) for each in channels]
         self._caller = caller
 
@@ -43,9 +44,7 @@ class Quotas:
         return self._caller.unary(self._stub.SetQuota, request, repeat=not etag)
 
     def usage(self, owner: str) -> quota_pb2.Limits:
-        """What a project or a key uses, as the four services count it: requests are those of the one that has most.
-
-        Of services with several replicas one answers each; what it says of rates is its own.
+        """What a project or a key uses, as the four services count it; of requests they know the same, a moment apart.
 
         Raises:
             InvalidName, PermissionDenied, Unavailable.
@@ -58,3 +57,12 @@ class Quotas:
                 found.requests_per_minute = max(found.requests_per_minute, used.requests_per_minute)
             used.MergeFrom(found)
         return used
+
+    def stored(self, owner: str) -> quota_pb2.StorageUsage:
+        """What a project or a key has stored, in bytes by what they are.
+
+        Raises:
+            InvalidName, PermissionDenied, Unavailable.
+        """
+        request = quota_pb2.GetUsageRequest(name=f"{owner}/quota")
+        return (self._caller.unary(self._usage.GetUsage, request, repeat=True)).storage

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 
 from codegraft.access.v1 import quota_pb2 as pb
+from codegraft.ingest.v1.project_pb2 import GetProjectResponse, Project
 from services.core import errors
 
 
 @pytest.fixture
 def quotas(fake: Any) -> None:
     there = pb.Quota(name="projects/acme/quota", etag="7", limits=pb.Limits(runs=2, scans=-1, storage_bytes=500))
+    used = pb.Limits(storage_bytes=123456, runs=1, requests_per_minute=3)
+    stored = pb.StorageUsage(sources=120000, adapters=3000, training_states=456)
     counts = pb.Limits(runs=2, storage_bytes=500, requests_per_minute=6000)
 
     def store(request: pb.SetQuotaRequest) -> pb.SetQuotaResponse:
@@ -22,7 +25,7 @@ def quotas(fake: Any) -> None:
 
     fake.answers |= {
         "GetQuota": pb.GetQuotaResponse(quota=there, effective=counts),
-        "GetUsage": pb.GetUsageResponse(used=pb.Limits(storage_bytes=123456, runs=1, requests_per_minute=3)),
+        "GetUsage": pb.GetUsageResponse(used=used, storage=stored),
         "SetQuota": store,
     }
 
@@ -32,16 +35,25 @@ def test_what_may_be_used_stands_beside_what_is(fake: Any, quotas: None, codegra
     rows = {words[0]: words[1:] for words in (re.split(r"\s{2,}", line.strip()) for line in lines[1:])}
     assert rows["requests a minute"] == ["6,000", "3", "default"]
     assert rows["bytes of storage"] == ["500", "123,456", "500"] and rows["runs at once"] == ["2", "1", "2"]
+    assert rows["of sources"][1] == "120,000" and rows["of training states"][1] == "456" and "of uploads" not in rows
     assert rows["scans at once"] == ["no limit", "-", "none"]
     assert fake.last("GetQuota").name == fake.last("GetUsage").name == "projects/acme/quota"
     told = json.loads(codegraft("quota", "show", "-k", "keys/ci", "--json").out)
-    assert (
-        told["effective"]["runs"] == "2" and told["used"]["storage_bytes"] == "123456" and told["quota"]["etag"] == "7"
-    )
+    assert told["effective"]["runs"] == "2" and told["used"]["storage_bytes"] == "123456"
+    assert told["quota"]["etag"] == "7" and told["storage"]["adapters"] == "3000"
     assert fake.last("GetQuota").name == "keys/ci/quota"
     fake.answers["GetUsage"] = errors.PermissionDenied("of another project")
     done = codegraft("quota", "show", "-p", "acme")
     assert done.code == 0 and "of another project" in done.err
+
+
+def test_a_project_shows_what_it_has_stored(fake: Any, quotas: None, codegraft: Any) -> None:
+    fake.answers["GetProject"] = GetProjectResponse(project=Project(name="projects/acme", title="Acme"))
+    told = codegraft("project", "show", "acme").out
+    assert "123,456 of 500 (sources 120,000, adapters 3,000, training states 456)" in told
+    fake.answers["GetUsage"] = errors.PermissionDenied("not of it")
+    done = codegraft("project", "show", "acme")
+    assert done.code == 0 and "Acme" in done.out and "not of it" in done.err
 
 
 def test_what_is_not_named_stays_as_it_is(fake: Any, quotas: None, codegraft: Any) -> None:

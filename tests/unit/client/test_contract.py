@@ -83,6 +83,7 @@ CALLS: list[Callable[[Any], Any]] = [
     lambda c: c.quotas.get(P),
     lambda c: c.quotas.set(P, quota_pb2.Limits()),
     lambda c: c.quotas.usage(P),
+    lambda c: c.quotas.stored(P),
     lambda c: c.feedback.record("p", "id", FEEDBACK_EVENT_SHOWN),
     lambda c: c.feedback.acceptance("p", timedelta(days=1)),
     lambda c: c.feedback.delete_kept("p"),
