@@ -9,6 +9,7 @@ import pytest
 from starlette.requests import Request
 from starlette.responses import Response
 
+from codegraft.access.v1 import quota_pb2
 from codegraft.ingest.v1.project_pb2 import (
     CreateProjectRequest,
     CreateProjectResponse,
@@ -168,6 +169,30 @@ async def test_names_do_no_harm(browser: Browser) -> None:
         assert EVIL in page.text or EVIL in [each.get("value") for each in page.of("input")]
     page = await browser.page("/console/p/%3Cscript%3Ealert(1)", 400)
     assert "<script>alert" not in page.html
+
+
+async def test_a_project_shows_what_it_may_use_and_uses(browser: Browser) -> None:
+    browser.services.scripts |= {
+        "GetProject": [GetProjectResponse(project=Project(name="projects/acme"))],
+        "GetQuota": [quota_pb2.GetQuotaResponse(effective=quota_pb2.Limits(storage_bytes=4096, runs=0, scans=2))],
+        "GetUsage": [
+            quota_pb2.GetUsageResponse(
+                used=quota_pb2.Limits(storage_bytes=3072, scans=1, tokens_per_minute=1234),
+                storage=quota_pb2.StorageUsage(sources=1024, training_states=2048),
+            )
+        ],
+    }
+    page = await browser.page("/console/p/acme")
+    for told in (
+        "storage 3.0 KiB 4.0 KiB sources 1.0 KiB, training states 2.0 KiB",
+        "tokens a minute 1,234 no limit",
+        "scans at once 1 2",
+        "runs at once \u2013 0",
+    ):
+        assert told in page.text
+    assert [bar["value"] for bar in page.of("progress")] == ["0.75", "0.5"]
+    browser.services.scripts["GetUsage"] = [errors.PermissionDenied("of others")]
+    assert "not to be had" in (await browser.page("/console/p/acme")).text
 
 
 async def test_a_project_is_made_and_changed_as_its_form_says(browser: Browser) -> None:

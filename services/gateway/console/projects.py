@@ -5,6 +5,7 @@ from __future__ import annotations
 from starlette.responses import Response
 from starlette.routing import Route
 
+from services.gateway.console import quota
 from services.gateway.console.session import PATH
 from services.gateway.console.visit import House, Visit
 
@@ -35,8 +36,9 @@ async def create(visit: Visit) -> Response:
 
 
 async def settings(visit: Visit) -> Response:
-    """GET /console/p/acme: masks, languages and licences."""
-    return visit.page("project.html", record=await visit.client.projects.get(visit.project))
+    """GET /console/p/acme: masks, languages and licences, and what it uses of its quota."""
+    record = await visit.client.projects.get(visit.project)
+    return visit.page("project.html", record=record, quota=await quota.rows(visit))
 
 
 async def save(visit: Visit) -> Response:
