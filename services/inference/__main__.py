@@ -50,7 +50,7 @@ async def main(settings: InferenceSettings) -> None:
                 keys=runtime.state(keyring.BUCKET),
                 audit=runtime.audit,
                 quotas=runtime.quotas,
-                background=[replica.run],
+                background=[replica.run, replica.mirror.run],
                 serving_after={COMPLETION_SERVICE: replica.model},
             )
         finally:

@@ -30,6 +30,7 @@ from services.inference.adapters.registry import Registry
 from services.inference.collector import ReplicaCollector
 from services.inference.completions import Completions
 from services.inference.config import InferenceSettings
+from services.inference.copies import mirror
 from services.inference.engine.scheduler import Limits
 from services.inference.feedback import Feedback
 from services.inference.feedback_servicer import FeedbackServicer
@@ -69,6 +70,7 @@ class Replica:
         self.model: asyncio.Future[LoadedModel] = asyncio.get_running_loop().create_future()
         self.registry = Registry(settings.inference_device_adapters)
         table = Table(runtime.state("inference"), Serving, missing=ServingNotFound)
+        self.mirror = mirror(table, runtime.store)
         manifests, host = Manifests(runtime.artifacts), HostCache(settings.inference_host_adapter_mb * _MB)
         disk = DiskCache(settings.cache_dir / "adapters", runtime.blobs, settings.inference_disk_adapter_mb * _MB)
         loader = Loader(manifests, disk, host, self.registry)

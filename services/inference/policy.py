@@ -173,7 +173,7 @@ def set_mode(serving: Serving, mode: ServingMode, pinned: Choice, best: Best | N
         split: with its SHA-256; None ends one.
     """
     before = serving.mode
-    serving.mode = mode
+    serving.mode, serving.decided = mode, True
     serving.pinned_checkpoint = pinned.checkpoint if mode == SERVING_MODE_PINNED else ""
     serving.ClearField("split")
     if split is not None:
@@ -227,8 +227,14 @@ def approve(serving: Serving, checkpoint: str) -> None:
             field="checkpoint",
             hint="Read the policy again, or pin the checkpoint.",
         )
-    loss = serving.waiting_test_loss
+    loss, serving.decided = serving.waiting_test_loss, True
     want(serving, Choice(checkpoint, serving.waiting_sha256, loss, serving.wanted_test_set))
+
+
+def decided(serving: Serving) -> bool:
+    """Whether a person has had a say in a policy. Records of older releases tell by what is no default."""
+    chosen = serving.mode in (SERVING_MODE_OFF, SERVING_MODE_PINNED)
+    return serving.decided or chosen or serving.HasField("split")
 
 
 def _beats(best: Best, loss: float | None) -> bool:

@@ -23,7 +23,7 @@ async def main(settings: IngestSettings) -> None:
             keys=opened.state(keyring.BUCKET),
             audit=opened.audit,
             quotas=opened.quotas,
-            background=[ingest.fetcher.run, ingest.storage.tell],
+            background=[ingest.fetcher.run, ingest.storage.tell, *(mirror.run for mirror in ingest.mirrors)],
         )
 
 

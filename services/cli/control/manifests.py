@@ -23,6 +23,7 @@ from codegraft.scanner.v1.scan_pb2 import Scan
 from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest, Checkpoint
 from codegraft.trainer.v1.run_event_pb2 import RunEvent
 from codegraft.trainer.v1.run_pb2 import Run
+from services.cli.control.copies import Copies
 from services.core import names
 from services.core.errors import EmptyDataset, InvalidName
 from services.core.jobs.states import advance, new_status
@@ -53,14 +54,19 @@ class Rebuilt:
     runs: list[Run] = field(default_factory=list)
     stories: dict[str, list[RunEvent]] = field(default_factory=dict)
     """By run."""
-    sources: list[SnapshotSource] = field(default_factory=list)
-    """Sources as the newest snapshot of their project names them: they cannot be made again from that alone."""
+    lost_sources: list[SnapshotSource] = field(default_factory=list)
+    """Sources as the newest snapshot of their project names them, of which there is no copy: they were removed, or are
+    older than copies. They cannot be made again from that alone."""
     unreadable: list[str] = field(default_factory=list)
     """Artifacts whose manifest is damaged."""
 
 
-def records(found: Iterable[Found]) -> Rebuilt:
-    """The records of everything that was found."""
+def records(found: Iterable[Found], copies: Copies) -> Rebuilt:
+    """The records of everything that was found, but in projects that were deleted.
+
+    Args:
+        copies: of records. A project without one is known by what is in it.
+    """
     made = Rebuilt()
     born: dict[str, datetime] = {}
     snapshots = _Kind(names.SNAPSHOT, SnapshotManifest)
@@ -69,14 +75,18 @@ def records(found: Iterable[Found]) -> Rebuilt:
     adapters = _Kind(names.CHECKPOINT, AdapterManifest)
     for one in sorted(found, key=lambda found: found.name):
         for kind in (snapshots, datasets, verdicts, adapters):
-            if kind.takes(one, made.unreadable):
-                project = names.project_of(one.name)
+            project = names.project_of(one.name)
+            if project not in copies.deleted and kind.takes(one, made.unreadable):
                 born[project] = min(born.get(project, one.modified), one.modified)
-    made.projects = [
-        Project(name=name, create_time=_stamp(at), update_time=_stamp(at)) for name, at in sorted(born.items())
+    copied = {project.name for project in copies.projects}
+    made.projects = copies.projects + [
+        Project(name=name, create_time=_stamp(at), update_time=_stamp(at))
+        for name, at in sorted(born.items())
+        if name not in copied
     ]
     made.snapshots = [_snapshot(manifest, at) for manifest, at in snapshots.found]
-    made.sources = _sources(snapshots.found)
+    there = {source.name for source in copies.sources}
+    made.lost_sources = [one for one in _sources(snapshots.found) if one.source not in there]
     made.scans = [_scan(manifest, at, datasets.found) for manifest, at in verdicts.found]
     made.datasets = [_dataset(manifest, at, made.scans) for manifest, at in datasets.found]
     of_run: defaultdict[str, list[tuple[AdapterManifest, datetime]]] = defaultdict(list)

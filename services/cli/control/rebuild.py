@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -12,8 +12,10 @@ import typer
 from google.protobuf.message import Message
 
 from codegraft.event.v1.events_pb2 import BestCheckpointChanged
-from services.cli.control import manifests
+from codegraft.inference.v1.serving_pb2 import Serving
+from services.cli.control import copied, manifests
 from services.cli.control.backup import manifests_in
+from services.cli.control.copies import Copies, fitting
 from services.cli.control.installation import Control, Installation, opened
 from services.cli.control.manifests import Found, Rebuilt
 from services.cli.output import Json, err, print_json, print_table
@@ -21,12 +23,12 @@ from services.cli.stack import Data
 from services.core.errors import NotFound, ResourceExists
 from services.core.events.nats import NatsBus
 from services.core.state import Table
+from services.inference.policy import decided
 
 BEST = "codegraft.trainer.checkpoint.best.v1"
 LOST = (
-    "sources, their masks, splits and credentials: add them again (their last snapshot is there)",
+    "git credentials: make them again under the names that sources have for them",
     "API keys: those of the services' settings come back when ingest is restarted, make the others anew",
-    "pinned, split and switched-off serving: every project serves its best checkpoint until codegraft serve set",
     "titles, plans, metrics and proofs of runs; runs and scans that had not stored anything yet, and what waited",
     "marks of kept checkpoints (codegraft train keep), counts of feedback, the audit log, dead letters",
 )
@@ -41,6 +43,12 @@ class Outcome:
     """By kind."""
     there: dict[str, int] = field(default_factory=dict)
     """Records that were there already and stay as they are, by kind."""
+    credentials: list[str] = field(default_factory=list)
+    """Credentials that sources name and that are not there: they have to be made again."""
+    uploads: list[str] = field(default_factory=list)
+    """Uploads that sources are made of, and whose content the store lost."""
+    unfit: dict[str, list[str]] = field(default_factory=dict)
+    """By policy: checkpoints that it names and that are not there."""
 
 
 def rebuild(
@@ -48,18 +56,18 @@ def rebuild(
     data: Data = None,
     json: Json = False,
 ) -> None:
-    """Make projects, snapshots, datasets, scans, runs and checkpoints anew from the manifests in the object store.
+    """Make projects, sources, datasets, runs, checkpoints and policies anew from what the object store has of them.
 
     For when the state in NATS is lost and there is no backup (see codegraft backup), or only an old one: restore that
     first, then rebuild adds what is newer. Records that are there stay as they are, so it may be repeated, and services
-    may run. Whatever no manifest tells is lost, and listed at the end. Inference serves the best checkpoints again
-    within seconds.
+    may run. Projects that were deleted stay deleted. Sources are fetched again at once, of git only what has moved.
+    Inference serves what it served within seconds. Whatever the store does not tell is lost, and listed at the end.
 
     With a cluster, CODEGRAFT_NATS_REPLICAS=3 makes buckets that are not there yet with as many copies.
 
     Example: codegraft rebuild --dry-run
     """
-    made, outcome = asyncio.run(_rebuild(Installation.find(data), dry_run=dry_run))
+    made, records, outcome = asyncio.run(_rebuild(Installation.find(data), dry_run=dry_run))
     if json:
         print_json(
             {
@@ -67,61 +75,109 @@ def rebuild(
                 "there_already": outcome.there,
                 "dry_run": dry_run,
                 "lost": list(LOST),
+                "lost_credentials": outcome.credentials,
+                "lost_uploads": outcome.uploads,
+                "lost_checkpoints": outcome.unfit,
                 "lost_sources": [
-                    {"name": one.source, "origin": one.origin, "commit": one.commit} for one in made.sources
+                    {"name": one.source, "origin": one.origin, "commit": one.commit} for one in made.lost_sources
                 ],
-                "unreadable": made.unreadable,
+                "deleted_projects": sorted(records.deleted),
+                "unreadable": [*made.unreadable, *records.unreadable],
             }
         )
         return
     rows = [[kind, count, outcome.there[kind]] for kind, count in outcome.written.items()]
     print_table(["RECORDS", "TO WRITE" if dry_run else "WRITTEN", "THERE ALREADY"], rows, empty="")
-    for name in made.unreadable:
-        err.print(f"damaged, and left out: {name}")
-    for line in LOST:
-        err.print(f"not in any manifest: {line}")
-    for one in made.sources:
-        err.print(f"  {one.source}: {one.origin or 'an upload'} {one.commit}".rstrip())
+    for line in _told(made, records, outcome):
+        err.print(line)
 
 
-async def _rebuild(installation: Installation, *, dry_run: bool) -> tuple[Rebuilt, Outcome]:
+def _told(made: Rebuilt, records: Copies, outcome: Outcome) -> Iterator[str]:
+    """What a person has to know and perhaps to do."""
+    yield from (f"damaged, and left out: {name}" for name in (*made.unreadable, *records.unreadable))
+    yield from (f"was deleted, and stays so: {name}" for name in sorted(records.deleted))
+    yield from (f"the store does not tell: {line}" for line in LOST)
+    yield from (f"make it again (codegraft credential create): {name}" for name in outcome.credentials)
+    yield from (f"upload it again, its content is lost: {name}" for name in outcome.uploads)
+    for policy, checkpoints in outcome.unfit.items():
+        yield f"{policy} names {', '.join(checkpoints)}, which is lost: choose another (codegraft serve set)"
+    for one in made.lost_sources:
+        origin = f"{one.origin or 'an upload'} {one.commit}".rstrip()
+        yield f"removed, or of a release that made no copies; then add it again: {one.source} ({origin})"
+
+
+async def _rebuild(installation: Installation, *, dry_run: bool) -> tuple[Rebuilt, Copies, Outcome]:
     async with opened(installation) as control:
+        records = await copied.read(control)
         found = [Found(name, text, modified) async for name, text, modified in manifests_in(control)]
-        made = manifests.records(found)
-        outcome = Outcome()
+        made = manifests.records(found, records)
+        outcome = Outcome(credentials=await copied.lost_credentials(control, records.sources))
+        uploads, outcome.uploads = await copied.uploads(control, records.sources)
+        there = {one.name for one in made.checkpoints}
+        outcome.unfit = {one.name: lost for one in records.policies if (lost := fitting(one, there))}
         # What is named comes before what names it, and a run after its story: whoever sees a record finds all of it.
-        for kind, bucket, records in (
+        for kind, bucket, wanted in (
             ("projects", "ingest", made.projects),
             ("snapshots", "ingest", made.snapshots),
             ("datasets", "scanner", made.datasets),
             ("scans", "scanner", made.scans),
             ("checkpoints", "trainer", made.checkpoints),
+            ("uploads", "ingest", uploads),
+            ("sources", "ingest", records.sources),
         ):
-            await _write(control, outcome, kind, bucket, records, dry_run=dry_run)
+            await _write(control, outcome, kind, bucket, wanted, dry_run=dry_run)
         await _write_runs(control, outcome, made, dry_run=dry_run)
+        await _write(control, outcome, "policies", "inference", records.policies, precedes=_precedes, dry_run=dry_run)
         if not dry_run:
             await _tell(control, made)
-    return made, outcome
+    return made, records, outcome
 
 
 async def _write(
-    control: Control, outcome: Outcome, kind: str, bucket: str, records: Iterable[Message], *, dry_run: bool
+    control: Control,
+    outcome: Outcome,
+    kind: str,
+    bucket: str,
+    records: Iterable[Message],
+    *,
+    precedes: Callable[[Any, Any], bool] = lambda record, there: False,
+    dry_run: bool,
 ) -> None:
+    """Writes what is not there.
+
+    Args:
+        precedes: whether a record takes the place of another one that is there.
+    """
     outcome.written[kind] = outcome.there[kind] = 0
     is_there = await control.has_bucket(bucket)
     for record in records:
         table = _table(control, bucket, type(record))
         name: str = record.name  # type: ignore[attr-defined]
-        if is_there and await table.find(name) is not None:
+        there = await table.find(name) if is_there else None
+        if there is not None and not precedes(record, there):
             outcome.there[kind] += 1
             continue
         outcome.written[kind] += 1
-        if not dry_run:
-            try:
-                await table.create(record)
-            except ResourceExists:  # a service was faster
-                outcome.written[kind] -= 1
-                outcome.there[kind] += 1
+        if dry_run:
+            continue
+        if there is not None:
+
+            def replace(old: Any, new: Message = record) -> None:
+                if precedes(new, old):
+                    old.CopyFrom(new)
+
+            await table.mutate(name, replace)
+            continue
+        try:
+            await table.create(record)
+        except ResourceExists:  # a service was faster
+            outcome.written[kind] -= 1
+            outcome.there[kind] += 1
+
+
+def _precedes(policy: Serving, there: Serving) -> bool:
+    """Since the loss a first completion may have made a policy, before what a person had decided came back."""
+    return decided(policy) and not decided(there)
 
 
 async def _write_runs(control: Control, outcome: Outcome, made: Rebuilt, *, dry_run: bool) -> None:

@@ -27,6 +27,7 @@ from services.cli.local.permissions import KEYS, SERVICES
 from services.core.config import CoreSettings
 from services.core.quota.nats import PREFIX as USAGE
 from services.core.runtime import nats_tls
+from services.core.state import mirror
 
 _TIMEOUT = 1.0
 _HINT_NATS = "Make the servers' users anew: python -m services.cli.local.permissions prints them."
@@ -139,13 +140,13 @@ def _check_s3(settings: CoreSettings, name: str, credentials: ServiceCredentials
     )
     title = f"object store as {name}"
     try:
-        problem = next(_s3_problems(client, settings.s3_bucket, writes=SERVICES[name].writes_objects), "")
+        problem = next(_s3_problems(client, settings.s3_bucket, name, writes=SERVICES[name].writes_objects), "")
     except (MinioException, HTTPError) as error:
         problem = f"it does not answer: {error}"
     return failed(title, problem, _HINT_S3) if problem else ok(title, "reads, and writes no more than it needs")
 
 
-def _s3_problems(client: Minio, bucket: str, *, writes: bool) -> Iterator[str]:
+def _s3_problems(client: Minio, bucket: str, name: str, *, writes: bool) -> Iterator[str]:
     probe = f"doctor/{secrets.token_hex(8)}"
     try:
         next(iter(client.list_objects(bucket, prefix=probe)), None)
@@ -153,6 +154,8 @@ def _s3_problems(client: Minio, bucket: str, *, writes: bool) -> Iterator[str]:
         yield f"may not read: {error.code}"
     if not _may_write(client, bucket, f".codegraft/{probe}"):
         yield "may not write below .codegraft/, which it does at its start"
+    if not _may_write(client, bucket, f"{mirror.ROOT}{name}/{probe}"):
+        yield f"may not write below {mirror.ROOT}{name}/, where copies of its records go"
     if _may_write(client, bucket, probe) is not writes:
         yield "may not write" if writes else "may write what it only reads"
 

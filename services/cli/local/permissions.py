@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from services.core.quota.nats import PREFIX as USAGE
+from services.core.state import mirror
 
 API = "$JS.API"
 KEYS = "KV_access"
@@ -104,8 +105,9 @@ def s3_actions(name: str, bucket: str) -> list[str]:
     reading = [f"Read:{bucket}", f"List:{bucket}"]
     if SERVICES[name].writes_objects:
         return [*reading, f"Write:{bucket}"]
-    # Where every process proves at its start that the server keeps conditions (services/core/store/s3.py).
-    return [*reading, f"Write:{bucket}/.codegraft/*"]
+    # Where every process proves at its start that the server keeps conditions (services/core/store/s3.py), and where
+    # the copies of its records are (services/core/state/mirror.py).
+    return [*reading, f"Write:{bucket}/.codegraft/*", f"Write:{bucket}/{mirror.ROOT}{name}/*"]
 
 
 def _value(password: str) -> str:
