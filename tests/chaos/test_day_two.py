@@ -19,7 +19,7 @@ import pytest
 from codegraft.inference.v1 import completion_pb2 as pb
 from codegraft.inference.v1 import completion_pb2_grpc
 from codegraft.trainer.v1 import run_pb2, run_pb2_grpc
-from services.cli.control import rebuild
+from services.cli.control import copied, rebuild
 from services.cli.control.installation import Installation
 from services.cli.control.installation import opened as connected
 from services.cli.local import ports
@@ -168,7 +168,7 @@ async def test_replicas_are_replaced_under_running_streams(
         assert max(begin for begin, _ in editors.spans) > moments[-1], "the others went on"
 
 
-async def test_after_nats_lost_everything_the_best_adapter_serves_again(
+async def test_after_nats_lost_everything_what_served_serves_again(
     replicas: Replicas, settings: CoreSettings, tmp_path: Path
 ) -> None:
     place = Installation(settings)
@@ -178,12 +178,18 @@ async def test_after_nats_lost_everything_the_best_adapter_serves_again(
         checkpoint, best = await house.commit(house.one, 2)
         await house.commit(house.one, 3, best=False)
         await house.until_answered_by(house.one, best)
+        chosen, pinned = await house.commit(house.two, 1)
+        await house.commit(house.two, 2)
+        await house.set(house.two, "PINNED", chosen)
+        await house.until_answered_by(house.two, pinned)
+        while not any(one.pinned_checkpoint == chosen for one in (await copied.read(control)).policies):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
         await replicas.drain(address)
         for info in await control.nats.js.streams_info():
             await control.nats.js.delete_stream(info.config.name or "")
 
-        made, _ = await rebuild._rebuild(place, dry_run=False)
-        assert house.one in {project.name for project in made.projects}
+        made, _, outcome = await rebuild._rebuild(place, dry_run=False)
+        assert house.one in {project.name for project in made.projects} and not outcome.unfit
         async with grpc.aio.insecure_channel(replicas.environment["CODEGRAFT_TRAINER_ADDRESS"]) as channel:
             stub = run_pb2_grpc.RunServiceStub(channel)
             [run] = (await stub.ListRuns(run_pb2.ListRunsRequest(parent=house.one))).runs
@@ -192,3 +198,4 @@ async def test_after_nats_lost_everything_the_best_adapter_serves_again(
         replicas.start_on(address)
         await house.until_answered_by(house.one, best)
         assert best != first
+        assert await house.answered_by(house.two) == pinned, "not even once by its best one"

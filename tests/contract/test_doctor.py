@@ -137,7 +137,8 @@ def test_versions_and_clocks_come_with_the_health_of_a_service() -> None:
     assert not problems(clock.check_services(told))
     found = services.check(place, told)
     assert set(problems(found)) == {"inference service"}
-    assert next(check for check in found if check.name == "versions").found == f"all services are {release()}"
+    [versions] = services.judge(services.versions(told))
+    assert versions.found == f"all services are {release()}"
 
 
 def test_the_command_on_an_installation_elsewhere(

@@ -31,20 +31,21 @@ PROJECT = "demo"
 async def serving(
     ingest: Ingest, gate: Gate | None = None, audit: AuditLog | None = None
 ) -> AsyncIterator[AsyncCodegraft]:
-    """Serves and fetches until the block ends."""
+    """Serves, fetches and copies until the block ends."""
     server = grpc.aio.server(interceptors=[CallInterceptor(gate, audit)])
     for add, servicer, _ in ingest.services:
         add(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    fetching = asyncio.create_task(ingest.fetcher.run())
+    background = [asyncio.create_task(make()) for make in (ingest.fetcher.run, *(one.run for one in ingest.mirrors))]
     address = f"127.0.0.1:{port}"
     try:
         async with AsyncCodegraft(Addresses(address, address, address, address)) as client:
             yield client
     finally:
-        fetching.cancel()
-        await asyncio.gather(fetching, return_exceptions=True)
+        for task in background:
+            task.cancel()
+        await asyncio.gather(*background, return_exceptions=True)
         await server.stop(None)
 
 

@@ -13,6 +13,7 @@ import nats.js.errors
 import structlog
 from pydantic import SecretStr
 
+from services.cli.local import gateway
 from services.cli.local.files import DataFolder, ServiceCredentials, StackInfo, StackState
 from services.cli.local.stack import BUCKET
 from services.client.addresses import folder_of
@@ -39,6 +40,8 @@ class Installation:
     """The services' own credentials, where they are known: in a local stack."""
     folder: Path | None = None
     """Data folder of the local stack; None when it is another installation."""
+    gateway: str = ""
+    """Address of the gateway, with http or https; empty when none is known."""
 
     @classmethod
     def find(cls, data: Path | None = None) -> Installation:
@@ -90,7 +93,8 @@ class Installation:
             trainer_address=info.processes["trainer"].address,
             inference_address=info.processes["inference"].address,
         )
-        return cls(settings, credentials.services, folder.root)
+        own = info.processes.get(gateway.NAME)
+        return cls(settings, credentials.services, folder.root, gateway.url(own.address) if own else "")
 
 
 class Control:

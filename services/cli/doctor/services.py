@@ -74,7 +74,7 @@ async def _ask(settings: CoreSettings, name: str) -> Told:
 
 
 def check(place: Installation, found: Mapping[str, Told]) -> list[Check]:
-    """Whether each serves, and whether their releases go together."""
+    """Whether each serves."""
     checks = []
     for name, one in found.items():
         address = getattr(place.settings, f"{name}_address")
@@ -83,12 +83,18 @@ def check(place: Installation, found: Mapping[str, Told]) -> list[Check]:
             checks.append(failed(f"{name} service", f"{address}: {one.problem}", hint))
         else:
             checks.append(ok(f"{name} service", f"serves on {address}"))
-    versions = {name: one.version or "one before 0.1.0" for name, one in found.items() if not one.problem}
-    return [*checks, *judge(versions)] if versions else checks
+    return checks
+
+
+def versions(found: Mapping[str, Told]) -> dict[str, str]:
+    """The release of every service that serves."""
+    return {name: one.version or "one before 0.1.0" for name, one in found.items() if not one.problem}
 
 
 def judge(versions: Mapping[str, str], mine: str = "") -> list[Check]:
     """One check of the services' releases, and one of this command's against them."""
+    if not versions:
+        return []
     mine = mine or release()
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
     kinds = sorted(set(versions.values()))

@@ -14,7 +14,7 @@ from services.gateway.api.asks import ChatAsk, CompletionAsk, FeedbackAsk, FimAs
 from services.gateway.api.completing import Completing
 from services.gateway.api.desk import Desk
 from services.gateway.api.feedback import FeedbackAnswer, FeedbackDesk
-from services.gateway.api.health import Health, HealthDesk
+from services.gateway.api.health import Health, HealthDesk, ServicesHealth
 from services.gateway.api.infill import Infilling
 from services.gateway.api.infill_answer import InfillAnswer, InfillChunk
 from services.gateway.api.listing import Listing, ModelCard, ModelList
@@ -43,7 +43,7 @@ class Operation:
 def operations(desk: Desk) -> Sequence[Operation]:
     """All of them."""
     completing, infilling, listing = Completing(desk), Infilling(desk), Listing(desk)
-    feedback, health = FeedbackDesk(desk), HealthDesk(desk.settings)
+    feedback, health = FeedbackDesk(desk), HealthDesk(desk.client, desk.settings)
     return (
         Operation(
             "POST",
@@ -95,4 +95,7 @@ def operations(desk: Desk) -> Sequence[Operation]:
             FeedbackAsk,
         ),
         Operation("GET", "/health", health.health, "Whether requests are answered.", Health, needs_key=False),
+        Operation(
+            "GET", "/health/services", health.services, "How each service behind the gateway answers.", ServicesHealth
+        ),
     )

@@ -18,8 +18,8 @@ from services.client.jobs import FINAL
 from services.core import names
 from services.core.errors import DeadlineExceeded, PermissionDenied, Unavailable
 from services.gateway.console import auditing, live
-from services.gateway.console.health import HealthOfAll
 from services.gateway.console.visit import House, Visit, first
+from services.gateway.upstream import HealthOfAll
 
 T = TypeVar("T")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
+
 import pytest
 from minio.commonconfig import ENABLED, Filter
 from minio.lifecycleconfig import Expiration, NoncurrentVersionExpiration, Rule
 from nats.js import api
 
-from services.cli.doctor import clock, services, store, streams
+from services.cli.doctor import clock, gateway, services, store, streams
 from services.cli.doctor.check import Result
 from services.cli.doctor.services import Told
 
@@ -101,3 +103,32 @@ def test_lifecycle_rules_may_end_versions_and_nothing_else() -> None:
     assert store.judge_versions([], versioned=True).result is Result.WARNING
     assert store.judge_versions([mild], versioned=True).result is Result.OK
     assert store.judge_versions([], versioned=False).result is Result.OK
+
+
+@pytest.mark.parametrize(
+    ("begins", "ends", "result", "says"),
+    [
+        (-80, 10, Result.WARNING, "10 days"),
+        (-80, 20, Result.OK, "20 days"),
+        (-80, -1, Result.FAILED, "ended on 2026-11-25"),
+        (1, 90, Result.FAILED, "from 2026-11-27"),
+    ],
+)
+def test_a_certificate_is_told_before_it_ends(begins: int, ends: int, result: Result, says: str) -> None:
+    now = datetime(2026, 11, 26, tzinfo=UTC)
+    check = gateway.judge_dates(now + timedelta(days=begins), now + timedelta(days=ends), now)
+    assert check.result is result and says in check.found and bool(check.hint) is (result is not Result.OK)
+
+
+@pytest.mark.parametrize(
+    ("host", "safe"), [("127.0.0.1", True), ("localhost", True), ("10.0.0.7", False), ("code.example", False)]
+)
+def test_plain_http_is_for_this_machine_only(host: str, safe: bool) -> None:
+    checks, may_have_the_key = gateway._plain(host)
+    assert may_have_the_key is safe and [check.result for check in checks] == [Result.FAILED] * (not safe)
+
+
+def test_a_service_that_the_gateway_cannot_reach_is_named() -> None:
+    assert gateway.judge_services({"ingest": "serving", "trainer": "serving"}).result is Result.OK
+    found = gateway.judge_services({"ingest": "serving", "trainer": "unreachable"})
+    assert found.result is Result.FAILED and found.found == "trainer unreachable"
