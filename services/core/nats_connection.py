@@ -27,6 +27,14 @@ REQUEST_TIMEOUT = 5.0
 STREAM_EXISTS = 10058
 """JetStream's error code for a stream that is there with other settings."""
 
+_NO_ROOM = (10023, 10047)
+"""JetStream's error codes for a server that has taken all that it may of its disk."""
+_ROOM = (
+    "Give it room: its disk, or what JetStream may take of it, is full (docs/runbooks/disk-full.md). "
+    "Nothing that was acknowledged is lost."
+)
+_LOOK = "Look at its log and its disk: one that ran full is silent until it is restarted (docs/runbooks/disk-full.md)."
+
 _TOKEN = re.compile(r"[A-Za-z0-9_-]+")
 
 logger = log.get(__name__)
@@ -214,7 +222,9 @@ def translated(operation: str) -> Iterator[None]:
     except (nats.errors.Error, OSError, TimeoutError) as error:
         if not _is_answer(error):
             figures.NATS_ERRORS.inc()
-        raise errors.StateUnavailable(f"NATS could not {operation}: {describe(error)}", retry_after=1.0) from error
+        raise errors.StateUnavailable(
+            f"NATS could not {operation}: {describe(error)}", hint=_hint(error), retry_after=1.0
+        ) from error
 
 
 def _is_answer(error: BaseException) -> bool:
@@ -222,9 +232,21 @@ def _is_answer(error: BaseException) -> bool:
     return isinstance(error, nats.js.errors.APIError) and error.code is not None and int(error.code) < 500
 
 
+def _hint(error: BaseException) -> str:
+    match error:
+        case nats.js.errors.APIError(err_code=code) if code in _NO_ROOM:
+            return _ROOM
+        case TimeoutError():
+            return _LOOK
+        case _:
+            return ""
+
+
 def describe(error: BaseException) -> str:
     """The error in a few words; most of the client's errors have an empty or a decorated text."""
     match error:
+        case nats.js.errors.APIError(err_code=code) if code in _NO_ROOM:
+            return "it has no room left"
         case nats.js.errors.APIError(description=str() as description):
             return description
         case nats.errors.TimeoutError() | TimeoutError():

@@ -9,15 +9,15 @@ import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from codegraft.common.v1.job_pb2 import JOB_STATE_CANCELLED, JOB_STATE_FAILED, JOB_STATE_SUCCEEDED, JobState
-from codegraft.scanner.v1.dataset_pb2 import Dataset
+from codegraft.scanner.v1.dataset_pb2 import Dataset, DatasetManifest
 from codegraft.scanner.v1.scan_pb2 import Scan
 from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest
 from services.client.aio.client import AsyncCodegraft
-from services.core.errors import DatasetNotFound, ScanNotFound
+from services.core.errors import CodegraftError, DatasetNotFound, ScanNotFound
 from services.core.jobs import is_final
 from services.core.models import adapter_files
 from services.core.runtime import Runtime
@@ -27,7 +27,7 @@ from services.ingest import listing
 from services.ingest.listing import Listing
 from services.ingest.records import Tables as IngestTables
 from services.trainer.records import Tables as TrainerTables
-from tests.chaos.ledger import Job, Ledger, insist
+from tests.chaos.ledger import Ledger, insist
 from tests.chaos.stack import WholeStack
 
 EXCUSES = ("its worker vanished", "NATS could not", "the S3 server at")
@@ -41,6 +41,10 @@ class Auditor:
     client: AsyncCodegraft
     runtime: Runtime
     ledger: Ledger
+    looked_at: Counter[str] = field(default_factory=Counter)
+    """Artifacts that a client was told of, by kind."""
+    lost: list[str] = field(default_factory=list)
+    """Those of them that are not there, or are not what they were; and why."""
 
     @classmethod
     @asynccontextmanager
@@ -66,27 +70,53 @@ class Auditor:
                 assert status.failure.message.startswith(EXCUSES), f"{job.name} failed: {status.failure.message}"
 
     async def nothing_is_lost(self) -> None:
-        """What a client was told is there, with the right digest."""
-        client = self.client
-        for project in self.ledger.projects:
-            await client.projects.get(project)
-        for name, content in self.ledger.uploads.items():
-            sha256 = hashlib.sha256(content).hexdigest()
-            assert name.endswith(sha256) and await self.runtime.blobs.get(sha256) == content, name
-        for name, digest in self.ledger.sources.items():
-            source = await client.sources.get(name)
-            assert source.content_digest == digest, f"{name} has the content {source.content_digest}, not {digest}"
-            stored = Listing.from_parquet(await self.runtime.store.get(listing.key(name, digest)))
-            assert stored.digest == digest, f"the listing of {name} is damaged"
-        for name in self.ledger.snapshots:
-            found = await client.snapshots.get(name)
-            assert len([one async for one in client.snapshots.files(name)]) == found.file_count, name
-        for job in self.ledger.jobs:
-            if job.worker == "trainer" and job.status.state == JOB_STATE_SUCCEEDED:
-                await self._adapter_arrives(job)
+        """What a client was told is there, with the right digest. All of it is looked at, whatever is lost."""
+        looks = {
+            "projects": (self.ledger.projects, self.client.projects.get),
+            "uploads": (self.ledger.uploads, self._upload),
+            "sources": (self.ledger.sources, self._source),
+            "snapshots": (self.ledger.snapshots, self._snapshot),
+            "datasets": (self._done("scanner"), self._dataset),
+            "adapters": (self._done("trainer"), self._adapter),
+        }
+        for kind, (names, look) in looks.items():
+            for name in names:
+                self.looked_at[kind] += 1
+                try:
+                    await look(name)
+                except (AssertionError, CodegraftError) as error:
+                    self.lost.append(f"{name}: {error}")
+        assert not self.lost, self.lost
 
-    async def _adapter_arrives(self, job: Job) -> None:
-        run = await self.client.runs.get(job.name)
+    def _done(self, worker: str) -> list[str]:
+        jobs = [job for job in self.ledger.jobs if job.worker == worker]
+        return [job.name for job in jobs if job.status.state == JOB_STATE_SUCCEEDED]
+
+    async def _upload(self, name: str) -> None:
+        content = self.ledger.uploads[name]
+        sha256 = hashlib.sha256(content).hexdigest()
+        assert name.endswith(sha256) and await self.runtime.blobs.get(sha256) == content, name
+
+    async def _source(self, name: str) -> None:
+        digest, source = self.ledger.sources[name], await self.client.sources.get(name)
+        assert source.content_digest == digest, f"it has the content {source.content_digest}, not {digest}"
+        stored = Listing.from_parquet(await self.runtime.store.get(listing.key(name, digest)))
+        assert stored.digest == digest, "its listing is damaged"
+
+    async def _snapshot(self, name: str) -> None:
+        found = await self.client.snapshots.get(name)
+        assert len([one async for one in self.client.snapshots.files(name)]) == found.file_count, name
+
+    async def _dataset(self, scan: str) -> None:
+        made = await self.client.datasets.get((await self.client.scans.get(scan)).dataset)
+        manifest = await self.runtime.artifacts.manifest(made.name, DatasetManifest)
+        assert manifest.digest == made.digest, f"{made.name} has another digest"
+        for file in manifest.files:
+            content = await self.runtime.blobs.get(file.sha256)
+            assert hashlib.sha256(content).hexdigest() == file.sha256, f"{file.path} of {made.name} is damaged"
+
+    async def _adapter(self, name: str) -> None:
+        run = await self.client.runs.get(name)
         if not run.best_checkpoint:
             return
         best = await self.client.runs.checkpoint(run.best_checkpoint)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from services.core.jobs import is_final
 from tests.chaos.faults import WORKERS, Fault
 from tests.chaos.ledger import Ledger
 
@@ -36,18 +37,33 @@ class Report:
     seed: int
     seconds: float
     rows: Sequence[Row]
-    jobs: int
+    jobs: Mapping[str, int]
+    """Acknowledged ones, by the service that works on them."""
+    unended: Sequence[str]
     failed: Sequence[str]
     """Why jobs failed that met more faults than they have attempts."""
     completions: int
     broken: dict[str, int]
+    artifacts: Mapping[str, int]
+    """Acknowledged ones that were looked at in the end, by kind; none when it did not come to that."""
+    lost: Sequence[str]
 
     @classmethod
-    def of(cls, seed: int, seconds: float, faults: Sequence[Fault], ledger: Ledger) -> Report:
+    def of(
+        cls,
+        seed: int,
+        seconds: float,
+        faults: Sequence[Fault],
+        ledger: Ledger,
+        artifacts: Mapping[str, int],
+        lost: Sequence[str],
+    ) -> Report:
         kinds = sorted({fault.kind for fault in faults})
         rows = [_row(kind, faults, ledger) for kind in kinds]
+        jobs = {worker: sum(job.worker == worker for job in ledger.jobs) for worker in WORKERS}
+        unended = [job.name for job in ledger.jobs if not is_final(job.status)]
         failed = [f"{job.name}: {job.status.failure.message}" for job in ledger.jobs if job.status.failure.reason]
-        return cls(seed, seconds, rows, len(ledger.jobs), failed, ledger.completions, ledger.broken)
+        return cls(seed, seconds, rows, jobs, unended, failed, ledger.completions, ledger.broken, dict(artifacts), lost)
 
     def table(self) -> str:
         """In Markdown."""
@@ -59,12 +75,19 @@ class Report:
             figures = (row.recovery_median, row.recovery_worst, row.resume_median, row.resume_worst)
             first, second, third, fourth = (f"{each:.1f} s" if each is not None else "" for each in figures)
             lines.append(f"| {row.kind} | {row.times} | {first} | {second} | {row.resumed} | {third} | {fourth} |")
-        broken = ", ".join(f"{count} {reason}" for reason, count in sorted(self.broken.items())) or "none"
+        told = {
+            kind: ", ".join(f"{count} {name}" for name, count in sorted(some.items())) or "none"
+            for kind, some in (("broken", self.broken), ("artifacts", self.artifacts))
+        }
         lines += [
             "",
-            f"Seed {self.seed}: {self.jobs} jobs, all ended, {len(self.failed)} of them FAILED; "
-            f"{self.completions} completions, broken off: {broken}.",
-            *(f"- {why}" for why in self.failed),
+            f"{sum(row.times for row in self.rows)} faults in {self.seconds:.0f} s (seed {self.seed}). "
+            f"{self.jobs['scanner']} scans and {self.jobs['trainer']} runs were acknowledged: {len(self.unended)} did "
+            f"not end, {len(self.failed)} ended FAILED. {self.completions} completions; broken off: {told['broken']}. "
+            f"Acknowledged artifacts looked at: {told['artifacts']}; lost: {len(self.lost)}.",
+            *(f"- did not end: {name}" for name in self.unended),
+            *(f"- failed: {why}" for why in self.failed),
+            *(f"- lost: {why}" for why in self.lost),
         ]
         return "\n".join(lines)
 

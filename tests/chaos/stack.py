@@ -36,6 +36,8 @@ REPLICAS = {"second-scanner": "scanner", "second-trainer": "trainer"}
 """More workers, whom nobody calls."""
 LEASE = 4.0
 """Seconds after which a silent worker's job is another's, instead of 30."""
+NATS_ROOM = 128 << 20
+"""Bytes that JetStream may take."""
 STARTUP = 90.0
 
 
@@ -115,6 +117,7 @@ class WholeStack:
                     user=keys.nats_user,
                     password=keys.nats_password,
                     services={each: own.nats_password for each, own in keys.services.items()},
+                    max_store=NATS_ROOM,
                 )
             case "s3":
                 begun = self._starter.submit(

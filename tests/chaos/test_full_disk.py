@@ -5,19 +5,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
+from nats.js.errors import ServiceUnavailableError
 
 from codegraft.common.v1.job_pb2 import JOB_STATE_SUCCEEDED
 from codegraft.common.v1.split_pb2 import SPLIT_TEST
 from codegraft.ingest.v1.source_pb2 import FileSource, Source
 from services.client import retry
 from services.client.aio.client import AsyncCodegraft
-from services.core.errors import DiskFull, StoreUnavailable
+from services.core import nats_connection
+from services.core.errors import DiskFull, StateUnavailable, StoreUnavailable
+from services.core.runtime import connect_nats
+from services.core.state.nats import NatsState
 from tests.chaos.audit import Auditor
+from tests.chaos.disk import SmallDisk
 from tests.chaos.ledger import Job, Ledger
 from tests.chaos.load import QUICK, Person
-from tests.chaos.stack import WholeStack
+from tests.chaos.stack import LEASE, NATS_ROOM, WholeStack
+from tests.conftest import NatsServer
 
 MB = 1 << 20
 
@@ -84,6 +92,80 @@ async def test_the_object_stores_disk(
     await person.snapshot(project)
     async with Auditor.of(stack, client, ledger) as auditor:
         await auditor.all()
+
+
+# --- NATS ---
+
+
+async def test_nats_has_no_room(stack: WholeStack, client: AsyncCodegraft, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger()
+    person = Person.new(client, ledger)
+    project = await person.create(f"{person.name}-nats")
+    await person.add(project, "code")
+    await person.add(project, "test", SPLIT_TEST)
+    scan = await person.scan(project, await person.snapshot(project))
+    async with no_room(stack):
+        with monkeypatch.context() as first:
+            first.setattr(retry, "ATTEMPTS", 1)  # what it says the first time is what counts
+            with pytest.raises(StateUnavailable, match="no room left") as caught:
+                await client.projects.create(f"{person.name}-refused")
+        assert "disk-full.md" in caught.value.hint
+        assert [each.name async for each in client.sources.list(project)] == list(ledger.sources), "it is read from"
+        async for _ in client.completions.complete(project, prefix="a", max_tokens=2):
+            pass
+        await asyncio.sleep(LEASE)  # the scan's worker cannot say that it is alive
+    await person.create(f"{person.name}-refused")
+    await person.follow(scan)
+    assert scan.status.state == JOB_STATE_SUCCEEDED, scan.status.failure
+    await person.follow(await person.train(project, QUICK))
+    async with Auditor.of(stack, client, ledger) as auditor:
+        await auditor.all()
+
+
+@contextlib.asynccontextmanager
+async def no_room(stack: WholeStack) -> AsyncIterator[None]:
+    """JetStream has taken all that it may of its disk, until the end of the block."""
+    connection = await connect_nats("ballast", stack.admin(stack.folder.root))
+    await connection.js.add_stream(name="BALLAST", subjects=["ballast"])
+    try:
+        with pytest.raises(ServiceUnavailableError):
+            for _ in range(2 * NATS_ROOM // (MB // 2)):
+                await connection.js.publish("ballast", bytes(MB // 2))
+        yield
+    finally:
+        await connection.js.delete_stream("BALLAST")
+        await connection.close()
+
+
+async def test_the_disk_of_nats_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where JetStream's own bound is not below the disk's size. It is silent then, and stays so until a restart."""
+    monkeypatch.setattr(nats_connection, "REQUEST_TIMEOUT", 1.0)
+    with SmallDisk.of(tmp_path / "disk", 48 * MB) as disk:
+        server = NatsServer(disk.folder)
+        server.start()
+        connection = await nats_connection.connect(server.url, user=server.user, password=server.password)
+        try:
+            state = NatsState(connection, "records")
+            acknowledged = {f"r{number}" for number in range(20)}
+            for key in acknowledged:
+                await state.create(key, bytes(1000))
+            with disk.filled():
+                for number in range(2):
+                    with pytest.raises(StateUnavailable, match="no answer in time") as caught:
+                        await state.create(f"refused{number}", bytes(20_000))
+                    assert "its disk" in caught.value.hint and "restarted" in caught.value.hint
+                assert await state.get("r1") is not None, "it is read from"
+            server.stop()
+            server.start()
+            async with asyncio.timeout(20):
+                while True:
+                    with contextlib.suppress(StateUnavailable):
+                        await state.create("after", b"")
+                        break
+            assert acknowledged <= {entry.key for entry in await state.list()}
+        finally:
+            await connection.close()
+            server.stop()
 
 
 async def until_it_takes(client: AsyncCodegraft, project: str, content: bytes) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -35,17 +36,22 @@ async def test_killed_at_random_it_keeps_its_promises(stack: WholeStack, client:
     people = [Person(client, ledger, random.Random(SEED + number), f"person-{SEED}-{number}") for number in range(2)]
     project = await people[0].create(f"editors-{SEED}")
     trouble = Troublemaker(stack, client, ledger, rng, project)
-    async with asyncio.timeout(SECONDS + END), asyncio.TaskGroup() as tasks:
-        for person in people:
-            tasks.create_task(person.work(enough) if SECONDS else person.project(person.name))
-        for _ in range(2):
-            tasks.create_task(edit(client, ledger, project, enough))
-        await (trouble.work(SECONDS) if SECONDS else trouble.kill_each())
-        enough.set()
-    report = Report.of(SEED, SECONDS, trouble.faults, ledger)
-    print(report.table())
-    if REPORT:
-        report.keep(Path(REPORT))
-    assert ledger.completions, ledger.broken
-    async with Auditor.of(stack, client, ledger) as auditor:
-        await auditor.all()
+    began, took, auditor = time.monotonic(), 0.0, None
+    try:
+        async with asyncio.timeout(SECONDS + END), asyncio.TaskGroup() as tasks:
+            for person in people:
+                tasks.create_task(person.work(enough) if SECONDS else person.project(person.name))
+            for _ in range(2):
+                tasks.create_task(edit(client, ledger, project, enough))
+            await (trouble.work(SECONDS) if SECONDS else trouble.kill_each())
+            took = time.monotonic() - began
+            enough.set()
+        assert ledger.completions, ledger.broken
+        async with Auditor.of(stack, client, ledger) as auditor:
+            await auditor.all()
+    finally:  # what was measured is told, however it ends
+        looked_at, lost = (auditor.looked_at, auditor.lost) if auditor else ({}, [])
+        report = Report.of(SEED, took, trouble.faults, ledger, looked_at, lost)
+        print(report.table())
+        if REPORT:
+            report.keep(Path(REPORT))

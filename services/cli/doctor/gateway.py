@@ -7,6 +7,7 @@ import json
 import socket
 import ssl
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -15,7 +16,7 @@ from urllib.parse import SplitResult, urlsplit
 
 import urllib3
 from cryptography import x509
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import HTTPError, InsecureRequestWarning
 
 from services.cli.control.installation import Installation
 from services.cli.doctor import clock
@@ -37,21 +38,20 @@ def check(place: Installation, url: str) -> tuple[list[Check], str]:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         return [failed(NAME, f"{url!r} is no address", "Give --gateway https://HOST:PORT.")], ""
-    trusted = place.settings.tls_ca_file
-    certificate, is_safe = _certificate(parts, trusted) if parts.scheme == "https" else _plain(parts.hostname)
+    is_https = parts.scheme == "https"
+    certificate, is_safe = _certificate(parts, place.settings.tls_ca_file) if is_https else _plain(parts.hostname)
+    key = place.settings.api_key.get_secret_value() if is_safe else ""
     # Whether it is the right one was said: what it tells besides is looked at all the same, without our key.
     anybody = ssl.create_default_context()
     anybody.check_hostname, anybody.verify_mode = False, ssl.CERT_NONE
-    http = urllib3.PoolManager(timeout=_TIMEOUT, retries=False, ssl_context=anybody)
-    try:
-        health = http.request("GET", f"{url}/health")
-    except HTTPError as error:
-        return [failed(NAME, f"{url} does not answer: {_why(error)}", _HINT_URL), *certificate], ""
-    checks = [_health(url, health.status, health.data), *certificate]
-    version, told = _described(http, url)
-    checks += told
-    key = place.settings.api_key.get_secret_value()
-    return [*checks, *_behind(http, url, key if is_safe else "")], version
+    with warnings.catch_warnings(), urllib3.PoolManager(timeout=_TIMEOUT, retries=False, ssl_context=anybody) as http:
+        warnings.simplefilter("ignore", InsecureRequestWarning)
+        try:
+            health = http.request("GET", f"{url}/health")
+        except HTTPError as error:
+            return [failed(NAME, f"{url} does not answer: {_why(error)}", _HINT_URL), *certificate], ""
+        version, told = _described(http, url)
+        return [_health(url, health.status, health.data), *certificate, *told, *_behind(http, url, key)], version
 
 
 def _health(url: str, status: int, body: bytes) -> Check:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http
 import json
 import re
 from collections.abc import Iterator
@@ -135,7 +136,7 @@ def check_sync(place: Installation, monitor: str) -> list[Check]:
             found = _jsz(monitor)
         except (HTTPError, ValueError, TypeError) as error:
             return [failed(name, f"{monitor} does not answer: {error}", "Correct --nats-monitor.")]
-        return [judge_sync(found.get("config", {}), place.settings.nats_replicas), *_storage(found)]
+        return [judge_sync(found.get("config", {}), place.settings.nats_replicas), *_storage(found), _health(monitor)]
     if place.folder is not None:
         return [judge_sync(_configured(place), 1)]
     if place.settings.nats_replicas >= SAFE_COPIES:
@@ -172,6 +173,20 @@ def _storage(found: dict[str, Any]) -> Iterator[Check]:
             yield ok("storage of NATS", told)
         else:
             yield warning("storage of NATS", told, "Give JetStream a larger volume: docs/runbooks/disk-full.md.")
+
+
+def _health(monitor: str) -> Check:
+    answer = urllib3.PoolManager(timeout=5.0, retries=False).request("GET", f"{monitor}/healthz")
+    return judge_health(answer.status, answer.data)
+
+
+def judge_health(status: int, body: bytes) -> Check:
+    """By a server's word of all its streams: one whose disk ran full is read from, and not written until a restart."""
+    name = "health of NATS"
+    if status == http.HTTPStatus.OK:
+        return ok(name, "every stream is well")
+    said = str(json.loads(body).get("error", f"it answers {status}"))
+    return failed(name, said, "Give it room where it lacks it, then restart that server: docs/runbooks/disk-full.md.")
 
 
 def _jsz(monitor: str) -> dict[str, Any]:

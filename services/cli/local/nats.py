@@ -35,6 +35,7 @@ def start(
     user: str,
     password: str,
     services: Mapping[str, str] = MappingProxyType({}),
+    max_store: int | None = None,
     timeout: timedelta = STARTUP,
 ) -> Child:
     """Runs the server on 127.0.0.1 and returns once it has let us in with the password.
@@ -45,6 +46,7 @@ def start(
         port: free port for clients; the server listens nowhere else.
         user: who may do everything; chosen by the caller, like the password.
         services: passwords of the services that may log in, too.
+        max_store: bytes of the disk that JetStream may take; None for three quarters of what is free at the start.
 
     Raises:
         FailedPrecondition: nats-server is not installed.
@@ -53,7 +55,7 @@ def start(
     data.mkdir(parents=True, exist_ok=True, mode=0o700)
     server_name = f"codegraft-{secrets.token_hex(8)}"
     config = data / "nats.conf"
-    _write_config(config, data / "jetstream", server_name, port, {user: password}, services)
+    _write_config(config, data / "jetstream", server_name, port, {user: password}, services, max_store)
     child = Child.start(
         NAME, [_program(), "--config", str(config)], log=log, env={"PATH": os.environ.get("PATH", os.defpath)}, cwd=data
     )
@@ -74,7 +76,13 @@ def _program() -> str:
 
 
 def _write_config(
-    path: Path, store: Path, server_name: str, port: int, admins: Mapping[str, str], services: Mapping[str, str]
+    path: Path,
+    store: Path,
+    server_name: str,
+    port: int,
+    admins: Mapping[str, str],
+    services: Mapping[str, str],
+    max_store: int | None = None,
 ) -> None:
     """Passwords go by a file that only we can read: a command line can be read by everybody on the machine."""
 
@@ -94,8 +102,7 @@ def _write_config(
             "jetstream {\n"
             f"  store_dir: {quoted(str(store))}\n"
             # The default acknowledges first and writes to disk up to two minutes later.
-            "  sync_interval: always\n"
-            "}\n"
+            "  sync_interval: always\n" + (f"  max_file_store: {max_store}\n" if max_store is not None else "") + "}\n"
         )
 
 

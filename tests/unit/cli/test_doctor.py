@@ -91,6 +91,15 @@ def test_one_server_syncs_always_or_writes_can_be_lost() -> None:
     assert streams.judge_sync({"sync_interval": 120e9}, 3).result is Result.OK
 
 
+def test_a_stream_whose_disk_ran_full_is_told() -> None:
+    assert streams.judge_health(200, b'{"status":"ok"}').result is Result.OK
+    said = (
+        b"""{"status":"unavailable","error":"JetStream stream '$G > KV_ingest' write error: no space left on device"}"""
+    )
+    stuck = streams.judge_health(503, said)
+    assert stuck.result is Result.FAILED and "KV_ingest" in stuck.found and "restart" in stuck.hint
+
+
 def test_lifecycle_rules_may_end_versions_and_nothing_else() -> None:
     deadly = Rule(ENABLED, rule_filter=Filter(prefix=""), rule_id="old", expiration=Expiration(days=30))
     mild = Rule(
