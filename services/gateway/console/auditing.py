@@ -13,7 +13,7 @@ from codegraft.access.v1.audit_pb2 import AuditChange, AuditRecord
 from services.client.aio.access import Audit
 
 _PAGE = 1000
-_TOLD = frozenset({"etag", "history", "update_time"})
+_TOLD = frozenset({"decided", "etag", "history", "update_time"})
 """Fields that differ with every change, and tell nothing of this one."""
 
 
