@@ -19,7 +19,11 @@ from services.core import names
 from services.core.errors import InvalidName
 from services.core.state.mirror import prefix
 
-_OF_VERSION = ("checkpoint", "sha256", "test_loss")
+_OF_VERSION = {
+    "wanted": ("checkpoint", "sha256", "test_loss", "test_set"),
+    "waiting": ("checkpoint", "sha256", "test_loss"),
+}
+"""What a policy says of a version, by what the version is to it."""
 M = TypeVar("M", bound=Message)
 
 
@@ -69,9 +73,9 @@ def fitting(policy: Serving, checkpoints: Collection[str]) -> list[str]:
         What a person has chosen in it and is not there; the policy names it still, and a person has to decide.
     """
     if policy.mode == SERVING_MODE_LATEST_BEST:
-        for kind in ("wanted", "waiting"):
+        for kind, words in _OF_VERSION.items():
             if getattr(policy, f"{kind}_checkpoint") not in checkpoints:
-                for word in _OF_VERSION:
+                for word in words:
                     policy.ClearField(cast(Any, f"{kind}_{word}"))
     if policy.previous_checkpoint not in checkpoints:
         policy.previous_checkpoint = ""

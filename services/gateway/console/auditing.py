@@ -14,7 +14,7 @@ from services.client.aio.access import Audit
 
 _PAGE = 1000
 _TOLD = frozenset({"decided", "etag", "history", "update_time"})
-"""Fields that differ with every change, and tell nothing of this one."""
+"""Fields that tell nothing of a change: they differ with every one, or follow from others."""
 
 
 @dataclass(frozen=True, slots=True)
