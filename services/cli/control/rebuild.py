@@ -28,7 +28,7 @@ from services.inference.policy import decided
 BEST = "codegraft.trainer.checkpoint.best.v1"
 LOST = (
     "git credentials: make them again under the names that sources have for them",
-    "API keys: those of the services' settings come back when ingest is restarted, make the others anew",
+    "API keys and quotas: keys of ingest's settings come back when it is restarted, make the others anew",
     "titles, plans, metrics and proofs of runs; runs and scans that had not stored anything yet, and what waited",
     "marks of kept checkpoints (codegraft train keep), counts of feedback, the audit log, dead letters",
 )
@@ -95,9 +95,10 @@ def rebuild(
 def _told(made: Rebuilt, records: Copies, outcome: Outcome) -> Iterator[str]:
     """What a person has to know and perhaps to do."""
     yield from (f"damaged, and left out: {name}" for name in (*made.unreadable, *records.unreadable))
-    yield from (f"was deleted, and stays so: {name}" for name in sorted(records.deleted))
+    if records.deleted:
+        yield f"deleted, and stay so: {', '.join(sorted(records.deleted))}"
     yield from (f"the store does not tell: {line}" for line in LOST)
-    yield from (f"make it again (codegraft credential create): {name}" for name in outcome.credentials)
+    yield from (f"make it again (codegraft credential add-token, add-key): {name}" for name in outcome.credentials)
     yield from (f"upload it again, its content is lost: {name}" for name in outcome.uploads)
     for policy, checkpoints in outcome.unfit.items():
         yield f"{policy} names {', '.join(checkpoints)}, which is lost: choose another (codegraft serve set)"
