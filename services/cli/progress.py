@@ -8,6 +8,7 @@ from rich import progress as bars
 
 from codegraft.common.v1.job_pb2 import JobState, JobStatus, Progress
 from services.cli.output import err
+from services.client.words import duration
 
 
 class JobBar:
@@ -77,18 +78,3 @@ def count(progress: Progress) -> str:
 def time_left(progress: Progress) -> str:
     """``about 3 min left``, or a dash while the job can give no estimate."""
     return f"about {duration(progress.eta_seconds)} left" if progress.HasField("eta_seconds") else "-"
-
-
-def duration(seconds: float) -> str:
-    """Two units at most, no false precision."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s" if whole < 600 else f"{round(whole / 60)} min"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def state_word(state: JobState) -> str:
-    """``running`` for JOB_STATE_RUNNING."""
-    return JobState.Name(state).removeprefix("JOB_STATE_").lower()

@@ -14,10 +14,11 @@ from services.cli import dry_run, scan_report
 from services.cli.connect import Project, connect, full_name, id_of
 from services.cli.dry_run import Secrets
 from services.cli.output import Json, err, out, print_json, print_table
-from services.cli.progress import JobBar, state_word
+from services.cli.progress import JobBar
 from services.cli.scan_report import ScanId, newest_or, reason_word
 from services.client import Codegraft
 from services.client.jobs import raise_failure
+from services.client.words import state_word
 from services.core import names
 
 app = typer.Typer(help="Scans: which files are worth training on, and why the others are not.", no_args_is_help=True)

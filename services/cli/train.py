@@ -19,10 +19,12 @@ from services.cli import tensorboard
 from services.cli.connect import Project, checkpoint_name, connect, full_name, id_of
 from services.cli.output import Json, err, print_json, print_table
 from services.cli.plot import curves, draw
-from services.cli.progress import JobBar, duration, state_word
-from services.cli.proof import proof_line, proof_rows
+from services.cli.progress import JobBar
 from services.client import Codegraft
 from services.client.jobs import raise_failure
+from services.client.proof import proof_rows
+from services.client.story import sentence
+from services.client.words import duration, state_word
 from services.core import names
 from services.core.errors import FailedPrecondition
 
@@ -352,44 +354,12 @@ def _follow(client: Codegraft, name: str, as_json: bool) -> Run:
                 print_json(message.event if message.HasField("event") else message.run.status)
                 continue
             bar.show(message.run.status)
-            line = event_line(message.event)
-            if line:
+            if line := sentence(message.event):
                 bar.tell(line)
     found = client.runs.get(name)
     if not as_json:
         _tell(found)
     return found
-
-
-def event_line(event: RunEvent) -> str:
-    """One line for what a person wants to know; empty for what only moves the bar."""
-    match event.WhichOneof("event"):
-        case "plan":
-            plan = event.plan
-            return (
-                f"plan: {plan.hyperparameters.train_steps} steps over {plan.train_tokens:,} tokens "
-                f"({plan.epochs:.1f} passes), about {duration(plan.estimated_seconds)}"
-            )
-        case "data":
-            data = event.data
-            return (
-                f"data: {data.documents:,} files in {data.rows:,} rows, {data.labels:,} tokens to learn, "
-                f"{data.fim_pieces:,} of {data.pieces:,} pieces with a middle to fill in, "
-                f"{data.padding / max(1, data.padding + data.labels):.1%} padding"
-            )
-        case "evaluation":
-            what = "base model" if event.evaluation.step == 0 else f"step {event.evaluation.step}"
-            foreign = event.evaluation.foreign_loss
-            more = f", on foreign code {foreign:.4f}" if event.evaluation.HasField("foreign_loss") else ""
-            return f"{what}: test loss {event.evaluation.test_loss:.4f}{more}"
-        case "best":
-            return f"step {event.best.step}: best so far, version {event.best.sha256[:12]}"
-        case "note":
-            return event.note
-        case "proof":
-            return proof_line(event.proof)
-        case _:
-            return ""
 
 
 def _tell(run: Run) -> None:

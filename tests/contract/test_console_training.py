@@ -71,8 +71,13 @@ async def test_runs_and_one_of_them_whatever_they_are_called(browser: Browser) -
         "proof-verdict",
     }
     assert wanted <= set(page.ids) and "resume" not in page.ids and "<script>alert" not in page.html
-    assert "30 of 200 steps, 1.5 steps/s, 2 min left" in page.text and "9.0 MiB" in page.text and "1.2000" in page.text
+    assert (
+        "30 of 200 steps, 1.5 steps/s, 2 min 00 s left" in page.text
+        and "9.0 MiB" in page.text
+        and "1.2000" in page.text
+    )
     assert "1.5000" in page.text and "at 50.0 %" in page.text and "0.0100" in page.text
+    assert "-20.0 %" in page.text, "what the proof says has changed"
 
 
 async def test_the_plan_of_what_was_filled_in_with_reasons(browser: Browser) -> None:
@@ -81,7 +86,7 @@ async def test_the_plan_of_what_was_filled_in_with_reasons(browser: Browser) -> 
     ])  # fmt: skip
     browser.services.scripts["PlanRun"] = [pb.PlanRunResponse(plan=plan)]
     page = await browser.page(f"{HERE}/new?initial=r-1")
-    assert {each.name for each in SETTINGS} <= set(page.ids) and "2 h 0 min" in page.text
+    assert {each.name for each in SETTINGS} <= set(page.ids) and "2 h 00 min" in page.text
     assert next(each for each in page.of("input") if each.get("id") == "initial")["value"] == "r-1"
     answer = await browser.send(f"{HERE}/plan", lora_r="32", learning_rate="1e-4", low_gpu_memory_mode="off")
     page = check(answer.text)

@@ -33,9 +33,9 @@ from services.cli.demo.report import Figures
 from services.cli.output import ExitCode, print_table
 from services.cli.plot import curves, draw
 from services.cli.progress import JobBar
-from services.cli.train import event_line
 from services.client import Codegraft
 from services.client.jobs import raise_failure
+from services.client.story import sentence
 from services.core import places
 from services.core.errors import FailedPrecondition
 from services.core.places import Place, Score
@@ -177,7 +177,7 @@ def _train(client: Codegraft, scan: Scan, seconds: float) -> tuple[list[RunEvent
                 continue
             event = message.event
             events.append(event)
-            if line := event_line(event):
+            if line := sentence(event):
                 bar.tell(line)
             if event.HasField("plan"):
                 first_evaluation = event.plan.hyperparameters.eval_steps

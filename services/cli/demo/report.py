@@ -11,7 +11,7 @@ from pathlib import Path
 from codegraft.trainer.v1.run_event_pb2 import RunEvent
 from services.cli.demo.editor import Swap
 from services.cli.output import err, out, print_table
-from services.cli.progress import duration
+from services.client.words import duration
 from services.core.places import Place, Score, first_line
 
 EXAMPLES = 5

@@ -10,6 +10,7 @@ from starlette.routing import Route
 
 from codegraft.trainer.v1.run_pb2 import Run
 from services.client.aio.trainer import Runs
+from services.client.proof import proof_rows
 from services.core import names
 from services.core.errors import InvalidArgument
 from services.gateway.console import live, story
@@ -48,7 +49,7 @@ async def show(visit: Visit) -> Response:
     """GET /console/p/acme/training/r-0abc"""
     run = await visit.client.runs.get(_name(visit))
     checkpoints = [each async for each in visit.client.runs.checkpoints(run.name)]
-    return visit.page("run.html", run=run, checkpoints=checkpoints, proof=story.proof_rows(run.proof))
+    return visit.page("run.html", run=run, checkpoints=checkpoints, proof=proof_rows(run.proof))
 
 
 async def follow(visit: Visit) -> Response:

@@ -13,6 +13,7 @@ from codegraft.inference.v1.serving_pb2 import ServingMode
 from codegraft.ingest.v1.source_pb2 import SourceState
 from codegraft.scanner.v1.verdict_pb2 import VerdictReason
 from services.client.jobs import FINAL
+from services.client.words import duration, state_word
 from services.gateway.console.meanings import meaning
 
 
@@ -61,16 +62,6 @@ def share(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "-"
 
 
-def duration(seconds: float) -> str:
-    """Seconds as "1 h 5 min"."""
-    minutes, hours = seconds / 60, seconds / 3600
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if minutes < 90:
-        return f"{minutes:.0f} min"
-    return f"{hours:.0f} h {minutes % 60:.0f} min" if hours < 48 else f"{hours / 24:.1f} days"
-
-
 def moment(time: Timestamp) -> str:
     """In UTC, to the second; a dash for none."""
     if not time.seconds:
@@ -81,11 +72,6 @@ def moment(time: Timestamp) -> str:
 def iso(time: Timestamp) -> str:
     """For machines."""
     return datetime.fromtimestamp(time.seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def job_state(state: JobState) -> str:
-    """``running`` and the like."""
-    return JobState.Name(state).removeprefix("JOB_STATE_").lower()
 
 
 def is_over(state: JobState) -> bool:
@@ -132,7 +118,7 @@ def progress(value: Progress) -> str:
 FILTERS = {
     each.__name__: each
     for each in (
-        *(id_of, pair, part_of, version, count, size, loss, duration, moment, iso, job_state, is_over),
+        *(id_of, pair, part_of, version, count, size, loss, duration, moment, iso, state_word, is_over),
         *(role, source_state, split, mode, reason, meaning, progress),
     )
 }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from codegraft.common.v1.job_pb2 import JobState, Progress
-from services.cli.progress import count, duration, state_word, time_left
+from services.cli.progress import count, time_left
+from services.client.words import duration, state_word
 
 
 @pytest.mark.parametrize(
@@ -18,6 +19,7 @@ from services.cli.progress import count, duration, state_word, time_left
         (3_000, "50 min"),
         (7_260, "2 h 01 min"),
         (90_000, "25 h 00 min"),
+        (216_000, "2.5 days"),
     ],
 )
 def test_durations_have_no_false_precision(seconds: float, text: str) -> None:

@@ -37,7 +37,7 @@ def proof_line(proof: Proof) -> str:
 
 
 def _loss(before: float, after: float) -> list[str]:
-    return [f"{before:.4f}", f"{after:.4f}", f"{100 * (after / before - 1):+.1f} %"]
+    return [f"{before:.4f}", f"{after:.4f}", f"{100 * (after / before - 1):+.1f} %" if before else "-"]
 
 
 def _share(base: ProofFigures, adapter: ProofFigures, field: str) -> list[str]:
