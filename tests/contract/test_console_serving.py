@@ -81,6 +81,10 @@ async def test_the_page_tells_what_serves_and_where_it_came_from(acme: Browser) 
     acme.services.scripts["ListAuditRecords"] = [errors.PermissionDenied("no operator")]
     page = await acme.page(HERE)
     assert {"lineage-run", "lineage-gone", "history-denied"} <= set(page.ids) and "lineage-dataset" not in page.ids
+    for method in ("GetCheckpoint", "ListRuns"):
+        acme.services.scripts[method] = [errors.StateUnavailable("no NATS", retry_after=60)]
+    page = await acme.page(HERE)
+    assert {"set-policy", "lineage-away"} <= set(page.ids) and "no-lineage" not in page.ids, "the trainer is away"
     acme.services.scripts["GetServing"] = [pb.GetServingResponse()]
     assert {"no-lineage", "no-swaps", "mode-off"} <= set((await acme.page(HERE)).ids)
 
@@ -128,12 +132,15 @@ async def test_swaps_are_told_as_they_happen(acme: Browser) -> None:
     acme.services.scripts["WatchServing"] = [[now("ab"), now("ab"), after]]
     events = await acme.listen(f"{HERE}/live")
     parts = [Page(data).ids[0] for kind, data, _ in events if kind == "part"]
-    assert parts == ["serving-state", "swap-history", "serving-state", "swap-history", "came-from"]
-    assert events[-1][0] == "end" and "no-swaps" in events[1][1]
-    assert "serving" in Page(events[2][1]).text
-    swaps = Page(events[3][1]).text
+    assert parts == ["serving-state", "swap-history", "came-from"] * 2
+    assert events[-1][0] == "end" and "no-swaps" in events[1][1] and "no-lineage" in events[2][1]
+    assert "serving" in Page(events[3][1]).text
+    swaps = Page(events[4][1]).text
     assert swaps.index("r-1/120") < swaps.index("r-0/9")
-    assert "c0ffeec0ffee" in events[4][1]
+    assert "c0ffeec0ffee" in events[5][1]
+    acme.services.scripts["WatchServing"] = [[now("cd", BEST)]]
+    again = await acme.listen(f"{HERE}/live")
+    assert "c0ffeec0ffee" in again[2][1], "a swap while the connection was lost"
 
 
 async def test_base_and_adapter_complete_beside_each_other_as_text_is_made(acme: Browser) -> None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import axe_playwright_python
-from playwright.sync_api import BrowserContext, ConsoleMessage, Locator, Page, Request, expect, sync_playwright
+from playwright.sync_api import BrowserContext, ConsoleMessage, Error, Locator, Page, Request, expect, sync_playwright
 
 SHOTS = Path(__file__).parents[2] / "build" / "screenshots"
 WIDE, NARROW, HEIGHT = 1280, 390, 844
@@ -20,6 +20,7 @@ _AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text()
 _WCAG = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
 _RUN_AXE = f"axe.run(document, {{resultTypes: ['violations'], runOnly: {_WCAG}}})"
 _SECONDS = 60
+Scheme = Literal["light", "dark"]
 
 
 @dataclass
@@ -51,13 +52,31 @@ class Desk:
         """For what a browser says of its own when an answer is an error: everything within that has these words."""
         before = len(self.troubles)
         yield
+        for _ in range(20 * _SECONDS):  # it may say so after the page has shown the error
+            if any(words in each for each in self.troubles[before:]):
+                break
+            self.page.wait_for_timeout(50)
         during = self.troubles[before:]
         assert any(words in each for each in during), f"nothing was said of {words!r}: {during}"
         self.troubles[before:] = [each for each in during if words not in each]
 
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """For what has a page loaded, this one anew or another: returns once that is there.
+
+        What is checked before may be the old page's, and what is typed into that is lost.
+        """
+        self.page.evaluate("document.documentElement.dataset.old = ''")
+        yield
+        expect(self.page.locator("html:not([data-old])")).to_be_attached()
+        self.page.wait_for_load_state()
+
     def click(self, id: str) -> None:
-        """Clicks the element with this id."""
-        self.page.locator(f"#{id}").click()
+        """Clicks the element with this id; on a page that is still being loaded its script would not hear of it."""
+        found = self.at(id)
+        found.wait_for()
+        self.page.wait_for_load_state()
+        found.click()
 
     def fill(self, **fields: str) -> None:
         """Types into the fields with these ids, whose hyphens are written as two underscores."""
@@ -68,29 +87,49 @@ class Desk:
         """The element with this id."""
         return self.page.locator(f"#{id}")
 
-    def look(self, name: str) -> None:
-        """Takes pictures of the page, wide and light, then narrow and dark, and has both checked by axe.
+    def look(self, name: str, *, crossed: bool = False) -> None:
+        """Takes pictures of the page, narrow and dark, then wide and light, and has both checked by axe.
+
+        Args:
+            crossed: narrow and light, and wide and dark, as well: for the pages with the most in them.
 
         Raises:
             AssertionError: a violation of WCAG 2.2 A or AA, or a page that is wider than its window.
         """
-        page, found = self.page, []
+        views: list[tuple[Scheme, int]] = [("dark", NARROW), ("light", WIDE)]
+        views = [("light", NARROW), ("dark", WIDE), *views] if crossed else views
+        for _ in range(3):
+            self.page.evaluate("document.documentElement.dataset.looked = ''")
+            try:
+                found = self._faults(name, views)
+                break
+            except (Error, AssertionError):
+                if self.page.locator("html[data-looked]").count():
+                    raise
+                self.page.wait_for_load_state()  # it has loaded itself anew, as a run's does at its end
+        else:
+            raise AssertionError(f"{name} loads itself anew again and again")
+        assert found == [], f"{name}: " + "\n".join(found)
+
+    def _faults(self, name: str, views: Sequence[tuple[Scheme, int]]) -> list[str]:
+        page, found = self.page, list[str]()
         devtools = page.context.new_cdp_session(page)
         devtools.send("Runtime.evaluate", {"expression": _AXE})  # not bound by the page's Content-Security-Policy
-        for scheme, width in (("dark", NARROW), ("light", WIDE)):
-            page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
+        for scheme, width in views:
+            page.emulate_media(color_scheme=scheme)
             page.set_viewport_size({"width": width, "height": HEIGHT})
             page.screenshot(path=SHOTS / f"{name}-{width}-{scheme}.png", full_page=True)
             found += [f"{width}, {scheme}: {each}" for each in _violations(devtools)]
             wider = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
             if wider > 0:
-                found.append(f"{width}: the page is {wider} pixels wider than the window")
+                found.append(f"{width}, {scheme}: the page is {wider} pixels wider than the window")
         devtools.detach()
-        assert found == [], f"{name}: " + "\n".join(found)
+        return found
 
     def drop(self, path: Path, target: str) -> None:
         """Drags a file from outside of the browser onto an element, as the window system does."""
-        element = self.page.locator(f"#{target}")
+        self.page.wait_for_load_state()
+        element = self.at(target)
         element.scroll_into_view_if_needed()
         box = element.bounding_box()
         assert box

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Iterator
 
 
@@ -20,6 +21,7 @@ class Relay:
         self._target = (host, int(port))
         self._listening = socket.create_server(("127.0.0.1", 0), backlog=128)
         self._ends: list[socket.socket] = []
+        self._is_broken = self._is_slow = False
         threading.Thread(target=self._accept, daemon=True).start()
 
     @property
@@ -34,6 +36,25 @@ class Relay:
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
 
+    @contextlib.contextmanager
+    def broken(self) -> Iterator[None]:
+        """Nothing gets through for the time of the block: connections break, and so do new ones."""
+        self._is_broken = True
+        self.cut()
+        try:
+            yield
+        finally:
+            self._is_broken = False
+
+    @contextlib.contextmanager
+    def slow(self) -> Iterator[None]:
+        """What the server says comes at 1.3 kB a second for the time of the block, however fast the server is."""
+        self._is_slow = True
+        try:
+            yield
+        finally:
+            self._is_slow = False
+
     def close(self) -> None:
         """Accepts nothing any more."""
         self._listening.close()
@@ -43,20 +64,37 @@ class Relay:
         while True:
             try:
                 client, _ = self._listening.accept()
+                if self._is_broken:
+                    client.close()
+                    continue
                 server = socket.create_connection(self._target, timeout=10)
             except OSError:
                 return
             server.settimeout(None)
             self._ends += (client, server)
-            for source, sink in ((client, server), (server, client)):
+            for pump, source, sink in ((_ask, client, server), (self._answer, server, client)):
                 source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                threading.Thread(target=_pump, args=(source, sink), daemon=True).start()
+                threading.Thread(target=pump, args=(source, sink), daemon=True).start()
+
+    def _answer(self, server: socket.socket, client: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := server.recv(1 << 16):
+                while self._is_slow and data:
+                    client.sendall(data[:64])
+                    data = data[64:]
+                    time.sleep(0.05)
+                client.sendall(data)
+        _end(client)
 
 
-def _pump(source: socket.socket, sink: socket.socket) -> None:
+def _ask(client: socket.socket, server: socket.socket) -> None:
     with contextlib.suppress(OSError):
-        while data := source.recv(1 << 16):
-            sink.sendall(data)
+        while data := client.recv(1 << 16):
+            server.sendall(data)
+    _end(server)
+
+
+def _end(sink: socket.socket) -> None:
     with contextlib.suppress(OSError):
         sink.shutdown(socket.SHUT_WR)
 

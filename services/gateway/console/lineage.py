@@ -9,7 +9,7 @@ from codegraft.scanner.v1.dataset_pb2 import Dataset
 from codegraft.trainer.v1.checkpoint_pb2 import Checkpoint
 from codegraft.trainer.v1.run_pb2 import Run
 from services.client import AsyncCodegraft
-from services.core.errors import NotFound
+from services.core.errors import DeadlineExceeded, NotFound, Unavailable
 
 
 @dataclass(slots=True)
@@ -22,6 +22,8 @@ class Lineage:
     snapshot: Snapshot | None = None
     gone: str = field(default="")
     """Name of what is no more there."""
+    away: str = field(default="")
+    """Name of what cannot be asked for now."""
 
 
 async def of(client: AsyncCodegraft, checkpoint: str) -> Lineage:
@@ -40,4 +42,6 @@ async def of(client: AsyncCodegraft, checkpoint: str) -> Lineage:
             found.snapshot = await client.snapshots.get(name)
     except NotFound:
         found.gone = name
+    except (Unavailable, DeadlineExceeded):  # what serves can be looked at, and changed, without it
+        found.away = name
     return found

@@ -12,7 +12,7 @@ from codegraft.inference.v1 import serving_pb2 as pb
 from services.core import names
 from services.core.errors import InvalidArgument
 from services.gateway.console import auditing, lineage, live
-from services.gateway.console.visit import House, Visit, first, if_allowed
+from services.gateway.console.visit import House, Visit, first, if_allowed, if_there
 from services.gateway.console.words import version
 
 MODES = {
@@ -41,7 +41,7 @@ async def show(visit: Visit) -> Response:
     client, days = visit.client, min(max(visit.query.whole("days") or 7, 1), 90)
     now = await client.serving.get(visit.project)
     history = await if_allowed(auditing.newest(client.audit, visit.project, _HISTORY, 1000))
-    runs = await first(client.runs.list(visit.project), _SHOWN)
+    runs = await if_there(first(client.runs.list(visit.project), _SHOWN)) or []
     return visit.page(
         "serving.html",
         serving=now.serving,
@@ -69,10 +69,11 @@ async def follow(visit: Visit) -> Response:
             for part in ("serving_state", "swaps"):
                 html = visit.part(f"parts/{part}.html", serving=newest.serving, status=newest.status)
                 yield live.message("part", html)
-            if active not in (None, newest.status.active_sha256):
+            # The first time, too: there may have been a swap since the page was made, or while its connection was lost.
+            if active != newest.status.active_checkpoint:
                 found = await lineage.of(client, newest.status.active_checkpoint)
                 yield live.message("part", visit.part("parts/lineage.html", lineage=found))
-            active = newest.status.active_sha256
+                active = None if found.away else newest.status.active_checkpoint
 
     return live.answer(visit.request, events())
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from starlette.responses import Response
 from starlette.routing import Route
@@ -16,9 +16,8 @@ from codegraft.ingest.v1.project_pb2 import Project
 from services.client.aio.caller import new_request_id
 from services.client.jobs import FINAL
 from services.core import names
-from services.core.errors import DeadlineExceeded, PermissionDenied, Unavailable
 from services.gateway.console import auditing, live
-from services.gateway.console.visit import House, Visit, first
+from services.gateway.console.visit import House, Visit, first, if_there
 from services.gateway.upstream import HealthOfAll
 
 T = TypeVar("T")
@@ -67,12 +66,12 @@ class System:
         client = visit.client
         health, caller, jobs, adapters, keys = await asyncio.gather(
             self._health.ask(),
-            _if_there(client.keys.whoami()),
-            _if_there(_all_jobs(visit)),
-            _if_there(_all(client.serving.adapters())),
-            _if_there(_all(client.keys.list())),
+            if_there(client.keys.whoami()),
+            if_there(_all_jobs(visit)),
+            if_there(_all(client.serving.adapters())),
+            if_there(_all(client.keys.list())),
         )
-        projects = await _if_there(first(client.projects.list(), _PROJECTS))
+        projects = await if_there(first(client.projects.list(), _PROJECTS))
         return visit.page(
             "system.html",
             health=health,
@@ -93,14 +92,6 @@ class System:
                 await asyncio.sleep(_REFRESH)
 
         return live.answer(visit.request, events())
-
-
-async def _if_there(call: Coroutine[Any, Any, T]) -> T | None:
-    """What a call gives; None where a service is away or the key may not: this page is looked at when something is."""
-    try:
-        return await call
-    except (Unavailable, DeadlineExceeded, PermissionDenied):
-        return None
 
 
 async def _all_jobs(visit: Visit) -> list[Job]:

@@ -13,7 +13,14 @@ from starlette.routing import Route
 
 from services.client import AsyncCodegraft
 from services.core import log
-from services.core.errors import CodegraftError, InternalError, PermissionDenied, Unauthenticated
+from services.core.errors import (
+    CodegraftError,
+    DeadlineExceeded,
+    InternalError,
+    PermissionDenied,
+    Unauthenticated,
+    Unavailable,
+)
 from services.core.rpc import context
 from services.gateway.api import desk
 from services.gateway.config import GatewaySettings
@@ -193,4 +200,12 @@ async def if_allowed(call: Awaitable[T]) -> T | None:
     try:
         return await call
     except PermissionDenied:
+        return None
+
+
+async def if_there(call: Awaitable[T]) -> T | None:
+    """The same, also where a service is away: for pages that are looked at when something is."""
+    try:
+        return await call
+    except (Unavailable, DeadlineExceeded, PermissionDenied):
         return None
