@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import orjson
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route, Router
@@ -14,7 +13,7 @@ from starlette.types import ASGIApp
 from services.client import Addresses, AsyncCodegraft
 from services.client.access import Access
 from services.core.rpc.tls import ClientFiles
-from services.gateway.api.desk import PROJECT_HEADER, SESSION_HEADER, Desk
+from services.gateway.api.desk import Desk
 from services.gateway.api.models import ModelNames
 from services.gateway.api.openapi import describe
 from services.gateway.api.operations import operations
@@ -24,8 +23,6 @@ from services.gateway.edge.call import Edge
 
 PREFIX = "/projects/{project}"
 """What may stand before every address: for clients that have a base address to set and no model."""
-_READABLE = ("x-request-id", "x-codegraft-adapter", "x-codegraft-checkpoint", "retry-after")
-"""Headers of responses that pages of the named origins may read."""
 
 
 def connect(settings: GatewaySettings) -> AsyncCodegraft:
@@ -41,15 +38,7 @@ def connect(settings: GatewaySettings) -> AsyncCodegraft:
 def application(settings: GatewaySettings, client: AsyncCodegraft) -> ASGIApp:
     """The application; the client stays the caller's."""
     pages = console.routes(client, settings)
-    router: ASGIApp = Router([*_routes(Desk(client, ModelNames(client), settings)), *pages], redirect_slashes=False)
-    if settings.gateway_origins:
-        router = CORSMiddleware(
-            router,
-            allow_origins=settings.gateway_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-request-id", PROJECT_HEADER, SESSION_HEADER],
-            expose_headers=_READABLE,
-        )
+    router = Router([*_routes(Desk(client, ModelNames(client), settings)), *pages], redirect_slashes=False)
     return Edge(router, settings)
 
 

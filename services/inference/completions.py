@@ -280,6 +280,8 @@ class Completions:
         ends_at_suffix = not prompt.suffix_used or bool(fmt.sentinels)
         suffix = request.prompt.suffix if isinstance(request.prompt, Code) and ends_at_suffix else ""
         seed = request.sampling.seed
+        # Of the caller: what one key calls its session drops nothing of another's.
+        session = f"{request.project}/{current().subject}/{request.session}" if request.session else ""
         sequences: list[engine.Sequence] = []
         for index in range(request.n):
             sequence = engine.Sequence(
@@ -298,7 +300,7 @@ class Completions:
                 stop_ids=frozenset(fmt.stop_ids),
                 deadline=request.deadline,
                 project=request.project,
-                session=f"{request.project}/{request.session}" if request.session else "",
+                session=session,
                 after=sequences[0] if sequences else None,
                 overhang_ids=within(model.vocabulary, prompt.overhang.encode(), prompt.overhang_ids),
             )

@@ -22,6 +22,8 @@ from tests.contract.inference_world import until
 pytest_plugins = ["tests.contract.gateway_fixtures"]
 
 CODE = {"model": "demo", "prompt": "x = "}
+OPENAIS = "authorization, content-type, x-codegraft-session, x-stainless-lang, x-stainless-os, x-stainless-retry-count"
+"""Headers for which openai's JavaScript client has a browser ask."""
 ANSWER = [
     pb.CompleteResponse(started=pb.Started(completion_id="c-base", model="m", prompt_tokens=3)),
     pb.CompleteResponse(delta=pb.Delta(text="1", tokens=1)),
@@ -95,15 +97,30 @@ async def test_pages_of_other_origins_and_other_names_are_refused(scripted: Gate
     ):
         answer = await scripted.http.post("/v1/completions", json=CODE, headers=headers)
         assert answer.status_code == status, (headers, answer.text)
-    named: Gateway = await gateways(gateway_hosts=("gateway.corp",), gateway_origins=("https://ide.corp",))
+    named: Gateway = await gateways(gateway_hosts=("gateway.corp",), gateway_origins=("https://ide.corp/",))
     named.neighbours.scripts["Complete"] = [ANSWER]  # type: ignore[list-item]
     named.neighbours.scripts["ListModels"] = [pb.ListModelsResponse(models=[Model(id="m")])]
     page = {"host": "gateway.corp", "origin": "https://ide.corp"}
     answer = await named.http.post("/v1/completions", json=CODE, headers=page)
     assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == "https://ide.corp"
     assert "x-codegraft-adapter" in answer.headers["access-control-expose-headers"].lower()
-    asked = {**page, "access-control-request-method": "POST", "access-control-request-headers": "authorization"}
-    assert (await named.http.options("/v1/completions", headers=asked)).status_code == 200
+    asked = {**page, "access-control-request-method": "POST", "access-control-request-headers": OPENAIS}
+    allowed = await named.http.options("/v1/completions", headers=asked)
+    assert (allowed.status_code, allowed.headers["access-control-allow-headers"]) == (200, OPENAIS)
+    # A page can only read why it was refused when that, too, says that it may.
+    named.neighbours.scripts["Complete"] = [errors.QueueFull("full", retry_after=3)]
+    for path, body, sent, status in (
+        ("/v1/completions", CODE, {}, 429),
+        ("/v1/completions", {"prompt": 7}, {}, 400),
+        ("/v1/completions", CODE, {"authorization": b"\xe9"}, 401),
+        ("/v1/nothing", CODE, {}, 404),
+    ):
+        refused = await named.http.post(path, json=body, headers={**page, **sent})
+        assert refused.status_code == status and refused.json()["error"]["message"]
+        assert refused.headers["access-control-allow-origin"] == "https://ide.corp", status
+        readable = refused.headers["access-control-expose-headers"]
+        assert "retry-after" in readable and "x-ratelimit-reset-tokens" in readable
+        assert refused.headers["x-content-type-options"] == "nosniff" and refused.headers["x-request-id"]
     asked["origin"] = "https://evil.example"
     assert (await named.http.options("/v1/completions", headers=asked)).status_code == 403
 
@@ -141,6 +158,8 @@ async def test_bodies_are_bounded_in_size_time_and_type(gateways: Callable[..., 
     slow = await gateway.http.post("/v1/completions", content=stalled(), headers=json)
     form = await gateway.http.post("/v1/completions", data={"prompt": "x"})
     assert (large.status_code, slow.status_code, form.status_code) == (413, 408, 415)
+    zipped = await gateway.http.post("/v1/completions", content=b"{}", headers={**json, "content-encoding": "gzip"})
+    assert zipped.status_code == 415 and "Content-Encoding" in zipped.json()["error"]["message"]
     assert large.json()["error"]["code"] == "LIMIT_EXCEEDED" and form.json()["error"]["type"] == "invalid_request_error"
     for content in (b"", b"{", b"[]", b"7", b'{"prompt": NaN}', b'{"prompt": "\\ud800"}', b"\xff", b"[" * 900):
         answer = await gateway.http.post("/v1/completions", content=content, headers=json)
@@ -156,8 +175,14 @@ async def test_wrong_addresses_and_methods_are_told_in_the_same_shape(scripted: 
         (await scripted.http.get("/v2/completions"), 404, "NOT_FOUND"),
         (await scripted.http.get("/v1/completions"), 405, "METHOD_NOT_ALLOWED"),
         (await scripted.post("/v1/completions/", CODE), 404, "NOT_FOUND"),
+        (await scripted.post("/v1/embeddings", CODE), 404, "NOT_FOUND"),
+        (await scripted.http.options("/v1/completions"), 405, "METHOD_NOT_ALLOWED"),
     ):
-        assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (status, code) and "/openapi.json" in error["message"]
+        assert status != 405 or answer.headers["allow"] == "POST"
+    head = await scripted.http.head("/openapi.json")
+    assert (head.status_code, head.content) == (200, b"") and int(head.headers["content-length"]) > 1000
 
 
 async def test_an_outage_is_503_and_a_break_is_told_within_the_stream(scripted: Gateway) -> None:

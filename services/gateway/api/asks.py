@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from codegraft.inference.v1.completion_pb2 import Sampling
 from services.core.errors import InvalidArgument
@@ -31,6 +31,13 @@ class StreamOptions(Body):
     """A last chunk with the tokens used."""
 
 
+class ResponseFormat(Body):
+    """Which form the text has to have."""
+
+    type: _Name = "text"
+    """text, json_object and so on."""
+
+
 class Ask(Body):
     """What every request for generated text may say. A field that is null counts as left out."""
 
@@ -38,10 +45,18 @@ class Ask(Body):
     """See /v1/models; empty for the project's alias."""
     max_tokens: _Count | None = None
     """New tokens at most, 1 to 4096; 64 when left out."""
+    max_completion_tokens: _Count | None = None
+    """What newer clients call max_tokens."""
     temperature: float | None = None
     """0 to 2. Left out it is 0: an editor's suggestion should not depend on luck."""
     top_p: float | None = None
     """Nucleus, above 0 to 1."""
+    top_k: _Count | None = None
+    """Only so many of the likeliest tokens. Not in OpenAI's API, as the next two."""
+    min_p: float | None = None
+    """Least probability relative to the likeliest."""
+    repetition_penalty: float | None = None
+    """Divides the logits of tokens that were there before, 0.5 to 2."""
     n: _Count | None = None
     """Completions of the prompt, 1 to 8."""
     seed: _Seed | None = None
@@ -58,10 +73,23 @@ class Ask(Body):
     """Only 0 is supported."""
     presence_penalty: float | None = None
     """Only 0 is supported."""
+    logit_bias: dict[str, float] | None = None
+    """Not supported."""
+    response_format: ResponseFormat | None = None
+    """Only text is supported."""
 
     def sampling(self, logprobs: int | None = None) -> Sampling:
         """How tokens are chosen."""
-        return Sampling(temperature=self.temperature, top_p=self.top_p, seed=self.seed, n=self.n, logprobs=logprobs)
+        return Sampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+            n=self.n,
+            logprobs=logprobs,
+        )
 
     def stops(self) -> list[str]:
         """The stop strings."""
@@ -69,7 +97,7 @@ class Ask(Body):
 
     def most_tokens(self) -> int | None:
         """New tokens at most."""
-        return self.max_tokens
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     def refuse_unsupported(self) -> None:
         """Refuses what would otherwise be ignored silently and change the answer.
@@ -77,9 +105,13 @@ class Ask(Body):
         Raises:
             InvalidArgument: names the field.
         """
-        for name in ("frequency_penalty", "presence_penalty"):
+        for name in ("frequency_penalty", "presence_penalty", "logit_bias"):
             if getattr(self, name):
                 raise InvalidArgument(f"{name} is not supported", field=name, hint="Leave it out.")
+        if self.response_format and self.response_format.type != "text":
+            raise InvalidArgument(
+                "answers cannot be held to a format", field="response_format", hint="Leave it out, or ask for text."
+            )
 
 
 class CompletionAsk(Ask):
@@ -97,8 +129,11 @@ class CompletionAsk(Ask):
     """Not supported."""
     best_of: _Count | None = None
     """Only n is supported."""
-    logit_bias: dict[str, float] | None = None
-    """Not supported."""
+
+    @field_validator("logprobs", mode="before")
+    @classmethod
+    def _false_is_none(cls, value: object) -> object:
+        return None if value is False else value  # as chat has it
 
     def before(self) -> str:
         """The text before the cursor.
@@ -119,8 +154,6 @@ class CompletionAsk(Ask):
             raise InvalidArgument("echo is not supported", field="echo", hint="Put the prompt before the text.")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise InvalidArgument("best_of is not supported", field="best_of", hint="Use n, and choose.")
-        if self.logit_bias:
-            raise InvalidArgument("logit_bias is not supported", field="logit_bias", hint="Leave it out.")
 
 
 class FimAsk(Ask):
@@ -132,6 +165,15 @@ class FimAsk(Ask):
     """Text after the cursor."""
     path: _Name | None = None
     """Path of the file in its repository."""
+    random_seed: _Seed | None = None
+    """What Mistral calls seed."""
+
+    def sampling(self, logprobs: int | None = None) -> Sampling:
+        """See :meth:`Ask.sampling`."""
+        found = super().sampling(logprobs)
+        if self.random_seed is not None:
+            found.seed = self.random_seed
+        return found
 
 
 class TextPart(Body):
@@ -161,24 +203,21 @@ class ChatAsk(Ask):
 
     messages: list[Message] = Field(min_length=1, max_length=1000)
     """The conversation so far; the last message is the user's."""
-    max_completion_tokens: _Count | None = None
-    """What newer clients call max_tokens."""
     logprobs: bool | None = False
     """Log-probabilities of the tokens."""
     top_logprobs: _Count | None = None
     """So many likeliest tokens with each token, 0 to 5; with logprobs."""
     tools: list[object] | None = None
     """Not supported."""
-
-    def most_tokens(self) -> int | None:
-        """New tokens at most."""
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+    functions: list[object] | None = None
+    """Not supported."""
 
     def refuse_unsupported(self) -> None:
         """See :meth:`Ask.refuse_unsupported`."""
         super().refuse_unsupported()
-        if self.tools:
-            raise InvalidArgument("tools are not supported", field="tools", hint="Leave them out.")
+        for name in ("tools", "functions"):
+            if getattr(self, name):
+                raise InvalidArgument(f"{name} are not supported", field=name, hint="Leave them out.")
 
 
 class Chunk(Body):

@@ -26,7 +26,7 @@ _STATUSES = {
     "408": "The body came too slowly.",
     "409": "Somebody else changed it at the same moment.",
     "413": "The body is too large.",
-    "415": "The body is not announced as JSON.",
+    "415": "The body is not announced as JSON, or compressed.",
     "429": "Too much waits already: come back after Retry-After.",
     "503": "A service cannot be reached, or the model is being loaded: come back after Retry-After.",
     "504": "Time ran out before anything was generated.",

@@ -57,11 +57,13 @@ async def read(request: Request, kind: str, *, most: int, seconds: float) -> byt
         seconds: for it to arrive.
 
     Raises:
-        Refused: it is too large, too slow, or of another type.
+        Refused: it is too large, too slow, compressed, or of another type.
         ClientGone: the client went away.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != kind:
         raise Refused(415, "UNSUPPORTED_MEDIA_TYPE", f"Send the body as {kind}.")
+    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise Refused(415, "UNSUPPORTED_MEDIA_TYPE", "Send the body as it is, without a Content-Encoding.")
     try:
         async with asyncio.timeout(seconds):
             return await _read(request, most)

@@ -10,6 +10,7 @@ import structlog
 from opentelemetry.trace import SpanKind
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.core import log
@@ -33,6 +34,14 @@ _HEADERS = {
     "content-security-policy": "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "cache-control": "no-store",
 }
+_READABLE = (
+    "x-request-id",
+    "x-codegraft-adapter",
+    "x-codegraft-checkpoint",
+    "retry-after",
+    *(f"x-ratelimit-{what}-{kind}" for kind in ("requests", "tokens") for what in ("limit", "remaining", "reset")),
+)
+"""Headers of responses that pages of the named origins may read."""
 _HTTPS_ONLY = "max-age=31536000"
 """Where we serve HTTPS ourselves, browsers come by it only, for a year. A proxy before us says so or not."""
 _CREDENTIALS = re.compile(r"[\x21-\x7e][\x20-\x7e]{0,4095}")
@@ -52,12 +61,23 @@ class Edge:
     def __init__(self, app: ASGIApp, settings: GatewaySettings) -> None:
         self._app, self._guard, self._timeout = app, Guard(settings), settings.gateway_timeout_seconds
         self._running, self._most = 0, settings.gateway_requests
+        self._answer: ASGIApp = self._answered
+        if settings.gateway_origins:  # around the errors, too: a page has to read why it was refused
+            self._answer = CORSMiddleware(
+                self._answered,
+                allow_origins=[origin.lower().rstrip("/") for origin in settings.gateway_origins],
+                allow_methods=["GET", "POST"],
+                # Clients send headers of their own, openai's nine of them. A key is one that the page itself has.
+                allow_headers=["*"],
+                expose_headers=_READABLE,
+            )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request."""
         if scope["type"] != "http":
             return
-        call, headers = _Call({**scope, "app": self}, receive, send), Headers(scope=scope)
+        call = _Call({**scope, "app": self}, receive, send)
+        call.scope[_CALL] = call
         call_context.request_id.set(call.request_id)
         tracing.enter(call.span)
         call_context.set_deadline(self._timeout)
@@ -65,30 +85,45 @@ class Edge:
         self._running += 1
         ACTIVE.inc()
         try:
-            if self._running > self._most:
-                raise Refused(429, "OVERLOADED", "Too many requests are being answered.", retry_after=1.0)
-            self._guard.check(headers, scope["scheme"])
-            call_context.authorization.set(_credentials(headers.get("authorization", "")))
-            # With an "app" the router raises for what it cannot route; without it would answer in a shape of its own.
-            await self._app(call.scope, call.receive, call.send)
+            self._guard.check(Headers(scope=scope), scope["scheme"])
+            await self._answer(call.scope, call.receive, call.send)
         except ClientGone:
             call.status = _CLIENT_GONE
-        except HTTPException as error:  # no such route, or not with this method
-            refused = Refused(error.status_code, _ROUTING.get(error.status_code, "BAD_REQUEST"), error.detail)
-            await call.failed(refused, dict(error.headers or {}))
-        except (CodegraftError, Refused) as error:
-            await call.failed(error)
-        except Exception as error:
-            _logger.error("unexpected error", path=scope["path"], exc_info=error)
-            message = f"internal error; look for request id {call.request_id} in the logs"
-            await call.failed(InternalError(message, request_id=call.request_id))
+        except Refused as error:
+            await call.failed(error, call.send)
         finally:
             self._running -= 1
             ACTIVE.dec()
             call.ended()
 
+    async def _answered(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The application's answer, or one that tells of its error."""
+        call: _Call = scope[_CALL]
+        try:
+            if self._running > self._most:
+                raise Refused(429, "OVERLOADED", "Too many requests are being answered.", retry_after=1.0)
+            call_context.authorization.set(_credentials(Headers(scope=scope).get("authorization", "")))
+            # With an "app" the router raises for what it cannot route; without it would answer in a shape of its own.
+            await self._app(scope, receive, send)
+        except HTTPException as error:  # no such route, or not with this method
+            code, message = _ROUTING.get(error.status_code, ("BAD_REQUEST", error.detail))
+            await call.failed(Refused(error.status_code, code, message), send, dict(error.headers or {}))
+        except (CodegraftError, Refused) as error:
+            await call.failed(error, send)
+        except ClientGone:
+            raise
+        except Exception as error:
+            _logger.error("unexpected error", path=scope["path"], exc_info=error)
+            message = f"internal error; look for request id {call.request_id} in the logs"
+            await call.failed(InternalError(message, request_id=call.request_id), send)
 
-_ROUTING = {404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}
+
+_CALL = "codegraft.call"
+"""Key of a request's scope: the :class:`_Call`."""
+_ROUTING = {
+    404: ("NOT_FOUND", "There is no such address. /openapi.json lists those that there are."),
+    405: ("METHOD_NOT_ALLOWED", "The address does not take this method. /openapi.json lists those that there are."),
+}
 
 
 class _Call:
@@ -126,14 +161,14 @@ class _Call:
                 headers["connection"] = "close"
         await self._send(message)
 
-    async def failed(self, error: CodegraftError | Refused, headers: dict[str, str] | None = None) -> None:
+    async def failed(self, error: CodegraftError | Refused, send: Send, headers: dict[str, str] | None = None) -> None:
         """Answers with the error, if nothing was sent yet."""
         self._reason = error.code if isinstance(error, Refused) else error.reason
         if self.status:
             return
         response = problems.response(error)
         response.headers.update(headers or {})
-        await response(self.scope, self.receive, self.send)
+        await response(self.scope, self.receive, send)
 
     def ended(self) -> None:
         """The one log line, the figures, and the end of the span."""
