@@ -17,6 +17,7 @@ BEGIN, END = "<!-- events: made by make docs -->", "<!-- end of events -->"
 PACKAGE = "codegraft.event.v1"
 
 ABOUT: dict[str, tuple[str, tuple[str, ...]]] = {
+    "codegraft.ingest.project.changed.v1": (names.PROJECT, ("{subject}@{etag}", "{subject}@{etag}/deleted")),
     "codegraft.ingest.source.changed.v1": (names.SOURCE, ("{subject}@{etag}",)),
     "codegraft.ingest.snapshot.created.v1": (names.SNAPSHOT, ("{subject}",)),
     "codegraft.scanner.scan.changed.v1": (names.SCAN, ("{subject}@{epoch}-{state}",)),
@@ -33,10 +34,14 @@ ABOUT: dict[str, tuple[str, tuple[str, ...]]] = {
 """By event type: what ``ce-subject`` names, and how ``ce-id`` is made."""
 
 FOLLOWERS: dict[str, dict[str, str]] = {
+    "codegraft.ingest.project.changed.v1": {
+        "inference": "Every replica, from its start on. It deletes texts of completions that the project does not want"
+        " kept any more. It also looks through all of them every so often: a lost event only delays.",
+    },
     "codegraft.trainer.checkpoint.best.v1": {
         "inference": "Every replica, from its start on. It verifies and stages the checkpoint and lets it serve as the"
         " project's policy says. It also asks the trainer every so often: a lost event only delays.",
-    }
+    },
 }
 """Services that subscribe, with what they do. All other events are for others: dashboards, hooks of your own."""
 

@@ -23,6 +23,8 @@ def list_(project: Project, json: Json = False) -> None:
     With --json one object a line: the completion, when and by which version it was made (empty: the base model), what
     was shown, accepted and left after an edit, as far as editors sent it, and the last event.
 
+    They are deleted when keeping is turned off, and with the project: to have them longer, write them down before.
+
     Example: codegraft completions list -p acme --json > completions.jsonl
     """
     rows: list[list[object]] = []

@@ -71,7 +71,7 @@ def set_(
         bool | None,
         typer.Option(
             "--keep-completions/--no-keep-completions",
-            help="Keep texts of completions that editors send with feedback, for 30 days; for operators.",
+            help="Keep texts of completions that editors send with feedback, for 30 days; off deletes all (operators).",
             show_default=False,
         ),
     ] = None,
@@ -80,7 +80,7 @@ def set_(
     """Change what is given and leave the rest; a list is replaced as a whole. The next snapshot has it.
 
     Texts of completions are kept only where --keep-completions was set: what editors send as shown, taken or edited.
-    `codegraft completions` reads and deletes them.
+    `codegraft completions` reads and deletes them; --no-keep-completions and the project's end delete them, too.
 
     Example: codegraft project set acme --language-off SQL --language-off HTML --exclude-license 'GPL-*'
     """

@@ -39,6 +39,7 @@ class OrderedReader:
         filters: subjects, all of them when empty.
         after: start behind this stream sequence; None starts with the newest message of each subject.
         since: start with the first message of that time or later, in place of ``after``.
+        headers_only: messages come without their data.
     """
 
     def __init__(
@@ -49,12 +50,14 @@ class OrderedReader:
         *,
         after: int | None = None,
         since: datetime | None = None,
+        headers_only: bool = False,
     ) -> None:
         self._connection = connection
         self._stream = stream
         self._filters = list(filters)
         self._after = after
         self._since = since
+        self._headers_only = headers_only
         self._queue: asyncio.Queue[Msg | None] = asyncio.Queue()
         self._subscription: Subscription | None = None
         self._consumer = ""
@@ -128,6 +131,7 @@ class OrderedReader:
             inactive_threshold=6 * HEARTBEAT,
             mem_storage=True,
             num_replicas=1,
+            headers_only=self._headers_only or None,
         )
         if self._filters:
             config.filter_subjects = self._filters

@@ -34,6 +34,7 @@ from services.inference.copies import mirror
 from services.inference.engine.scheduler import Limits
 from services.inference.feedback import Feedback
 from services.inference.feedback_servicer import FeedbackServicer
+from services.inference.forgetting import Forgetting
 from services.inference.kept import Kept
 from services.inference.policy import BestSource, Policies, Projects
 from services.inference.prompter import Prompter
@@ -112,7 +113,8 @@ class Replica:
             standings=self.follower.standings,
         )
         feedback = Feedback(Table(runtime.state("inference"), FeedbackHour, missing=NotFound))
-        texts = Kept(Table(runtime.state(kept.BUCKET, kept.BOUNDS), KeptCompletion, missing=NotFound))
+        texts = Kept(Table(runtime.state(kept.BUCKET, kept.BOUNDS), KeptCompletion, missing=NotFound), projects)
+        self._forgetting = Forgetting(texts, runtime.events)
         self.services: list[Registration] = [
             (
                 completion_pb2_grpc.add_CompletionServiceServicer_to_server,
@@ -126,19 +128,20 @@ class Replica:
             ),
             (
                 feedback_pb2_grpc.add_FeedbackServiceServicer_to_server,
-                FeedbackServicer(feedback, texts, projects, self.registry),
+                FeedbackServicer(feedback, texts, projects, Policies(table), self.registry),
                 "codegraft.inference.v1.FeedbackService",
             ),
             usage(runtime.quotas, {Kind.TOKENS: _tokens(runtime.quotas)}),
         ]
 
     async def run(self) -> None:
-        """Loads the model, then follows policies and events until cancelled.
+        """Loads the model, then follows policies and events until cancelled; lets texts go all the while.
 
         Raises:
             CodegraftError: the model cannot be loaded; completions that wait get the same error.
         """
         following = asyncio.create_task(self.follower.run())
+        forgetting = asyncio.create_task(self._forgetting.run())
         metrics.register(self._collector)
         try:
             began = asyncio.get_running_loop().time()
@@ -156,6 +159,7 @@ class Replica:
         finally:
             metrics.unregister(self._collector)
             following.cancel()
+            forgetting.cancel()
 
     def stop(self) -> None:
         """Ends the engine; what still runs ends as cancelled."""

@@ -41,6 +41,11 @@ def complete(drawn: str, adapter_sha256: str) -> str:
     return f"{drawn}-{adapter_sha256 or 'base'}"
 
 
+def made(text: str) -> int:
+    """When the completion of a whole id was made, milliseconds since 1970."""
+    return int(text[:11], 16)
+
+
 def parse(text: str, *, now: float) -> CompletionId:
     """Reads an id.
 
@@ -57,11 +62,11 @@ def parse(text: str, *, now: float) -> CompletionId:
             field="completion_id",
             hint="Send the completion's id as it came.",
         )
-    made = int(match[1], 16) / 1000
-    if not now - LATEST.total_seconds() <= made <= now + _SKEW:
+    seconds = made(text) / 1000
+    if not now - LATEST.total_seconds() <= seconds <= now + _SKEW:
         raise InvalidArgument(
             "the completion is too old, or not made yet",
             field="completion_id",
             hint=f"Send feedback within {LATEST.days} days.",
         )
-    return CompletionId(text, made, match[2] if match[2] != "base" else "")
+    return CompletionId(text, seconds, match[2] if match[2] != "base" else "")

@@ -17,7 +17,7 @@ from services.inference import completion_id, figures, kept
 from services.inference.adapters.registry import Registry
 from services.inference.feedback import DEFAULT_WINDOW, LONGEST_WINDOW, Feedback
 from services.inference.kept import Kept
-from services.inference.policy import Projects
+from services.inference.policy import Policies, Projects, called
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -25,8 +25,11 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class FeedbackServicer(feedback_pb2_grpc.FeedbackServiceServicer):
     """FeedbackService."""
 
-    def __init__(self, feedback: Feedback, kept: Kept, projects: Projects, registry: Registry) -> None:
-        self._feedback, self._kept, self._projects, self._registry = feedback, kept, projects, registry
+    def __init__(
+        self, feedback: Feedback, kept: Kept, projects: Projects, policies: Policies, registry: Registry
+    ) -> None:
+        self._feedback, self._kept, self._projects = feedback, kept, projects
+        self._policies, self._registry = policies, registry
 
     async def RecordFeedback(self, request: pb.RecordFeedbackRequest, context: Context) -> pb.RecordFeedbackResponse:
         await self._check(request.parent)
@@ -34,9 +37,7 @@ class FeedbackServicer(feedback_pb2_grpc.FeedbackServiceServicer):
         kept.check(request.text)
         news = await self._feedback.record(request.parent, completion, request.event, request.characters)
         figures.told(request.parent, self._registry.find(completion.adapter_sha256), completion.adapter_sha256, news)
-        is_kept = bool(request.text) and await self._projects.keeps_completions(request.parent)
-        if is_kept:
-            is_kept = await self._kept.keep(request.parent, completion, request.event, request.text)
+        is_kept = bool(request.text) and await self._kept.keep(request.parent, completion, request.event, request.text)
         return pb.RecordFeedbackResponse(recorded=bool(news), text_kept=is_kept)
 
     async def GetAcceptance(self, request: pb.GetAcceptanceRequest, context: Context) -> pb.GetAcceptanceResponse:
@@ -50,19 +51,18 @@ class FeedbackServicer(feedback_pb2_grpc.FeedbackServiceServicer):
             )
         since = Timestamp(seconds=int(time.time() - window.total_seconds()))
         adapters = await self._feedback.acceptance(request.parent, since.seconds)
+        serving = await self._policies.get(request.parent)
         for adapter in adapters:
-            if version := self._registry.find(adapter.adapter_sha256) if adapter.adapter_sha256 else None:
-                adapter.checkpoint = version.checkpoint
+            if adapter.adapter_sha256:
+                sha256 = adapter.adapter_sha256
+                adapter.checkpoint = called(serving, sha256) or self._staged(request.parent, sha256)
         return pb.GetAcceptanceResponse(adapters=adapters, since=since)
 
     async def ListKeptCompletions(
         self, request: pb.ListKeptCompletionsRequest, context: Context
     ) -> pb.ListKeptCompletionsResponse:
-        names.parse(names.PROJECT, request.parent, field="parent")
-        since = await self._projects.created(request.parent)
-        if since is None:
-            raise _missing(request.parent)
-        found, token = await self._kept.page(request.parent, since, request.page_size, request.page_token)
+        await self._check(request.parent)
+        found, token = await self._kept.page(request.parent, request.page_size, request.page_token)
         return pb.ListKeptCompletionsResponse(completions=found, next_page_token=token)
 
     async def DeleteKeptCompletions(
@@ -71,11 +71,12 @@ class FeedbackServicer(feedback_pb2_grpc.FeedbackServiceServicer):
         await self._check(request.parent)
         return pb.DeleteKeptCompletionsResponse(deleted=await self._kept.delete(request.parent))
 
+    def _staged(self, project: str, sha256: str) -> str:
+        """What this replica calls a version, unless it has it by the name of another project."""
+        version = self._registry.find(sha256)
+        return version.checkpoint if version and names.project_of(version.checkpoint) == project else ""
+
     async def _check(self, parent: str) -> None:
         names.parse(names.PROJECT, parent, field="parent")
         if not await self._projects.exists(parent):
-            raise _missing(parent)
-
-
-def _missing(project: str) -> ProjectNotFound:
-    return ProjectNotFound(f"no project {project}", field="parent", hint="Create the project first.", name=project)
+            raise ProjectNotFound(f"no project {parent}", field="parent", hint="Create the project first.", name=parent)

@@ -8,6 +8,7 @@ policies and counts.
 from __future__ import annotations
 
 import contextlib
+import math
 from datetime import timedelta
 
 from codegraft.inference.v1.feedback_pb2 import (
@@ -16,10 +17,12 @@ from codegraft.inference.v1.feedback_pb2 import (
     FeedbackEvent,
     KeptCompletion,
 )
-from services.core import log
-from services.core.errors import Aborted, InvalidArgument, NotFound, ResourceExists, StateUnavailable
+from services.core import log, names
+from services.core.errors import Aborted, DeadlineExceeded, InvalidArgument, NotFound, ResourceExists, Unavailable
 from services.core.state import Bounds, Table
+from services.inference import completion_id
 from services.inference.completion_id import CompletionId
+from services.inference.policy import Projects
 
 BUCKET = "completions"
 BOUNDS = Bounds(timedelta(days=30), 1 << 30)
@@ -31,14 +34,26 @@ _log = log.get("inference.kept")
 class Kept:
     """The texts of all projects, shared by all replicas."""
 
-    def __init__(self, table: Table[KeptCompletion]) -> None:
-        self._table = table
+    def __init__(self, table: Table[KeptCompletion], projects: Projects) -> None:
+        self._table, self._projects = table, projects
 
     async def keep(self, project: str, completion: CompletionId, event: FeedbackEvent, text: str) -> bool:
-        """Keeps a text beside the others of its completion; False when it cannot be stored, which is only logged:
-        an editor's feedback does not fail of it."""
-        name = f"{project}/completions/{completion.text}"
+        """Keeps a text beside the others of its completion, where the project wants that; whether it is kept.
 
+        False also when it cannot be stored or ingest does not say, which is only logged: an editor's feedback does not
+        fail of it.
+        """
+        try:
+            since = await self._projects.kept_since(project)
+            if since is None or completion.time < _milliseconds(since) / 1000:
+                return False
+            await self._store(f"{project}/completions/{completion.text}", completion, event, text)
+        except (Unavailable, DeadlineExceeded, Aborted, NotFound) as error:
+            _log.warning("a completion's text was not kept", project=project, reason=error.reason)
+            return False
+        return True
+
+    async def _store(self, name: str, completion: CompletionId, event: FeedbackEvent, text: str) -> None:
         def change(record: KeptCompletion) -> None:
             record.event = event
             setattr(record, _FIELDS.get(event, "shown"), text.encode())
@@ -47,27 +62,19 @@ class Kept:
         made.create_time.FromMilliseconds(int(completion.time * 1000))
         change(made)
         try:
-            try:
-                await self._table.create(made)
-            except ResourceExists:
-                await self._table.mutate(name, change)
-        except (StateUnavailable, Aborted, NotFound) as error:
-            _log.warning("a completion's text was not kept", project=project, reason=error.reason)
-            return False
-        return True
+            await self._table.create(made)
+        except ResourceExists:
+            await self._table.mutate(name, change)
 
-    async def page(
-        self, project: str, since: float, page_size: int, page_token: str
-    ) -> tuple[list[KeptCompletion], str]:
+    async def page(self, project: str, page_size: int, page_token: str) -> tuple[list[KeptCompletion], str]:
         """One page of a project's texts, the oldest completions first, as ids begin with the time.
-
-        Args:
-            since: seconds since 1970; older completions are left out.
 
         Raises:
             InvalidPageSize, InvalidPageToken.
+            Unavailable, DeadlineExceeded: ingest does not say since when they are the project's.
         """
-        first = round(since * 1000)  # ids tell milliseconds
+        since = await self._projects.kept_since(project)
+        first = math.inf if since is None else _milliseconds(since)
         return await self._table.page(
             f"{project}/completions",
             page_size,
@@ -77,12 +84,34 @@ class Kept:
 
     async def delete(self, project: str) -> int:
         """Deletes all of a project's texts; returns of how many completions."""
+        return await self._delete(project, math.inf)
+
+    async def settle(self, project: str) -> int:
+        """Deletes what the project does not want any more: all of it, or what was there before it last wanted any.
+
+        Raises:
+            Unavailable, DeadlineExceeded: ingest or the state store does not answer.
+        """
+        since = await self._projects.kept_since(project)
+        return await self._delete(project, math.inf if since is None else _milliseconds(since))
+
+    async def _delete(self, project: str, before: float) -> int:
         deleted = 0
-        for record in await self._table.all(f"{project}/completions/"):
-            with contextlib.suppress(NotFound):  # its time was over
-                await self._table.delete(record.name)
-                deleted += 1
+        for name in await self._table.names(f"{project}/completions/"):
+            if completion_id.made(name.rpartition("/")[2]) < before:
+                with contextlib.suppress(NotFound):  # its time was over
+                    await self._table.delete(name)
+                    deleted += 1
         return deleted
+
+    async def projects(self) -> set[str]:
+        """Those of which texts are there."""
+        return {names.project_of(name) for name in await self._table.names()}
+
+
+def _milliseconds(seconds: float) -> int:
+    """Ids tell whole ones."""
+    return int(seconds * 1000)
 
 
 _FIELDS = {FEEDBACK_EVENT_ACCEPTED: "accepted", FEEDBACK_EVENT_EDITED: "edited"}

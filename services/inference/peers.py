@@ -52,19 +52,14 @@ class IngestProjects:
             task.add_done_callback(self._asking.discard)
         return True
 
-    async def keeps_completions(self, project: str) -> bool:
+    async def kept_since(self, project: str) -> float | None:
         """See :class:`services.inference.policy.Projects`. It is asked every time: off means off at once."""
-        try:
-            found = await self._get(project)
-        except CodegraftError as error:
-            _logger.warning("ingest does not say whether texts are kept", project=project, error=str(error))
-            return False
-        return found is not None and found.keep_completions
-
-    async def created(self, project: str) -> float | None:
-        """See :class:`services.inference.policy.Projects`."""
         found = await self._get(project)
-        return None if found is None else found.create_time.ToNanoseconds() / 1e9
+        if found is None or not found.keep_completions:
+            return None
+        # Earlier versions of ingest did not note the time.
+        known = found.keep_completions_time if found.HasField("keep_completions_time") else found.create_time
+        return known.ToNanoseconds() / 1e9
 
     async def _get(self, project: str) -> project_pb2.Project | None:
         request = project_pb2.GetProjectRequest(name=project)

@@ -71,12 +71,9 @@ class Projects(Protocol):
         """Whether there is a project of that name; True when that cannot be found out now."""
         ...
 
-    async def keeps_completions(self, project: str) -> bool:
-        """Whether it wants texts of completions kept, at this moment; False when that cannot be found out."""
-        ...
-
-    async def created(self, project: str) -> float | None:
-        """When it was created, seconds since 1970; None when there is none of that name.
+    async def kept_since(self, project: str) -> float | None:
+        """Since when it wants texts of its completions kept, seconds since 1970; None when it does not want that now,
+        or when there is none of that name.
 
         Raises:
             Unavailable, DeadlineExceeded: ingest does not answer.
@@ -140,7 +137,8 @@ BASE = Choice()
 
 def want(serving: Serving, choice: Choice | Best) -> None:
     """Sets what a policy resolves to; nothing waits any more."""
-    changes = not serving.history or serving.history[0].sha256 != choice.sha256
+    newest = serving.history[0] if serving.history else None
+    changes = newest is None or (newest.checkpoint, newest.sha256) != (choice.checkpoint, choice.sha256)
     if serving.wanted_checkpoint not in ("", choice.checkpoint):
         serving.previous_checkpoint = serving.wanted_checkpoint
     serving.wanted_checkpoint, serving.wanted_sha256 = choice.checkpoint, choice.sha256
@@ -162,6 +160,17 @@ def named(serving: Serving) -> set[str]:
     """The checkpoints that replicas may have to load for a policy, also those of the next word by a person."""
     wanted = (serving.wanted_checkpoint, serving.previous_checkpoint, serving.waiting_checkpoint)
     return {*wanted, serving.split.checkpoint} - {""}
+
+
+def called(serving: Serving, sha256: str) -> str:
+    """What a policy calls a version; empty for one that it does not name."""
+    names = [
+        (serving.wanted_sha256, serving.wanted_checkpoint),
+        (serving.split.sha256, serving.split.checkpoint),
+        (serving.waiting_sha256, serving.waiting_checkpoint),
+        *((each.sha256, each.checkpoint) for each in serving.history),
+    ]
+    return next((name for known, name in names if known == sha256), "")
 
 
 def set_mode(serving: Serving, mode: ServingMode, pinned: Choice, best: Best | None, split: Split | None) -> None:

@@ -63,7 +63,7 @@ class Ingest:
         self.services: Sequence[Registration] = [
             (
                 project_pb2_grpc.add_ProjectServiceServicer_to_server,
-                ProjectServicer(tables),
+                ProjectServicer(tables, runtime.events),
                 "codegraft.ingest.v1.ProjectService",
             ),
             (

@@ -52,11 +52,8 @@ class Peers:
     async def exists(self, project: str) -> bool:
         return project != "projects/none"
 
-    async def keeps_completions(self, project: str) -> bool:
-        return self.keeps
-
-    async def created(self, project: str) -> float | None:
-        return 0.0 if project != "projects/none" else None
+    async def kept_since(self, project: str) -> float | None:
+        return 0.0 if self.keeps else None
 
     async def best(self, project: str, base_model: str) -> Best | None:
         self.asked += 1

@@ -16,8 +16,12 @@ from codegraft.trainer.v1.checkpoint_pb2 import Checkpoint
 from codegraft.trainer.v1.run_pb2 import ListCheckpointsResponse, ListRunsResponse, Run
 from services.client import Addresses, AsyncCodegraft
 from services.core import errors
+from services.core.auth.caller import Caller, Role, set_current
 from services.inference import figures
+from services.inference.completions import Request, Stop
 from services.inference.engine.scheduler import Limits
+from services.inference.engine.sequence import Reason
+from services.inference.prompter import Code
 from tests.contract.gateway_world import Gateway
 from tests.contract.inference_world import PROJECT, RUN, World, until
 
@@ -117,6 +121,10 @@ BAD: list[tuple[dict[str, Any], int, str, str]] = [
     ({"best_of": 3}, 400, "INVALID_ARGUMENT", "best_of"),
     ({"logit_bias": {"1": 2}}, 400, "INVALID_ARGUMENT", "logit_bias"),
     ({"presence_penalty": 1}, 400, "INVALID_ARGUMENT", "presence_penalty"),
+    ({"response_format": {"type": "json_object"}}, 400, "INVALID_ARGUMENT", "response_format"),
+    ({"max_completion_tokens": 0}, 400, "INVALID_ARGUMENT", "max_tokens"),
+    ({"top_k": -1}, 400, "INVALID_ARGUMENT", "top_k"),
+    ({"min_p": 2}, 400, "INVALID_ARGUMENT", "min_p"),
     ({"n": 9}, 400, "INVALID_ARGUMENT", "n"),
     ({"n": 2**40}, 400, "INVALID_ARGUMENT", "n"),
     ({"seed": 2**64}, 400, "INVALID_ARGUMENT", "seed"),
@@ -129,6 +137,31 @@ BAD: list[tuple[dict[str, Any], int, str, str]] = [
     ({"model": "demo@latest"}, 404, "MODEL_NOT_FOUND", "model"),
     ({"model": "demo@r/1"}, 404, "CHECKPOINT_NOT_FOUND", "model"),
 ]
+
+
+async def test_what_other_servers_clients_say_besides_is_heeded_or_harmless(gateway: Gateway) -> None:
+    whole = (await gateway.post("/v1/completions", CODE)).json()["choices"][0]["text"]
+    harmless = {"logprobs": False, "best_of": 1, "echo": False, "logit_bias": {}, "response_format": {"type": "text"}}
+    unknown = {"repeat_last_n": 64, "cache_prompt": True, "tool_choice": "none", "stream_options": None}
+    told = await gateway.post("/v1/completions", {**CODE, **harmless, **unknown, "stop": None, "suffix": None})
+    assert told.json()["choices"][0] == {
+        "text": whole, "index": 0, "logprobs": None, "finish_reason": "length", "codegraft_reason": "LENGTH",
+    }  # fmt: skip
+    few = await gateway.post("/v1/completions", {**CODE, "max_completion_tokens": 3})
+    assert few.json()["usage"]["completion_tokens"] == 3, "it is the newer word"
+    hot = {**CODE, "temperature": 2, "seed": 1}
+    texts = [
+        (await gateway.post("/v1/completions", {**hot, **narrow})).json()["choices"][0]["text"]
+        for narrow in ({}, {"top_k": 1}, {"min_p": 1})
+    ]
+    assert texts[0] != whole and texts[1:] == [whole, whole], "only the likeliest is left"
+    fresh = await gateway.post("/v1/completions", {**CODE, "repetition_penalty": 2})
+    assert fresh.json()["choices"][0]["text"] != whole
+    drawn = [
+        (await gateway.post("/v1/fim/completions", {**CODE, "temperature": 2, **seed})).json()["choices"][0]["message"]
+        for seed in ({"seed": 7}, {"random_seed": 7}, {"random_seed": 8})
+    ]
+    assert drawn[0] == drawn[1] != drawn[2], "as Mistral calls it"
 
 
 async def test_bad_requests_name_the_field_and_the_reason(gateway: Gateway) -> None:
@@ -253,6 +286,22 @@ async def test_a_newer_request_of_a_session_drops_the_older(world: World, gatewa
         assert newer.json()["choices"][0]["codegraft_reason"] == "LENGTH"
 
 
+async def test_what_one_caller_calls_its_session_drops_nothing_of_anothers(world: World) -> None:
+    """Plugins like to send one constant word for all of their users."""
+    completions, engine = world.replica.services[0][1]._domain, world.replica.model.result().engine
+
+    async def ask(key: str, tokens: int) -> Reason:
+        set_current(Caller(key, Role.COMPLETER, None))
+        request = Request(PROJECT, Code("a.py", CODE["prompt"], ""), stop=Stop(tokens), session="my-plugin")
+        return [part async for part in completions.run(request)][-1].reason  # type: ignore[no-any-return]
+
+    older = asyncio.create_task(ask("keys/a", 220))
+    await until(lambda: engine.load[0] == 1)
+    assert await asyncio.create_task(ask("keys/b", 4)) is Reason.LENGTH
+    assert not older.done()
+    assert await asyncio.create_task(ask("keys/a", 4)) is Reason.LENGTH and await older is Reason.SUPERSEDED
+
+
 async def test_a_full_queue_says_when_to_come_back(worlds: Callable[..., Any], gateways: Callable[..., Any]) -> None:
     world: World = await worlds(limits=Limits(running=1, waiting=1, step_tokens=32, kv_tokens=8192))
     gateway: Gateway = await gateways(world)
@@ -312,6 +361,9 @@ async def test_chat_refuses_what_it_cannot_do(gateway: Gateway) -> None:
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
         ({"messages": [user], "tools": [{"type": "function"}]}, "tools"),
+        ({"messages": [user], "functions": [{"name": "f"}]}, "functions"),
+        ({"messages": [user], "logit_bias": {"1": 2}}, "logit_bias"),
+        ({"messages": [user], "response_format": {"type": "json_schema"}}, "response_format"),
         ({"messages": [user, {"role": "assistant", "content": "x"}]}, "messages"),
     ):
         answer = await gateway.post("/v1/chat/completions", {"model": "demo", **body})
@@ -335,6 +387,33 @@ async def test_fill_in_the_middle_as_continue_asks_for_it(gateway: Gateway) -> N
     chunks = [json.loads(data) for data in raw[:-1]]
     assert "".join(chunk["choices"][0]["delta"]["content"] or "" for chunk in chunks) == whole
     assert chunks[0]["object"] == "chat.completion.chunk" and chunks[-1]["choices"][0]["finish_reason"]
+
+
+async def test_two_runs_with_the_same_weights_keep_their_names(world: World, gateway: Gateway) -> None:
+    """The weights are one version, in one place; who names the second run's checkpoint is not told of the first's."""
+    one, two = await world.store(10, seed=1), await world.store(20, seed=1, run=f"{PROJECT}/runs/two")
+    other = await world.store(5, seed=1, run="projects/other/runs/three")
+    assert one.sha256 == two.sha256 == other.sha256
+    async with AsyncCodegraft(Addresses(*[world.address] * 4)) as codegraft:
+        for best in (one, two, one):
+            await world.set("PINNED", best.checkpoint)
+            status = await world.status()
+            assert status.status.active_checkpoint == status.serving.history[0].checkpoint == best.checkpoint
+            answer = await gateway.post("/v1/completions", CODE)
+            assert answer.headers["x-codegraft-checkpoint"] == best.checkpoint
+            told = {"completion_id": answer.json()["id"], "event": "accepted", "model": "demo"}
+            assert (await gateway.post("/v1/feedback", told)).status_code == 200
+            (entry,) = (await codegraft.feedback.acceptance("demo")).adapters
+            assert entry.checkpoint == best.checkpoint
+        named = await gateway.post("/v1/completions", {**CODE, "model": "demo@two/20"})
+        assert named.headers["x-codegraft-checkpoint"] == two.checkpoint
+        elsewhere = await gateway.post("/v1/completions", {**CODE, "model": "other@three/5"})
+        assert elsewhere.headers["x-codegraft-checkpoint"] == other.checkpoint, "nothing of another project"
+    assert len(world.replica.registry.holdings()) == 1
+    assert len(world.told("codegraft.inference.adapter.swapped.v1")) == 1, "the names differ, the version does not"
+    await world.set("OFF")
+    await world.set("PINNED", two.checkpoint)
+    assert (await world.status()).status.active_checkpoint == two.checkpoint
 
 
 # --- feedback ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
 import secrets
@@ -16,6 +17,7 @@ import grpc
 import pytest
 
 from codegraft.common.v1.split_pb2 import Split
+from codegraft.event.v1.events_pb2 import ProjectChanged
 from codegraft.ingest.v1 import source_pb2, upload_pb2, upload_pb2_grpc
 from services.client import AsyncCodegraft
 from services.core import errors
@@ -113,6 +115,27 @@ async def test_creating_twice(client: AsyncCodegraft, project: str) -> None:
         await client.projects.create(project, title="Two", request_id="r")
     with pytest.raises(errors.ResourceExists):
         await client.projects.create(project, request_id="other")
+
+
+async def test_who_follows_hears_of_projects_and_since_when_texts_are_kept(
+    client: AsyncCodegraft, runtime: Runtime, project: str
+) -> None:
+    told = runtime.events.subscribe("codegraft.ingest.project.changed.v1")
+    first = asyncio.ensure_future(anext(aiter(told)))
+    await asyncio.sleep(0.2)  # from now on it hears
+    made = await client.projects.create(project)
+    assert not made.HasField("keep_completions_time")
+    made.keep_completions = True
+    on = await client.projects.update(made)
+    on.title = "Another"
+    assert (await client.projects.update(on)).keep_completions_time == on.keep_completions_time
+    assert on.keep_completions_time.ToNanoseconds() > on.create_time.ToNanoseconds()
+    on.keep_completions, on.etag = False, ""
+    assert not (await client.projects.update(on)).HasField("keep_completions_time")
+    await client.projects.delete(project)
+    events = [await first, *[await anext(aiter(told)) for _ in range(4)]]
+    assert [event.unpack(ProjectChanged).deleted for event in events] == [False] * 4 + [True]
+    assert {event.subject for event in events} == {f"projects/{project}"} and len({event.id for event in events}) == 5
 
 
 async def test_mistakes_have_their_reason_and_field(client: AsyncCodegraft, project: str) -> None:

@@ -99,7 +99,7 @@ async def test_delete(store: StateStore) -> None:
         await store.delete("projects/p", revision + 1)
     await store.delete("projects/p", revision)
     assert await store.get("projects/p") is None
-    assert await store.list() == []
+    assert await store.list() == [] and await store.keys() == []
     with pytest.raises(errors.RevisionMismatch):
         await store.delete("projects/p", revision)
     with pytest.raises(errors.RevisionMismatch):
@@ -116,7 +116,9 @@ async def test_prefixes_cover_whole_segments(store: StateStore) -> None:
         await store.create(key, key.encode())
 
     async def listed(prefix: str) -> list[str]:
-        return [entry.key for entry in await store.list(prefix)]
+        found = [entry.key for entry in await store.list(prefix)]
+        assert await store.keys(prefix) == found
+        return found
 
     assert await listed("") == keys
     assert await listed("projects/p") == ["projects/p", "projects/p/runs/a", "projects/p/runs/b"]
@@ -176,6 +178,14 @@ async def test_watch_of_an_empty_bucket_shows_the_first_key(store: StateStore) -
     await asyncio.sleep(0.1)
     await store.create("projects/p", b"1")
     assert (await asyncio.wait_for(first, 5)).key == "projects/p"
+
+
+async def test_a_look_at_the_keys_makes_no_bucket(nats_server: NatsServer) -> None:
+    connection = await connect(nats_server.url, user=nats_server.user, password=nats_server.password)
+    bucket = f"test-{uuid.uuid4().hex}"
+    assert await NatsState(connection, bucket).keys("projects/p/") == []
+    assert f"KV_{bucket}" not in {info.config.name for info in await connection.js.streams_info()}
+    await connection.close()
 
 
 async def test_many_entries_are_listed_whole(store: StateStore) -> None:

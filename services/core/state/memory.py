@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from services.core.errors import ResourceExists, RevisionMismatch
 from services.core.state.store import Entry, check_key, covers
@@ -40,6 +40,9 @@ class MemoryState:
     async def list(self, prefix: str = "") -> list[Entry]:
         found = (entry for key, entry in self._entries.items() if covers(prefix, key) and entry.value is not None)
         return sorted(found, key=lambda entry: entry.key)
+
+    async def keys(self, prefix: str = "") -> Sequence[str]:
+        return [entry.key for entry in await self.list(prefix)]
 
     async def watch(self, prefix: str = "") -> AsyncIterator[Entry]:
         changes: asyncio.Queue[Entry] = asyncio.Queue()

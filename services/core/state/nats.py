@@ -97,13 +97,24 @@ class NatsState:
                 raise _mismatch(key, revision) from None
 
     async def list(self, prefix: str = "") -> list[Entry]:
+        return sorted(await self._listed(prefix), key=lambda one: one.key)
+
+    async def keys(self, prefix: str = "") -> Sequence[str]:
+        with self._using(f"open {self._bucket}"):
+            try:
+                self._opened = self._opened or await self._connection.js.key_value(self._bucket)
+            except nats.js.errors.BucketNotFoundError:
+                return []
+        return sorted(entry.key for entry in await self._listed(prefix, headers_only=True))
+
+    async def _listed(self, prefix: str, *, headers_only: bool = False) -> Sequence[Entry]:
         waits = Backoff()
         for attempt in range(3):
             try:
                 with self._using(f"list {prefix or self._bucket}"):
                     await self._kv()
-                    found = await self._newest(prefix)
-                return sorted((one for one in found.values() if one.value is not None), key=lambda one: one.key)
+                    found = await self._newest(prefix, headers_only)
+                return [entry for entry in found.values() if entry.value is not None]
             except Interrupted as interruption:
                 logger.info("a listing was interrupted", bucket=self._bucket, prefix=prefix, why=str(interruption))
                 await asyncio.sleep(waits.delay(attempt))
@@ -137,9 +148,10 @@ class NatsState:
                 await asyncio.sleep(waits.delay(failures))
                 failures += 1
 
-    async def _newest(self, prefix: str) -> dict[str, Entry]:
+    async def _newest(self, prefix: str, headers_only: bool) -> dict[str, Entry]:
         found: dict[str, Entry] = {}
-        async with OrderedReader(self._connection, self._stream, self._filters(prefix)) as reader:
+        filters = self._filters(prefix)
+        async with OrderedReader(self._connection, self._stream, filters, headers_only=headers_only) as reader:
             waiting = reader.backlog
             while waiting:
                 if (msg := await reader.next()) is not None:

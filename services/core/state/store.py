@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
@@ -76,6 +76,10 @@ class StateStore(Protocol):
 
     async def list(self, prefix: str = "") -> list[Entry]:
         """All entries under the prefix, sorted by key."""
+        ...
+
+    async def keys(self, prefix: str = "") -> Sequence[str]:
+        """The keys under the prefix, sorted. What they hold is not read, and a bucket that is not there is not made."""
         ...
 
     def watch(self, prefix: str = "") -> AsyncIterator[Entry]:

@@ -180,6 +180,10 @@ class Table(Generic[M]):
         """Every record under the prefix, sorted by name."""
         return [self._message(entry) for entry in await self._store.list(self._root + prefix)]
 
+    async def names(self, prefix: str = "") -> list[str]:
+        """The names of the records under the prefix, sorted; the records themselves are not read."""
+        return [key.removeprefix(self._root) for key in await self._store.keys(self._root + prefix)]
+
     async def watch(self, name: str) -> AsyncIterator[M]:
         """The record, then each newer state of it; ends when it is deleted. Quick changes may be joined.
 

@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 from weakref import WeakValueDictionary
 
@@ -99,17 +99,17 @@ class Loader:
             ResourceExhausted: all places are in use.
         """
         if staged := self._registry.find(sha256, checkpoint=checkpoint):
-            return Loaded(staged)
+            return Loaded(replace(staged, checkpoint=checkpoint))
         sha256 = sha256 or (await self._manifests.get(checkpoint)).sha256
         async with self._loading.setdefault(sha256, asyncio.Lock()):
             if staged := self._registry.find(sha256):  # by somebody who asked at the same time
-                return Loaded(staged)
+                return Loaded(replace(staged, checkpoint=checkpoint))
             phases = SwapPhases()
             held = self._host.get(sha256)
             verified = held or await self._verified(checkpoint, sha256, device, phases)
             version = await self._staged(verified, device, phases, patience, probe=held is None)
             self._host.put(verified)
-            return Loaded(version, phases)
+            return Loaded(replace(version, checkpoint=checkpoint), phases)
 
     async def _verified(self, checkpoint: str, sha256: str, device: Device, phases: SwapPhases) -> Verified:
         with _timed(phases, "fetch"):

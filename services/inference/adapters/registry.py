@@ -230,7 +230,7 @@ class Registry:
             return None
         place.streams += 1
         self._places.move_to_end(version.sha256)
-        return self._count(project, place.version, place.weights)
+        return self._count(project, version, place.weights)
 
     def _count(self, project: str, version: Version | None, weights: Any) -> Pin:
         self._streams[project, version.sha256 if version else ""] += 1

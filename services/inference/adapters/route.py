@@ -17,7 +17,8 @@ class Version:
     sha256: str
     """SHA-256 of its adapter_model.safetensors."""
     checkpoint: str
-    """projects/{project}/runs/{run}/checkpoints/{step}"""
+    """projects/{project}/runs/{run}/checkpoints/{step}, as whoever asked for it calls it: runs that come to the same
+    weights share a place in device memory, and each keeps its name."""
     rank: int
     size: int
     """Bytes in device memory."""
@@ -46,6 +47,15 @@ class Route:
         """SHA-256 of the versions on it."""
         used = (self.main, self.second if self.percent else None)
         return {version.sha256 for version in used if version}
+
+    def same_as(self, other: Route) -> bool:
+        """Whether the same weights answer the same requests, whatever they are called."""
+        return _weights(self) == _weights(other)
+
+
+def _weights(route: Route) -> tuple[str, str, int]:
+    main, second = (version.sha256 if version else "" for version in (route.main, route.second))
+    return main, second, route.percent
 
 
 def share(project: str, key: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from dataclasses import replace
 
 from codegraft.common.v1.job_pb2 import Failure
 from codegraft.event.v1.events_pb2 import SwapPhases
@@ -62,6 +63,9 @@ class Swapper:
         if now == before:
             return
         self._registry.flip(project, now)
+        if now.same_as(before):  # the same weights by another run's name
+            self._standings.notify(project)
+            return
         if converged(serving, now):
             standing.failure = None
         standing.swap_seconds = time.monotonic() - began
@@ -104,7 +108,7 @@ class Swapper:
             return None
         route = self._registry.route(project)
         if there := next((v for v in (route.main, route.second) if v and v.sha256 == sha256), None):
-            return there
+            return replace(there, checkpoint=checkpoint)
         if sha256 in self._standings[project].refused:
             raise _NotServed(for_want_of_a_place=False)
         try:

@@ -7,22 +7,32 @@ from typing import Any
 
 import grpc
 
+from codegraft.event.v1.events_pb2 import ProjectChanged
 from codegraft.ingest.v1 import project_pb2 as pb
 from codegraft.ingest.v1.project_pb2_grpc import ProjectServiceServicer
 from services.core import names
 from services.core.auth.caller import Role, current
-from services.core.errors import InvalidArgument, NotFound, PermissionDenied, ProjectNotEmpty, ResourceExists
+from services.core.errors import (
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    ProjectNotEmpty,
+    ResourceExists,
+    Unavailable,
+)
+from services.core.events import EventBus
 from services.core.masks import Masks
 from services.ingest.records import Tables, same_request
 
 Context = grpc.aio.ServicerContext[Any, Any]
+CHANGED = "codegraft.ingest.project.changed.v1"
 
 
 class ProjectServicer(ProjectServiceServicer):
     """See the proto for what every call does and which errors it has."""
 
-    def __init__(self, tables: Tables) -> None:
-        self._tables = tables
+    def __init__(self, tables: Tables, events: EventBus) -> None:
+        self._tables, self._events = tables, events
 
     async def CreateProject(self, request: pb.CreateProjectRequest, context: Context) -> pb.CreateProjectResponse:
         names.check_id(request.project_id, "project_id")
@@ -39,8 +49,12 @@ class ProjectServicer(ProjectServiceServicer):
         )
         wanted.create_time.GetCurrentTime()
         wanted.update_time.CopyFrom(wanted.create_time)
+        if wanted.keep_completions:
+            wanted.keep_completions_time.CopyFrom(wanted.create_time)
         try:
-            return pb.CreateProjectResponse(project=await self._tables.projects.create(wanted))
+            made = await self._tables.projects.create(wanted)
+            await self._tell(made)
+            return pb.CreateProjectResponse(project=made)
         except ResourceExists:
             there = await self._tables.projects.get(wanted.name)
             same_request(there, _choices(there) == _choices(wanted), request.request_id)
@@ -67,6 +81,10 @@ class ProjectServicer(ProjectServiceServicer):
                     field="project.keep_completions",
                     hint="Send it as it is, or use an operator's key.",
                 )
+            if request.project.keep_completions and not record.keep_completions:
+                record.keep_completions_time.GetCurrentTime()
+            elif not request.project.keep_completions:
+                record.ClearField("keep_completions_time")
             record.keep_completions = request.project.keep_completions
             record.title = request.project.title
             record.exclude[:] = request.project.exclude
@@ -77,10 +95,11 @@ class ProjectServicer(ProjectServiceServicer):
 
         await self._tables.known(request.project.name, "project.name")
         stored = await self._tables.projects.mutate(request.project.name, change, etag=request.project.etag)
+        await self._tell(stored)
         return pb.UpdateProjectResponse(project=stored)
 
     async def DeleteProject(self, request: pb.DeleteProjectRequest, context: Context) -> pb.DeleteProjectResponse:
-        await self._tables.known(request.name, "name")
+        project = await self._tables.known(request.name, "name")
         sources = await self._tables.sources.all(request.name + "/")
         if sources and not request.force:
             raise ProjectNotEmpty(
@@ -90,11 +109,18 @@ class ProjectServicer(ProjectServiceServicer):
             )
         # The project goes first: what refers to it is refused from then on, and what is left is out of reach.
         await self._tables.projects.delete(request.name, etag=request.etag)
+        await self._tell(project, deleted=True)
         for table in self._tables.of_project:
             for record in await table.all(request.name + "/"):
                 with contextlib.suppress(NotFound):
                     await table.delete(record.name)
         return pb.DeleteProjectResponse()
+
+    async def _tell(self, project: pb.Project, *, deleted: bool = False) -> None:
+        id = f"{project.name}@{project.etag}{'/deleted' if deleted else ''}"
+        event = ProjectChanged(project=project.name, deleted=deleted)
+        with contextlib.suppress(Unavailable):  # the record is the truth
+            await self._events.publish(CHANGED, project.name, event, id=id)
 
 
 def _check(project: pb.Project) -> None:

@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from codegraft.ingest.v1 import project_pb2, project_pb2_grpc
-from services.core.errors import ProjectNotFound
+from services.core.errors import DeadlineExceeded, ProjectNotFound, Unavailable
 from services.core.rpc.client import channel
 from services.core.rpc.interceptors import CallInterceptor
 from services.inference import peers
@@ -77,15 +77,19 @@ async def test_a_project_that_was_deleted_is_found_out(asking: tuple[Ingest, Ing
     assert await projects.exists("projects/one"), "one that is not there is not remembered"
 
 
-async def test_off_means_off_at_once_and_while_ingest_is_away(asking: tuple[Ingest, IngestProjects]) -> None:
+async def test_texts_are_kept_since_that_was_turned_on_and_an_ingest_that_is_away_does_not_say(
+    asking: tuple[Ingest, IngestProjects],
+) -> None:
     ingest, projects = asking
     record = ingest.projects["projects/one"]
-    assert not await projects.keeps_completions("projects/one") and not await projects.keeps_completions("projects/no")
+    assert await projects.kept_since("projects/one") is None and await projects.kept_since("projects/no") is None
     record.keep_completions = True
     record.create_time.FromSeconds(1_700_000_000)
-    assert await projects.keeps_completions("projects/one")
-    assert await projects.created("projects/one") == 1_700_000_000 and await projects.created("projects/no") is None
+    assert await projects.kept_since("projects/one") == 1_700_000_000, "of before the time was noted"
+    record.keep_completions_time.FromSeconds(1_700_000_060)
+    assert await projects.kept_since("projects/one") == 1_700_000_060
     record.keep_completions = False
-    assert not await projects.keeps_completions("projects/one")
+    assert await projects.kept_since("projects/one") is None, "off means off at once"
     record.keep_completions = ingest.lost = True
-    assert not await projects.keeps_completions("projects/one"), "nobody says that it may"
+    with pytest.raises((Unavailable, DeadlineExceeded)):
+        await projects.kept_since("projects/one")

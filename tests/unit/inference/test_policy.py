@@ -17,7 +17,18 @@ from codegraft.inference.v1.serving_pb2 import (
 from services.core.errors import FailedPrecondition, ServingNotFound
 from services.core.state import MemoryState, Table
 from services.inference.adapters.route import Route, Version, share
-from services.inference.policy import BASE, HISTORY, Best, Choice, Policies, approve, follow_best, named, set_mode
+from services.inference.policy import (
+    BASE,
+    HISTORY,
+    Best,
+    Choice,
+    Policies,
+    approve,
+    called,
+    follow_best,
+    named,
+    set_mode,
+)
 
 SERVED = "projects/p/runs/a/checkpoints/10"
 
@@ -130,6 +141,15 @@ def test_what_it_came_to_from_when_on_is_remembered() -> None:
     for step in range(2 * HISTORY):
         set_mode(made, SERVING_MODE_PINNED, Choice(SERVED, f"s{step}"), None, None)
     assert len(made.history) == HISTORY and made.history[0].sha256 == made.wanted_sha256
+
+
+def test_a_version_is_called_as_the_policy_calls_it_now() -> None:
+    made = serving(best("b", 5, 1.9))
+    assert (called(made, "b5"), called(made, "a10")) == (made.wanted_checkpoint, SERVED), "and as it was called then"
+    assert called(made, "c1") == ""
+    twin = "projects/p/runs/c/checkpoints/1"
+    set_mode(made, SERVING_MODE_PINNED, Choice(twin, "b5"), None, Split(checkpoint=SERVED, sha256="a10", percent=5))
+    assert (called(made, "b5"), called(made, "a10"), made.history[0].checkpoint) == (twin, SERVED, twin)
 
 
 async def test_replicas_that_hear_of_bests_in_any_order_agree() -> None:
