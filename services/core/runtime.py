@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import shutil
 import ssl
+import sys
 import tempfile
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from services.core import config, log
 from services.core.audit.log import AuditLog, MemoryAudit
@@ -196,6 +199,18 @@ def run(service: str, settings_class: type[Settings], main: Callable[[Settings],
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process after :func:`run`, whatever its threads still do: nobody waits for what they come to.
+
+    The interpreter would wait for those of thread pools, and a thread that it stops in the middle of importing torch
+    aborts the process.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 async def _waiting(what: str, attempt: Callable[[], Awaitable[Connected]], deadline: float) -> Connected:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 from services.core.auth import keyring
 from services.core.models import catalogue
 from services.core.rpc import server
 from services.core.rpc.client import channel
-from services.core.runtime import Runtime, run
+from services.core.runtime import Runtime, leave, run
 from services.inference.assembly import COMPLETION_SERVICE, Replica, limits
 from services.inference.config import InferenceSettings
 from services.inference.peers import IngestProjects, TrainerBests
@@ -58,4 +57,4 @@ async def main(settings: InferenceSettings) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run("inference", InferenceSettings, main))
+    leave(run("inference", InferenceSettings, main))

@@ -20,6 +20,7 @@ from services.core.rpc.server import Registration
 from services.core.runtime import Runtime
 from services.core.state import Table
 from services.core.telemetry import metrics
+from services.core.threads import apart
 from services.inference import kept
 from services.inference.adapters.disk import DiskCache
 from services.inference.adapters.follower import Follower
@@ -147,7 +148,7 @@ class Replica:
             began = asyncio.get_running_loop().time()
             try:
                 await stored.bring(self._spec, self._cache_dir, self._artifacts)
-                model = await asyncio.to_thread(self._load)
+                model = await apart(self._load, "loading")
             except CodegraftError as error:
                 self.model.set_exception(error)
                 raise

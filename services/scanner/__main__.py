@@ -9,7 +9,6 @@ import gc
 import os
 import secrets
 import socket
-import sys
 
 from codegraft.common.v1.job_pb2 import JobState
 from codegraft.event.v1.events_pb2 import ScanChanged
@@ -87,4 +86,4 @@ def _changed(name: str, state: JobState) -> ScanChanged:
 
 
 if __name__ == "__main__":
-    sys.exit(runtime.run("scanner", ScannerSettings, main))
+    runtime.leave(runtime.run("scanner", ScannerSettings, main))
