@@ -338,7 +338,7 @@ async def test_two_processes_train_and_stop_together(worlds: Callable[..., Any])
 
 async def test_another_worker_goes_on_where_the_first_one_stopped(worlds: Callable[..., Any]) -> None:
     first: World = await worlds()
-    steps = {**QUICK, "train_steps": 120, "eval_steps": 40, "checkpoint_steps": 10, "max_eval_tokens": 256}
+    steps = {**QUICK, "train_steps": 80, "eval_steps": 40, "checkpoint_steps": 10, "max_eval_tokens": 256}
     run = await first.create(steps)
     await first.until(run, lambda now: now.step > 10)  # step 10's state is kept by then
     await first.stop()
@@ -347,21 +347,21 @@ async def test_another_worker_goes_on_where_the_first_one_stopped(worlds: Callab
     stopped = await second.get(run)
     assert stopped.status.state in (JOB_STATE_QUEUED, JOB_STATE_RUNNING), stopped.status
     last, events = await second.watch(run)
-    assert last.status.state == JOB_STATE_SUCCEEDED and last.step == 120
+    assert last.status.state == JOB_STATE_SUCCEEDED and last.step == 80
     assert [event.sequence for event in events] == list(range(1, last.last_sequence + 1))
     notes = [event.note for event in events if event.note.startswith("goes on after step")]
     assert len(notes) == 1 and int(notes[0].rsplit(" ", 1)[1]) >= 10
     # One process that is never stopped makes the very same adapter.
     third: World = await worlds()
     whole, _ = await third.watch(await third.create(steps))
-    name = f"{whole.name}/checkpoints/120"
+    name = f"{whole.name}/checkpoints/80"
     expected = (await third.runs.GetCheckpoint(pb.GetCheckpointRequest(name=name))).checkpoint
-    name = f"{run.name}/checkpoints/120"
+    name = f"{run.name}/checkpoints/80"
     found = (await second.runs.GetCheckpoint(pb.GetCheckpointRequest(name=name))).checkpoint
     assert found.sha256 == expected.sha256 and found.test_loss == expected.test_loss
     # Of the states only the last one is kept.
     states = [key async for key in second.runtime.store.list(f"{run.name}/states/")]
-    assert states == [f"{run.name}/states/120/manifest.json"]
+    assert states == [f"{run.name}/states/80/manifest.json"]
 
 
 # --- requests ---

@@ -22,6 +22,7 @@ from codegraft.trainer.v1.hyperparameters_pb2 import Hyperparameters
 from codegraft.trainer.v1.run_pb2 import Run
 from services.core.config import CoreSettings
 from services.core.jobs import is_final, new_status
+from services.core.jobs.states import lease_left
 from services.core.runtime import Runtime
 from services.core.store.s3 import S3Address
 from services.trainer.records import BUCKET, Tables
@@ -30,7 +31,7 @@ from tests.contract.test_trainer import DATASET, PROJECT, QUICK, commit_dataset
 from tests.unit.inference.tiny import make_model, make_tokenizer
 
 KILLS = 3
-SOON, LATE = 1.0, 120.0
+SOON, LATE = 1, 120
 """Leases, in seconds: one that a test waits for, and one that it never sees end."""
 SETTINGS = {
     **QUICK,
@@ -59,7 +60,7 @@ class Trainers:
         self._asks, self._answers = self._nursery.stdin, self._nursery.stdout
         self._child = 0
 
-    def start(self, lease: float = SOON, beside: str = "") -> int:
+    def start(self, lease: int = SOON, beside: str = "") -> int:
         """A trainer; its process id.
 
         Args:
@@ -182,7 +183,8 @@ async def test_killed_or_drained_at_any_moment_it_becomes_the_same_adapter(scene
     killed = await scene.create("killed")
     for number in range(KILLS):
         step = rng.randrange(1 + number * 7, 8 + number * 7)
-        await scene.until(killed, lambda now, step=step, number=number: _is_at(now, number + 1, step))
+        at = await scene.until(killed, lambda now, step=step, number=number: _is_at(now, number + 1, step))
+        assert lease_left(at.status).total_seconds() <= SOON
         await asyncio.sleep(rng.uniform(0.0, 0.2))  # a step takes about 10 ms, a commit about 100
         scene.trainers.kill()
         scene.trainers.start()
@@ -212,6 +214,7 @@ async def _upgraded(scene: Scene, expected: str) -> None:
     drained = await scene.create("drained")
     for epoch in (1, 2):
         before = await scene.until(drained, lambda now, epoch=epoch: _is_at(now, epoch, 7 * epoch))
+        assert lease_left(before.status).total_seconds() > LATE / 2
         successor = scene.trainers.start(LATE, "beside")
         os.kill(trainer, signal.SIGTERM)
         began = time.monotonic()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -19,7 +18,6 @@ import torch
 import services.trainer.job  # noqa: F401  (slow to import)
 from services.core import runtime
 from services.core.jobs import JobRunner
-from services.core.jobs.nats import NatsQueue
 from services.core.rpc.client import channel
 from services.core.rpc.server import serve
 from services.core.runtime import Runtime
@@ -28,14 +26,11 @@ from services.trainer.config import TrainerSettings
 from services.trainer.datasets import ScannerDatasets
 
 
-async def main(lease: timedelta, settings: TrainerSettings) -> None:
+async def main(settings: TrainerSettings) -> None:
     """Serves and trains; a dead worker's job is taken over after the lease."""
     torch.set_num_threads(1)
-    assembly.JobRunner = functools.partial(JobRunner, lease=lease, max_attempts=100)  # type: ignore[assignment,misc]
+    assembly.JobRunner = functools.partial(JobRunner, max_attempts=100)  # type: ignore[assignment,misc]
     async with Runtime.open("trainer", settings) as opened:
-        queue = opened.jobs
-        assert isinstance(queue, NatsQueue)
-        opened.jobs = NatsQueue(queue._connection, ack_wait=lease)
         trainer = assembly.Trainer(opened, settings, ScannerDatasets(channel(settings.scanner_address, settings)))
         await serve(settings, trainer.services, background=trainer.background)
 
@@ -46,8 +41,8 @@ if __name__ == "__main__":
         seconds, *beside = line.split()
         child = os.fork()
         if not child:
-            lease = timedelta(seconds=float(seconds))
-            os._exit(runtime.run("trainer", TrainerSettings, functools.partial(main, lease)))
+            os.environ["CODEGRAFT_JOB_LEASE_SECONDS"] = seconds
+            os._exit(runtime.run("trainer", TrainerSettings, main))
         print(child, flush=True)
         if not beside:
             os.waitpid(child, 0)
