@@ -293,7 +293,7 @@ class WholePath:
         pb, job = self.pb["run"], self.pb["job"]
         settings = self.pb["hyperparameters"].Hyperparameters(
             lora_r=8, learning_rate=2e-3, train_steps=6, batch_size=2, context_length=256, warmup_steps=1,
-            eval_steps=3, max_eval_tokens=1024, seed=1,
+            eval_steps=3, max_eval_tokens=1024, proof_places=4, seed=1,
         )  # fmt: skip
         self.complete(stop=self.pb["completion"].StopRule(max_tokens=2))  # the model is loaded from here on
         created = self.runs.CreateRun(
