@@ -204,7 +204,7 @@ class World:
         return [event for event in self.runtime.events.published if event.type == type]  # type: ignore[attr-defined]
 
 
-async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "did not happen in time"

@@ -106,7 +106,7 @@ async def test_live_streams_do_not_hold_the_gateway_up_at_its_end(acme: Browser)
         began = time.monotonic()
         acme.leave()
         rest = [line async for line in lines]
-    assert time.monotonic() - began < 2 and "event: end" not in rest, "browsers come back, to the next one"
+    assert time.monotonic() - began < 8 and "event: end" not in rest, "browsers come back, to the next one"
 
 
 async def test_health_is_live(acme: Browser) -> None:

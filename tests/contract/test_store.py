@@ -430,7 +430,7 @@ async def test_a_server_that_is_not_there(tmp_path: Path) -> None:
     store.close()
 
 
-async def test_a_server_that_never_answers() -> None:
+async def test_a_server_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
         writer.close()
@@ -444,12 +444,13 @@ async def test_a_server_that_never_answers() -> None:
     store.close()
 
     async def within_a_call() -> None:
-        context.set_deadline(0.5)
-        patient = S3Store(S3Address(f"127.0.0.1:{port}", "bucket", "a", "s"), read_timeout=timedelta(seconds=3))
+        monkeypatch.setattr(context, "MARGIN", 0.5)  # on a busy machine the usual one is over before we look
+        context.set_deadline(1.0)
+        patient = S3Store(S3Address(f"127.0.0.1:{port}", "bucket", "a", "s"), read_timeout=timedelta(seconds=5))
         began = time.monotonic()
         with pytest.raises(errors.StoreUnavailable, match="within the time of the call"):
             await patient.get("k")
-        assert time.monotonic() - began < 0.5, "its caller still listens"
+        assert time.monotonic() - began < 1.0, "its caller still listens"
         patient.close()
 
     await asyncio.create_task(within_a_call())  # a task, for its deadline is no other test's

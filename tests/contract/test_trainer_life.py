@@ -357,7 +357,7 @@ async def test_cancelling_while_the_model_is_loaded_ends_the_run_at_once(
     began = time.monotonic()
     await world.runs.CancelRun(pb.CancelRunRequest(name=run.name))
     last, _ = await world.watch(run)
-    assert last.status.state == JOB_STATE_CANCELLED and time.monotonic() - began < 3
+    assert last.status.state == JOB_STATE_CANCELLED and time.monotonic() - began < 8
     assert not last.HasField("plan")
 
 
