@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
-from services.core.runtime import run
+from services.core.runtime import leave, run
 from services.gateway.assembly import application, connect
 from services.gateway.config import GatewaySettings
 from services.gateway.server import serve
@@ -17,4 +15,4 @@ async def main(settings: GatewaySettings) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run("gateway", GatewaySettings, main))
+    leave(run("gateway", GatewaySettings, main))

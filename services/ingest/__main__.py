@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from services.core import runtime
 from services.core.auth import keyring
 from services.core.rpc.server import serve
@@ -28,4 +26,4 @@ async def main(settings: IngestSettings) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(runtime.run("ingest", IngestSettings, main))
+    runtime.leave(runtime.run("ingest", IngestSettings, main))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 
 from services.core import runtime
 from services.core.auth import keyring
@@ -31,4 +30,4 @@ async def main(settings: TrainerSettings) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(runtime.run("trainer", TrainerSettings, main))
+    runtime.leave(runtime.run("trainer", TrainerSettings, main))
