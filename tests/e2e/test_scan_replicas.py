@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -48,20 +50,48 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"dir:{folder}"
 
 
+class Nursery:
+    """Starts scanner processes without the seconds of importing torch each."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdin and process.stdout
+        self._asks, self._answers = process.stdin, process.stdout
+        assert self._answers.readline() == "ready\n", "it ended"
+
+    @contextmanager
+    def scanners(self, count: int) -> Iterator[list[int]]:
+        """The process ids of so many scanners; whoever kills one takes it out."""
+        running = [self._start(number) for number in range(count)]
+        try:
+            yield running
+        finally:
+            for process in running:
+                kill(process)
+
+    def _start(self, number: int) -> int:
+        self._asks.write(f"{number}\n")
+        self._asks.flush()
+        return int(self._answers.readline())
+
+
+def kill(process: int) -> None:
+    """Returns when it is gone."""
+    os.kill(process, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        while True:
+            os.kill(process, 0)
+            time.sleep(0.01)
+
+
 @contextmanager
-def scanners(count: int, settings: dict[str, str], folder: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
-    running = []
-    for number in range(count):
-        environment = {**os.environ, **settings, "CODEGRAFT_CACHE_DIR": str(folder / f"cache-{number}")}
-        with (folder / f"scanner-{number}.log").open("ab") as log:
-            command = [sys.executable, "-m", "services.scanner"]
-            running.append(subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log))
-    try:
-        yield running
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
+def nursery(settings: dict[str, str], folder: Path) -> Iterator[Nursery]:
+    """Its scanners have their logs and caches in the folder, and end with it."""
+    command = [sys.executable, str(Path(__file__).with_name("scanner_process.py"))]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, cwd=folder, text=True, env={**os.environ, **settings}
+    ) as process:
+        yield Nursery(process)
 
 
 @asynccontextmanager
@@ -114,22 +144,24 @@ async def test_replicas_kills_and_repeats_change_no_byte(
         "CODEGRAFT_SCANNER_PART_TOKENS": "4000",
         "CODEGRAFT_SCANNER_DEVICE": "cpu",
         "CODEGRAFT_SCANNER_THREADS": "1",
+        "CODEGRAFT_JOB_LEASE_SECONDS": "8",  # the others wait so long for the one that is killed
     }
     digests = []
-    async with desk(settings, tmp_path) as (runtime, scans, taken):
-        for name, count in (("alone", 1), ("two", 2), ("killed", 4)):
-            with scanners(count, settings, tmp_path) as running:
-                scanning = asyncio.create_task(scanned(runtime, scans, taken, model, name))
-                if name == "killed":
-                    prefix = f"{PROJECT}/scans/{name}/parts/measure-"
-                    await _two_parts(runtime, prefix)
-                    running[0].send_signal(signal.SIGKILL)
-                    for index in range(4):  # whoever has them, and whether they are made or not
-                        await runtime.jobs.submit(KIND, part_name(f"{PROJECT}/scans/{name}", "measure", index))
-                scan = await scanning
-            assert scan.status.state == JOB_STATE_SUCCEEDED, scan.status.failure
-            assert (scan.report.file_count, scan.report.cached_losses) == (1302, 0)
-            log = await worker.verdicts_file(runtime, scan.name)
-            digests.append((hashlib.sha256(log.read_bytes()).hexdigest(), scan.dataset))
-            assert not [key async for key in runtime.store.list(f"{scan.name}/parts/")]
+    with nursery(settings, tmp_path) as processes:
+        async with desk(settings, tmp_path) as (runtime, scans, taken):
+            for name, count in (("alone", 1), ("two", 2), ("killed", 4)):
+                with processes.scanners(count) as running:
+                    scanning = asyncio.create_task(scanned(runtime, scans, taken, model, name))
+                    if name == "killed":
+                        prefix = f"{PROJECT}/scans/{name}/parts/measure-"
+                        await _two_parts(runtime, prefix)
+                        kill(running.pop(0))
+                        for index in range(4):  # whoever has them, and whether they are made or not
+                            await runtime.jobs.submit(KIND, part_name(f"{PROJECT}/scans/{name}", "measure", index))
+                    scan = await scanning
+                assert scan.status.state == JOB_STATE_SUCCEEDED, scan.status.failure
+                assert (scan.report.file_count, scan.report.cached_losses) == (1302, 0)
+                log = await worker.verdicts_file(runtime, scan.name)
+                digests.append((hashlib.sha256(log.read_bytes()).hexdigest(), scan.dataset))
+                assert not [key async for key in runtime.store.list(f"{scan.name}/parts/")]
     assert len(set(digests)) == 1, digests

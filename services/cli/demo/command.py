@@ -66,7 +66,7 @@ def demo(
 ) -> None:
     """Run the main job on this machine: repository -> scan -> train -> swap under a running stream -> completions.
 
-    It starts a stack of its own, takes a git repository and the source of an installed package (minio-py), and ends
+    It starts a stack of its own, takes a git repository without its tests and an installed package (minio-py), and ends
     everything it started, also on Ctrl-C. With --keep the stack outlives it, unless it fails: look around in the
     console, ask for completions, then stop it as it says at the end.
 
