@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -433,9 +434,11 @@ async def test_a_bad_adapter_never_serves(world: World, case: str) -> None:
     await world.until_active(good.sha256)
     before = (await world.complete().end()).text
     bad = await world.store(2, 2, spoil)
+    began = time.monotonic()
     await world.publish(bad)
     rejected = "codegraft.inference.adapter.rejected.v1"
     await until(lambda: bool(world.told(rejected)))
+    assert time.monotonic() - began < 1.0
     event = world.told(rejected)[0].unpack(events_pb2.AdapterRejected)
     assert (event.reason, event.checkpoint) == (reason, bad.checkpoint) and event.message
     assert (event.sha256, event.active_sha256) == (bad.sha256, good.sha256) and 0 < event.seconds < 1
