@@ -20,6 +20,7 @@ PROJECT_FIELDS = (
     "languages_off",
     "exclude_licenses",
     "keep_completions",
+    "keep_completions_time",
     "create_time",
     "update_time",
     "request_id",

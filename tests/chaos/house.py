@@ -233,7 +233,7 @@ async def _peers(runtime: Runtime, base: Path, folder: Path, port: int, *project
     server = grpc.aio.server(interceptors=[CallInterceptor()])
     for add, servicer, _ in Trainer(runtime, settings, newest=None).services:  # type: ignore[arg-type]
         add(servicer, server)
-    project_pb2_grpc.add_ProjectServiceServicer_to_server(ProjectServicer(tables), server)
+    project_pb2_grpc.add_ProjectServiceServicer_to_server(ProjectServicer(tables, runtime.events), server)
     server.add_insecure_port(f"{ports.HOST}:{port}")
     await server.start()
     return server

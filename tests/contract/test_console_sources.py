@@ -41,7 +41,7 @@ async def test_the_page_shows_how_sources_stand_whatever_they_are_called(browser
     key = Credential(name="projects/acme/credentials/k", title=EVIL, kind=CREDENTIAL_KIND_SSH_KEY, public_key=EVIL)
     browser.services.scripts["ListCredentials"] = [ListCredentialsResponse(credentials=[key])]
     page = await browser.page(HERE)
-    assert "<script>alert" not in page.html and "3 of 9 files, 2.0 files/s, 80 s left" in page.text
+    assert "<script>alert" not in page.html and "3 of 9 files, 2.0 files/s, 1 min 20 s left" in page.text
     assert {"source-app", "source-lib", "drop", "files", "public-key-k", "copy-k", "add-git-button"} <= set(page.ids)
     page = await browser.page(f"{HERE}/app")
     assert "<script>alert" not in page.html and EVIL in page.text
