@@ -16,6 +16,7 @@ RUN --mount=type=cache,target=/root/.cache/pip python install.py service
 FROM ${PYTHON_IMAGE}
 # tini forwards signals from the first moment and reaps what is orphaned, which a service as process 1 would not.
 # Versions are those of the base image's Debian, which takes security fixes in place: a pin would only break the build.
+# libgomp starts the threads of the compiled products; without it they are left to torch.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends libgomp1 tini \

@@ -39,7 +39,7 @@ def rows(product: Any) -> Rows | None:
 
 @dataclass(slots=True)
 class Desk:
-    """What the layers write to, for one number of tokens: tensors, for adapters, and arrays over their memory."""
+    """What the layers write to, for one number of tokens; float32."""
 
     hidden: torch.Tensor
     """``[tokens, hidden]``, the residual stream."""

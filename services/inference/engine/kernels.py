@@ -1,9 +1,10 @@
-"""What lies between the products of a step over a few tokens on a CPU, compiled: one call instead of torch's dozens.
+"""The products of a step over a few tokens on a CPU and what lies between them, compiled: one call for torch's dozens.
 
-torch takes 2 to 10 microseconds for a call, and for one token that is longer than the arithmetic. These take 1 to 3,
-and run in one thread. Keys and values are bfloat16: the upper half of a float32, which numpy holds as uint16.
+torch takes 2 to 10 microseconds for a call, and for one token that is longer than the arithmetic. These take 1 to 3.
+What is worth it has a form for several threads (:func:`in_threads`), the others run in the calling one. Keys and values
+are bfloat16: the upper half of a float32, which numpy holds as uint16.
 
-numba compiles each for the processor when it is first called, 3 seconds in all, and keeps that beside this file or,
+numba compiles each for the processor when it is first called, 7 seconds in all, and keeps that beside this file or,
 where that cannot be written, in the user's cache folder (NUMBA_CACHE_DIR names another).
 """
 
