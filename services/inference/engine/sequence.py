@@ -189,8 +189,10 @@ class Sequence:
     @property
     def repetition(self) -> tuple[int, ...]:
         """Tokens that may spell what is left of the overhang; none when it was spelled otherwise so far."""
+        if not self.text.overhang:
+            return ()  # at every step but the first ones
         so_far, ids = self.tokens[len(self.prompt) :], self.overhang_ids
-        if not self.text.overhang or list(ids[: len(so_far)]) != so_far:
+        if list(ids[: len(so_far)]) != so_far:
             return ()
         return ids[len(so_far) : self.capacity - len(self.prompt) - 1]
 

@@ -1,7 +1,7 @@
 """How the weights of a linear layer lie in memory, and so how fast its product is.
 
 A decode step reads every weight once for a few tokens: it is as fast as memory, if the kernel lets it. torch's own
-product of bfloat16 matrices reaches a third of that on a CPU. The kernels here, all of torch itself, come near it:
+product of bfloat16 matrices reaches a third of that on a CPU. These come near it:
 
 - a few tokens: our own compiled ones (engine/kernels.py), activations in float32, weights of 16 bits or 8, as they are;
 - where these cannot be had: fbgemm's;
@@ -94,7 +94,8 @@ def _few(rows: Rows, x: torch.Tensor) -> torch.Tensor:
 class Half:
     """bfloat16 weights for a CPU, activations in float32: more exact than bfloat16 all through.
 
-    fbgemm takes IEEE halves, which hold any bfloat16 of 6e-5 to 65504 as it is, and smaller ones to within 3e-8.
+    Where it has to be fbgemm, that takes IEEE halves, which hold any bfloat16 of 6e-5 to 65504 as it is, and smaller
+    ones to within 3e-8.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
