@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numba import get_num_threads
 
 from services.inference.engine import kernels
 from services.inference.engine.few import MOST
@@ -61,13 +62,14 @@ class Stack:
     def __init__(self, rank: int, groups: Mapping[Paths, Shape]) -> None:
         self._rank, self._groups = rank, groups
         self.a: dict[Paths, torch.Tensor] = {}
-        """``[slots, in, layers * rank]``"""
+        """``[slots, layers * rank, in]``, in the type that the adapters' numbers are exact in"""
         self.b: dict[Paths, torch.Tensor] = {}
         """``[slots, pieces, rank, piece]``: in pieces of one size, all layers are one batched product."""
         self.owners: dict[Paths, torch.Tensor | None] = {}
         """The layer of each piece, int64; None where a layer is a piece."""
-        self.pieces = {paths: np.array(shape.owners) for paths, shape in groups.items()}
-        """The same for all."""
+        self.arrays: dict[Paths, tuple[Any, Any, Any]] = {}
+        """The memory of a and b as the compiled product takes it, bfloat16 as uint16, and the layer of each piece; on a
+        CPU only."""
         self._slots: dict[str, int] = {}
         """By digest, the longest unmixed first."""
         self._size = 0
@@ -137,13 +139,19 @@ class Stack:
         grown_a, grown_b = dict[Paths, torch.Tensor](), dict[Paths, torch.Tensor]()
         for paths, shape in self._groups.items():
             owners = torch.tensor(shape.owners, device=first.device)
-            a = first.new_empty(self._size, shape.width, len(paths) * self._rank)
-            b = first.new_empty(self._size, len(owners), self._rank, shape.piece)
+            a = first.new_empty(self._size, len(paths) * self._rank, shape.width, dtype=like.dtype)
+            b = first.new_empty(self._size, len(owners), self._rank, shape.piece, dtype=like.dtype)
             if before:
                 a[:before], b[:before] = self.a[paths], self.b[paths]
             grown_a[paths], grown_b[paths] = a, b
             self.owners[paths] = owners if len(owners) > len(paths) else None
+            if like.on_cpu:
+                self.arrays[paths] = _array(a), _array(b), owners.numpy()
         self.a, self.b = grown_a, grown_b
+
+
+def _array(memory: torch.Tensor) -> Any:
+    return memory.view(torch.uint16).numpy() if memory.dtype == torch.bfloat16 else memory.numpy()
 
 
 def _fill(
@@ -158,14 +166,14 @@ def _fill(
         stack_rank = b[paths].shape[2]
         pieces = torch.split_with_sizes(b[paths][slot], [out // shape.piece for out in shape.outs])
         for part, (path, to_b) in enumerate(zip(paths, pieces, strict=True)):
-            to_a = a[paths][slot, :, part * stack_rank : (part + 1) * stack_rank]
+            to_a = a[paths][slot, part * stack_rank : (part + 1) * stack_rank]
             rank = 0
             if (pair := weights.layers.get(path)) is not None:
                 rank = pair[0].shape[0]
-                to_a[:, :rank] = pair[0].T
+                to_a[:rank] = pair[0]
                 to_b[:, :rank] = pair[1].T.view(rank, -1, shape.piece).transpose(0, 1)
             if rank < stack_rank:
-                to_a[:, rank:], to_b[:, rank:] = 0.0, 0.0
+                to_a[rank:], to_b[:, rank:] = 0.0, 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,9 +196,9 @@ class Stacked:
         """See :meth:`Mix.add`."""
         a = self.stack.a[paths][self.slots]
         gathered = x.index_select(0, self.sources) if self.span is None else x[self.span]
-        inputs = gathered.view(a.shape[0], -1, a.shape[1])
+        inputs = gathered.view(a.shape[0], -1, a.shape[2])
         count, longest = inputs.shape[:2]
-        ranks = torch.bmm(inputs.to(a.dtype), a).view(count, longest, len(paths), -1).transpose(1, 2)
+        ranks = torch.bmm(inputs.to(a.dtype), a.mT).view(count, longest, len(paths), -1).transpose(1, 2)
         if (owners := self.stack.owners[paths]) is not None:
             ranks = ranks.index_select(1, owners)
         b = self.stack.b[paths][self.slots]
@@ -204,18 +212,20 @@ class Stacked:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """Tokens of a step over a few, whose adapters lie in one stack."""
+    """A few tokens of a step, whose adapters lie in one stack."""
 
     stack: Stack
     slots: Any
-    """Each token's, int64; -1 for those whose adapters lie elsewhere."""
+    """Each token's up to the last of these, int64; -1 for those whose adapters lie elsewhere."""
 
     def add(self, paths: Paths, x: torch.Tensor, y: torch.Tensor) -> None:
         """See :meth:`Mix.add`."""
-        a, b, owners = self.stack.a[paths].numpy(), self.stack.b[paths].numpy(), self.stack.pieces[paths]
+        a, b, owners = self.stack.arrays[paths]
         out = y.float()  # mostly y itself
-        adapt = kernels.adapt_in_threads if kernels.in_threads() else kernels.adapt
-        adapt(x.float().numpy(), out.numpy(), a, b, owners, self.slots)
+        if len(self.slots) > 1 and kernels.in_threads():
+            kernels.adapt_in_threads(x.float().numpy(), out.numpy(), a, b, owners, self.slots, get_num_threads())
+        else:
+            kernels.adapt(x.float().numpy(), out.numpy(), a, b, owners, self.slots)
         if out is not y:
             y.copy_(out)
 
@@ -264,7 +274,7 @@ class Mixer:
 
     Args:
         groups: the layers of the model.
-        few: tokens of a step up to which the compiled product is quicker than torch's, on a CPU.
+        few: tokens in stacks up to which the compiled product is quicker than torch's, on a CPU.
     """
 
     def __init__(self, groups: Mapping[Paths, Shape], few: int = MOST) -> None:
@@ -273,17 +283,21 @@ class Mixer:
 
     def mix(self, segments: list[Segment]) -> Mix:
         """What a step with these segments needs."""
-        if segments[-1].end <= self._few and segments[0].weights.on_cpu:
-            return self._placed(segments)
-        alone = [segment for segment in segments if segment.end - segment.begin > _FEW]
+        alone: list[Segment] = []
         by_rank: dict[int, list[Segment]] = {}
+        count = 0
         for segment in segments:
-            if segment.end - segment.begin <= _FEW:
+            tokens = segment.end - segment.begin
+            if tokens > _FEW:
+                alone.append(segment)
+            else:
                 by_rank.setdefault(_stack_rank(segment.weights), []).append(segment)
+                count += tokens
+        put = _placed if count <= self._few and segments[0].weights.on_cpu else _stacked
         stacked = list[Stacked | Placed]()
-        for rank, few in by_rank.items():
-            if len(few) == 1 or (made := _stacked(self._stack(rank), few)) is None:
-                alone += few
+        for rank, mine in by_rank.items():
+            if (made := put(self._stack(rank), mine)) is None:
+                alone += mine
             else:
                 stacked.append(made)
         return Mix(alone, stacked)
@@ -301,32 +315,25 @@ class Mixer:
         slot = self._stacks[rank].slot(weights) if rank in self._stacks else None
         return rank, slot if slot is not None else 2**31, id(weights)
 
-    def _placed(self, segments: list[Segment]) -> Mix:
-        alone: list[Segment] = []
-        by_rank: dict[int, list[Segment]] = {}
-        for segment in segments:
-            if segment.end - segment.begin > _FEW:
-                alone.append(segment)
-            else:
-                by_rank.setdefault(_stack_rank(segment.weights), []).append(segment)
-        placed = list[Stacked | Placed]()
-        for rank, mine in by_rank.items():
-            stack = self._stack(rank)
-            if len(mine) == 1 and stack.slot(mine[0].weights) is None:  # a copy takes longer than torch's calls
-                alone += mine
-                continue
-            slots = np.full(mine[-1].end, -1, np.int64)
-            for segment, slot in zip(mine, stack.place([segment.weights for segment in mine]), strict=True):
-                slots[segment.begin : segment.end] = slot
-            placed.append(Placed(stack, slots))
-        return Mix(alone, placed)
-
     def _stack(self, rank: int) -> Stack:
         return self._stacks.setdefault(rank, Stack(rank, self._groups))
 
 
+def _placed(stack: Stack, segments: list[Segment]) -> Placed | None:
+    """The segments on a stack; None for one that does not lie there: a copy takes longer than torch's calls."""
+    if len(segments) == 1 and stack.slot(segments[0].weights) is None:
+        return None
+    slots = np.full(segments[-1].end, -1, np.int64)
+    for segment, slot in zip(segments, stack.place([segment.weights for segment in segments]), strict=True):
+        slots[segment.begin : segment.end] = slot
+    return Placed(stack, slots)
+
+
 def _stacked(stack: Stack, segments: list[Segment]) -> Stacked | None:
-    """The segments on a stack; None when their slots are so far apart that most of the products would be for nobody."""
+    """The segments on a stack; None for a single one, and when their slots are so far apart that most of the products
+    would be for nobody."""
+    if len(segments) == 1:
+        return None
     slots = stack.place([segment.weights for segment in segments])
     first, end = min(slots), max(slots) + 1
     if end - first > 2 * len(slots):

@@ -19,10 +19,13 @@ from typing import Any, TypeVar, cast
 import numba
 import numpy as np
 from numba import njit, prange
+from numba.extending import overload
 
 from services.inference.engine.blocks import BLOCK
 
 Kernel = TypeVar("Kernel", bound=Callable[..., None])
+_SHARED = 4
+"""Tokens on one adapter that read a row of it together."""
 _EXACT = {"reassoc", "contract", "nsz", "arcp"}
 """What the compiler may do with floats: sum in another order, but minus infinity and NaN stay what they are."""
 
@@ -167,24 +170,74 @@ def attend_in_threads(qkv: Any, kv: Any, tables: Any, pasts: Any, window: int, s
         _attend(pair // heads, pair % heads, qkv, kv, tables, pasts, window, scale, out)
 
 
+def _wide(number: Any) -> Any:
+    """The float32 that a number is, or whose upper half it is."""
+    raise NotImplementedError  # see below: compiled functions take the form that is for its type
+
+
+@overload(_wide, strict=False)
+def _wide_compiled(number: Any) -> Any:
+    if isinstance(number, numba.types.Integer):
+        return lambda number: np.uint32(np.uint32(number) << np.uint32(16)).view(np.float32)
+    return lambda number: number
+
+
 @_compiled
-def _adapt(token: int, x: Any, y: Any, a: Any, b: Any, owners: Any, slots: Any) -> None:
-    """One token's; see :func:`adapt`."""
-    slot = slots[token]
-    if slot < 0:
-        return
+def _adapt(begin: int, end: int, x: Any, y: Any, a: Any, b: Any, owners: Any, slots: Any) -> None:
+    """Tokens from begin to end; see :func:`adapt`."""
     pieces, rank, piece = b.shape[1:]
-    ranks = np.zeros(a.shape[2], np.float32)
-    for at in range(x.shape[1]):
-        value, row = x[token, at], a[slot, at]
-        for n in range(len(ranks)):
-            ranks[n] += value * row[n]
-    for part in range(pieces):
-        out = y[token, part * piece : (part + 1) * piece]
-        for n in range(rank):
-            value, row = ranks[owners[part] * rank + n], b[slot, part, n]
-            for at in range(piece):
-                out[at] += value * row[at]
+    ranks = np.empty((_SHARED, a.shape[1]), np.float32)
+    while begin < end:
+        slot, after = slots[begin], begin + 1
+        while after < min(end, begin + _SHARED) and slots[after] == slot:
+            after += 1
+        if slot >= 0:
+            _down(x[begin:after], a[slot], ranks)
+            for part in range(pieces):
+                for token in range(begin, after):
+                    first = owners[part] * rank
+                    _up(ranks[token - begin, first : first + rank], b[slot, part], y[token, part * piece :])
+        begin = after
+
+
+@_compiled
+def _down(x: Any, a: Any, ranks: Any) -> None:
+    """Tokens ``[at most _SHARED, in]`` times A, ``[ranks, in]``, to ``[_SHARED, ranks]``."""
+    width = x.shape[1]
+    for n in range(len(a)):
+        row = a[n]
+        if len(x) == _SHARED:
+            x0, x1, x2, x3 = x[0], x[1], x[2], x[3]
+            sum0, sum1, sum2, sum3 = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
+            for at in range(width):
+                value = _wide(row[at])
+                sum0 += value * x0[at]
+                sum1 += value * x1[at]
+                sum2 += value * x2[at]
+                sum3 += value * x3[at]
+            ranks[0, n], ranks[1, n], ranks[2, n], ranks[3, n] = sum0, sum1, sum2, sum3
+        else:
+            for token in range(len(x)):
+                one, total = x[token], np.float32(0.0)
+                for at in range(width):
+                    total += _wide(row[at]) * one[at]
+                ranks[token, n] = total
+
+
+@_compiled
+def _up(ranks: Any, b: Any, out: Any) -> None:
+    """A token's ``[rank]`` times a piece of B, ``[rank, piece]``, onto ``[piece or more]``; four ranks in one pass."""
+    rank, piece = b.shape
+    for n in range(0, rank // 4 * 4, 4):
+        weight0, weight1, weight2, weight3 = ranks[n], ranks[n + 1], ranks[n + 2], ranks[n + 3]
+        row0, row1, row2, row3 = b[n], b[n + 1], b[n + 2], b[n + 3]
+        for at in range(piece):
+            first = weight0 * _wide(row0[at]) + weight1 * _wide(row1[at])
+            out[at] += first + weight2 * _wide(row2[at]) + weight3 * _wide(row3[at])
+    for n in range(rank // 4 * 4, rank):
+        weight, row = ranks[n], b[n]
+        for at in range(piece):
+            out[at] += weight * _wide(row[at])
 
 
 @_compiled
@@ -192,21 +245,20 @@ def adapt(x: Any, y: Any, a: Any, b: Any, owners: Any, slots: Any) -> None:
     """Adds to the products of layers with the same input what each token's adapter gives.
 
     Args:
-        x: ``[tokens, in]``, float32, as y ``[tokens, outs side by side]``, a and b.
-        a: ``[slots, in, layers * rank]``.
-        b: ``[slots, pieces, rank, piece]``.
+        x: ``[tokens, in]``, float32, as y ``[tokens, outs side by side]``.
+        a: ``[slots, layers * rank, in]``, float32 or bfloat16.
+        b: ``[slots, pieces, rank, piece]``, the same.
         owners: the layer of each piece, int64.
         slots: each token's, int64; -1 for none, also for those that are missing at the end.
     """
-    for token in range(len(slots)):
-        _adapt(token, x, y, a, b, owners, slots)
+    _adapt(0, len(slots), x, y, a, b, owners, slots)
 
 
 @_in_threads
-def adapt_in_threads(x: Any, y: Any, a: Any, b: Any, owners: Any, slots: Any) -> None:
-    """As :func:`adapt`, where :func:`in_threads`."""
-    for token in prange(len(slots)):
-        _adapt(token, x, y, a, b, owners, slots)
+def adapt_in_threads(x: Any, y: Any, a: Any, b: Any, owners: Any, slots: Any, threads: int) -> None:
+    """As :func:`adapt`, where :func:`in_threads`; for ``threads`` see :func:`narrow`."""
+    for thread in prange(threads):
+        _adapt(len(slots) * thread // threads, len(slots) * (thread + 1) // threads, x, y, a, b, owners, slots)
 
 
 @_in_threads
@@ -256,7 +308,7 @@ def half(x: Any, weight: Any, bias: Any, keep: bool, out: Any, threads: int) -> 
             for token in range(x.shape[0]):
                 total = np.float32(0.0)
                 for at in range(width):
-                    total += np.uint32(np.uint32(weight[n, at]) << np.uint32(16)).view(np.float32) * x[token, at]
+                    total += _wide(weight[n, at]) * x[token, at]
                 before = out[token, n] if keep else np.float32(0.0)
                 out[token, n] = before + total + bias[n]
 
@@ -296,16 +348,17 @@ def _seen() -> tuple[Any, ...]:
     return floats((1, 3, 2)), kv, ints((1, 1)), ints(1), BLOCK, 1.0, floats((1, 1, 2))
 
 
-def _adapted() -> tuple[Any, ...]:
-    """The same of adapters."""
+def _adapted(dtype: Any) -> tuple[Any, ...]:
+    """The same of adapters, whose numbers are of a type."""
     floats, ints = (partial(np.zeros, dtype=dtype) for dtype in (np.float32, np.int64))
-    return floats((1, 2)), floats((1, 2)), floats((1, 2, 1)), floats((1, 1, 1, 2)), ints(1), ints(1)
+    return floats((1, 2)), floats((1, 2)), np.zeros((1, 1, 2), dtype), np.zeros((1, 1, 1, 2), dtype), ints(1), ints(1)
 
 
 def _warm_threads() -> None:
     floats = partial(np.zeros, dtype=np.float32)
     attend_in_threads(*_seen())
-    adapt_in_threads(*_adapted())
+    for dtype in (np.float32, np.uint16):
+        adapt_in_threads(*_adapted(dtype), 1)  # type: ignore[call-arg]  # any number of arguments
     x, out, row = floats((1, 2)), floats((1, 1)), floats(1)
     narrow(x, np.zeros((1, 2), np.int8), row, row, False, out, 1)
     half(x, np.zeros((1, 2), np.uint16), row, False, out, 1)
@@ -318,6 +371,7 @@ def warm() -> None:
     norm(floats((1, 2)), floats(2), 1.0, floats((1, 2)))
     turn(floats((1, 3, 2, 1)), 2, turns, turns, kv, slots, ints(0))
     attend(*_seen())
-    adapt(*_adapted())
+    for dtype in (np.float32, np.uint16):
+        adapt(*_adapted(dtype))
     gate(floats((1, 2)), floats((1, 1)))
     in_threads()

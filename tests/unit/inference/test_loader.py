@@ -52,7 +52,7 @@ class Device:
         if self.busy:
             self.copying.release()
             self.busy.wait(5)
-        return Weights(pairs, {}, 2, SIZE, sha256)
+        return Weights(pairs, {}, 2, SIZE, sha256, torch.float32)
 
     def probe(self, weights: Weights, ids: Sequence[int]) -> list[float]:
         self.probed += 1

@@ -16,7 +16,9 @@ PATHS = ("a.q_proj", "a.k_proj", "a.v_proj")
 GROUPS = {PATHS: Shape(32, (24, 8, 8)), ("a.o_proj",): Shape(24, (32,))}
 
 
-def adapter(seed: int, rank: int, paths: tuple[str, ...] = (*PATHS, "a.o_proj")) -> Weights:
+def adapter(
+    seed: int, rank: int, paths: tuple[str, ...] = (*PATHS, "a.o_proj"), dtype: torch.dtype = torch.float32
+) -> Weights:
     generator = torch.Generator().manual_seed(seed)
     shapes = {path: (out, s.width) for group, s in GROUPS.items() for path, out in zip(group, s.outs, strict=True)}
     pairs = {
@@ -26,7 +28,7 @@ def adapter(seed: int, rank: int, paths: tuple[str, ...] = (*PATHS, "a.o_proj"))
         )
         for path in paths
     }
-    return prepare(pairs, 1.0, torch.float32, torch.device("cpu"), sha256=str(seed))
+    return prepare(pairs, 1.0, dtype, torch.device("cpu"), sha256=str(seed))
 
 
 @torch.inference_mode()  # as steps are
@@ -48,11 +50,11 @@ def check(mixer: Mixer, segments: list[Segment], tokens: int) -> None:
         torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("few", [0, 32])
-def test_any_mix_over_many_steps_gives_each_token_its_own_adapter(few: int) -> None:
+@pytest.mark.parametrize(("few", "dtype"), [(0, torch.float32), (32, torch.float32), (999, torch.bfloat16)])
+def test_any_mix_over_many_steps_gives_each_token_its_own_adapter(few: int, dtype: torch.dtype) -> None:
     rng, mixer = random.Random(3), Mixer(GROUPS, few)
-    known = [adapter(seed, rng.choice((2, 8, 9, 16, 64, 70))) for seed in range(30)]
-    known += [adapter(99, 8, ("a.v_proj",)), adapter(98, 8, ("a.o_proj",))]
+    known = [adapter(seed, rng.choice((2, 8, 9, 16, 64, 70)), dtype=dtype) for seed in range(30)]
+    known += [adapter(99, 8, ("a.v_proj",), dtype), adapter(98, 8, ("a.o_proj",), dtype)]
     for _ in range(150):
         segments, at = list[Segment](), 0
         for weights in rng.sample(known, rng.randint(1, 14)):
