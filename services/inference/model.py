@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,16 +61,17 @@ class LoadedModel:
         Raises:
             ResourceExhausted: the device has no memory for them now.
         """
-        try:
-            ready = lora.prepare(pairs, scale, self.model.dtype, self.model.device, sha256)
-            self.runner.stage(ready)
-            return ready
-        except torch.OutOfMemoryError:
-            raise ResourceExhausted(
-                "the device has no memory for another adapter now",
-                hint="Give this replica fewer places (CODEGRAFT_INFERENCE_DEVICE_ADAPTERS).",
-                retry_after=1.0,
-            ) from None
+        with _device_memory():
+            return lora.prepare(pairs, scale, self.model.dtype, self.model.device, sha256)
+
+    def stage(self, weights: lora.Weights) -> None:
+        """Puts an adapter where steps find it that mix several; from any thread, beside the steps.
+
+        Raises:
+            ResourceExhausted: as :meth:`prepare`.
+        """
+        with _device_memory():
+            self.runner.stage(weights)
 
     def probe(self, weights: lora.Weights, ids: Sequence[int] = ()) -> list[float]:
         """What the adapter makes of a short prompt; beside the engine, which goes on.
@@ -92,6 +94,18 @@ class LoadedModel:
         targets = torch.tensor(prompt[1:], device=logits.device)
         losses: list[float] = torch.nn.functional.cross_entropy(logits[:-1], targets, reduction="none").tolist()
         return losses
+
+
+@contextmanager
+def _device_memory() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise ResourceExhausted(
+            "the device has no memory for another adapter now",
+            hint="Give this replica fewer places (CODEGRAFT_INFERENCE_DEVICE_ADAPTERS).",
+            retry_after=1.0,
+        ) from None
 
 
 def load(

@@ -51,6 +51,14 @@ class Device(Protocol):
         """
         ...
 
+    def stage(self, weights: Weights) -> None:
+        """Puts them where steps find them that mix several adapters.
+
+        Raises:
+            ResourceExhausted: as :meth:`prepare`.
+        """
+        ...
+
     def probe(self, weights: Weights, ids: Sequence[int]) -> list[float]:
         """The loss of each token of a prompt after the first, in nats.
 
@@ -135,10 +143,13 @@ class Loader:
                 with _timed(phases, "stage"):
                     weights = await asyncio.to_thread(device.prepare, verified.pairs, verified.scale, verified.sha256)
                 with _timed(phases, "probe"):
+                    staging = asyncio.to_thread(device.stage, weights)
                     if probe:
                         prompt = verified.probe.ids if verified.probe else ()
-                        losses = await asyncio.to_thread(device.probe, weights, prompt)
+                        losses, _ = await asyncio.gather(asyncio.to_thread(device.probe, weights, prompt), staging)
                         verify.check_probe(verified.checkpoint, verified.probe, losses)
+                    else:
+                        await staging
         except BaseException:
             self._registry.cancel()
             raise

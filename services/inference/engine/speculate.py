@@ -9,9 +9,10 @@ alone, and only what the model would have chosen itself is taken (:meth:`Sampler
 
 from __future__ import annotations
 
-FREE = 16
-"""Tokens whose arithmetic takes as long as the rest of a step, above all reading the weights: about 20 for SmolLM2-135M
-in bf16 on one core, fewer with faster weights. On a GPU it is more, so that less is guessed there than could be."""
+FREE = 8
+"""Tokens whose arithmetic takes as long as the rest of a step, above all reading the weights: 6 to 8 for SmolLM2-135M
+in bf16 on two cores (a step of one takes 12 ms, of eight 23). With twice as many, eight streams are a tenth slower and
+one is as fast. On a GPU it is more, so that less is guessed there than could be."""
 _LONG, _SHORT = 3, 2
 """Last tokens that have to have stood there before; two where three did not. One is mostly a space or a bracket."""
 _MEMORY = 0.9

@@ -54,6 +54,9 @@ class Device:
             self.busy.wait(5)
         return Weights(pairs, {}, 2, SIZE, sha256, torch.float32)
 
+    def stage(self, weights: Weights) -> None:
+        assert weights.size == SIZE
+
     def probe(self, weights: Weights, ids: Sequence[int]) -> list[float]:
         self.probed += 1
         return list(self.losses)
@@ -64,8 +67,8 @@ class House:
 
     def __init__(self, folder: Path, places: int, host: int, disk: int) -> None:
         self.runtime, self.device, self.registry = Runtime.memory(), Device(), Registry(places)
-        disk_cache = DiskCache(folder, self.runtime.blobs, disk)
-        self.loader = Loader(Manifests(self.runtime.artifacts), disk_cache, HostCache(host), self.registry)
+        self.disk = DiskCache(folder, self.runtime.blobs, disk, later=0)
+        self.loader = Loader(Manifests(self.runtime.artifacts), self.disk, HostCache(host), self.registry)
 
     async def store(self, step: int) -> str:
         tensors = {
@@ -99,6 +102,7 @@ async def test_hundreds_of_adapters_take_turns(tmp_path: Path, monkeypatch: pyte
     for name in names:
         (await house.pinned(name)).release()
     assert (house.device.prepared, house.device.probed) == (200, 200) and len(house.registry.holdings()) == 3
+    await house.disk.written()
     house.break_store(monkeypatch)
     for name in names[-50:]:
         (await house.pinned(name)).release()
