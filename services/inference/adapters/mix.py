@@ -1,8 +1,8 @@
-"""The adapters of one step, as few operations as can be: one by one where a part of the step is large, else stacked.
+"""The adapters of one step, as few operations as can be: stacked, or one by one where a part of the step is large.
 
 An adapter's two products of a few tokens are cheap, calling torch for each adapter, layer and part is not. So adapters
-that are mixed in a step have slots in stacks, and each layer has one batched product for all of them: of torch, or for
-a few tokens on a CPU, a compiled one.
+that are mixed in a step have slots in stacks, and each layer has one product for all of them: torch's batched one, or
+on a CPU a compiled one, which is also quicker than torch's for one adapter and many tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import torch
 from numba import get_num_threads
 
 from services.inference.engine import kernels
-from services.inference.engine.few import MOST
 
 if TYPE_CHECKING:
     from services.inference.adapters.lora import Segment, Weights
@@ -26,8 +25,7 @@ if TYPE_CHECKING:
 Paths = tuple[str, ...]
 """Layers with the same input, by module path."""
 _FEW = 8
-"""Tokens of a segment up to which it is stacked: all of a stack's are padded to the longest, and compiled, each token
-reads the whole adapter (8 tokens on one: 4.1 to 5.2 ms either way on one core; one token: 1.1 ms, 3.9 by torch)."""
+"""Tokens of a segment up to which torch's product takes it from a stack, where all are padded to the longest."""
 _RANKS = (8, 16, 32, 64)
 """Each has a stack of its own, so that one adapter of rank 64 does not make all others four times as large."""
 
@@ -212,7 +210,7 @@ class Stacked:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A few tokens of a step, whose adapters lie in one stack."""
+    """Tokens of a step, on a CPU, whose adapters lie in one stack."""
 
     stack: Stack
     slots: Any
@@ -221,11 +219,11 @@ class Placed:
     def add(self, paths: Paths, x: torch.Tensor, y: torch.Tensor) -> None:
         """See :meth:`Mix.add`."""
         a, b, owners = self.stack.arrays[paths]
-        out = y.float()  # mostly y itself
+        inputs, out = x.float().contiguous().numpy(), y.float()  # mostly x and y themselves
         if len(self.slots) > 1 and kernels.in_threads():
-            kernels.adapt_in_threads(x.float().numpy(), out.numpy(), a, b, owners, self.slots, get_num_threads())
+            kernels.adapt_in_threads(inputs, out.numpy(), a, b, owners, self.slots, get_num_threads())
         else:
-            kernels.adapt(x.float().numpy(), out.numpy(), a, b, owners, self.slots)
+            kernels.adapt(inputs, out.numpy(), a, b, owners, self.slots)
         if out is not y:
             y.copy_(out)
 
@@ -274,29 +272,28 @@ class Mixer:
 
     Args:
         groups: the layers of the model.
-        few: tokens in stacks up to which the compiled product is quicker than torch's, on a CPU.
+        compiled: whether adapters in stacks are computed by our own product on a CPU, which takes less than torch's for
+            any number of tokens.
     """
 
-    def __init__(self, groups: Mapping[Paths, Shape], few: int = MOST) -> None:
-        self._groups, self._few = groups, few
+    def __init__(self, groups: Mapping[Paths, Shape], *, compiled: bool = True) -> None:
+        self._groups, self._compiled = groups, compiled
         self._stacks: dict[int, Stack] = {}
 
     def mix(self, segments: list[Segment]) -> Mix:
         """What a step with these segments needs."""
+        compiled = self._compiled and segments[0].weights.on_cpu
         alone: list[Segment] = []
         by_rank: dict[int, list[Segment]] = {}
-        count = 0
         for segment in segments:
-            tokens = segment.end - segment.begin
-            if tokens > _FEW:
+            if segment.end - segment.begin > _FEW and not compiled:
                 alone.append(segment)
             else:
                 by_rank.setdefault(_stack_rank(segment.weights), []).append(segment)
-                count += tokens
-        put = _placed if count <= self._few and segments[0].weights.on_cpu else _stacked
         stacked = list[Stacked | Placed]()
         for rank, mine in by_rank.items():
-            if (made := put(self._stack(rank), mine)) is None:
+            made = (_placed if compiled else _stacked)(self._stack(rank), mine)
+            if made is None:
                 alone += mine
             else:
                 stacked.append(made)

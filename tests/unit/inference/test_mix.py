@@ -50,9 +50,9 @@ def check(mixer: Mixer, segments: list[Segment], tokens: int) -> None:
         torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("few", "dtype"), [(0, torch.float32), (32, torch.float32), (999, torch.bfloat16)])
-def test_any_mix_over_many_steps_gives_each_token_its_own_adapter(few: int, dtype: torch.dtype) -> None:
-    rng, mixer = random.Random(3), Mixer(GROUPS, few)
+@pytest.mark.parametrize(("compiled", "dtype"), [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)])
+def test_any_mix_over_many_steps_gives_each_token_its_own_adapter(compiled: bool, dtype: torch.dtype) -> None:
+    rng, mixer = random.Random(3), Mixer(GROUPS, compiled=compiled)
     known = [adapter(seed, rng.choice((2, 8, 9, 16, 64, 70)), dtype=dtype) for seed in range(30)]
     known += [adapter(99, 8, ("a.v_proj",), dtype), adapter(98, 8, ("a.o_proj",), dtype)]
     for _ in range(150):
@@ -65,28 +65,27 @@ def test_any_mix_over_many_steps_gives_each_token_its_own_adapter(few: int, dtyp
         check(mixer, segments, at + 1)
 
 
-@pytest.mark.parametrize("few", [0, 32])
-def test_the_same_adapter_in_two_objects_and_places(few: int) -> None:
-    mixer = Mixer(GROUPS, few)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_same_adapter_in_two_objects_and_places(compiled: bool) -> None:
+    mixer = Mixer(GROUPS, compiled=compiled)
     segments = [Segment(0, 2, adapter(1, 4)), Segment(3, 4, adapter(1, 4)), Segment(4, 7, adapter(2, 4))]
     check(mixer, segments, 8)
 
 
 def test_decodes_on_different_adapters_are_stacked_and_one_alone_is_not() -> None:
-    mixer, known = Mixer(GROUPS, few=0), [adapter(seed, 16) for seed in range(8)]
+    mixer, known = Mixer(GROUPS, compiled=False), [adapter(seed, 16) for seed in range(8)]
     mixed = mixer.mix([Segment(n, n + 1, weights) for n, weights in enumerate(known)])
     assert (len(mixed.alone), len(mixed.stacked)) == (0, 1)
     one = mixer.mix([Segment(0, 8, known[0])])
     assert (len(one.alone), len(one.stacked)) == (1, 0)
 
 
-def test_a_few_tokens_are_placed_and_many_on_one_adapter_are_not() -> None:
+def test_on_a_cpu_all_that_lie_in_stacks_are_placed() -> None:
     mixer, known = Mixer(GROUPS), [adapter(seed, rank) for seed, rank in enumerate((16, 16, 8))]
     for weights in known:
         mixer.stage(weights)
     mixed = mixer.mix([Segment(0, 2, known[0]), Segment(2, 20, known[1]), Segment(20, 21, known[2])])
-    assert [segment.weights for segment in mixed.alone] == [known[1]]
-    assert [placed.slots.tolist().count(-1) for placed in mixed.stacked] == [0, 20]
+    assert not mixed.alone and [placed.slots.tolist().count(-1) for placed in mixed.stacked] == [0, 20]
 
 
 def test_no_step_copies_an_adapter_that_is_mixed_with_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +98,7 @@ def test_no_step_copies_an_adapter_that_is_mixed_with_none(monkeypatch: pytest.M
 
 
 def test_a_step_in_the_order_of_the_slots_gathers_nothing() -> None:
-    mixer, known = Mixer(GROUPS, few=0), [adapter(seed, 16) for seed in range(8)]
+    mixer, known = Mixer(GROUPS, compiled=False), [adapter(seed, 16) for seed in range(8)]
     mixer.mix([Segment(n, n + 1, weights) for n, weights in enumerate(known)])
     ordered = sorted(known[::-1], key=mixer.order)
     segments = [Segment(n + 2, n + 3, weights) for n, weights in enumerate(ordered)]
@@ -116,9 +115,9 @@ def test_what_is_staged_beside_the_steps_costs_no_step_a_copy(monkeypatch: pytes
     check(mixer, [Segment(0, 1, known[0]), Segment(1, 2, known[1])], 3)
 
 
-@pytest.mark.parametrize("few", [0, 32])
-def test_steps_stay_right_while_other_adapters_are_staged(few: int) -> None:
-    rng, mixer, done = random.Random(5), Mixer(GROUPS, few), threading.Event()
+@pytest.mark.parametrize("compiled", [False, True])
+def test_steps_stay_right_while_other_adapters_are_staged(compiled: bool) -> None:
+    rng, mixer, done = random.Random(5), Mixer(GROUPS, compiled=compiled), threading.Event()
     known, others = ([adapter(seed, 16) for seed in seeds] for seeds in (range(20), range(20, 40)))
     staged = list[int]()
 
