@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from codegraft.trainer.v1.hyperparameters_pb2 import Hyperparameters
 from services.core.models import catalogue, prompts, weights
 from services.core.models.prompts import PromptFormat
+from services.core.models.spelling import Overhang
 from services.inference import model as serving
 from services.inference.adapters.lora import Weights
 from services.inference.engine.scheduler import Limits
@@ -195,7 +196,7 @@ def _complete(
             loaded.vocabulary,
             suffix_stop=suffix_stop(place.suffix) if stops else (),
             single_line=True,
-            overhang=prompt.overhang,
+            overhang=Overhang.of(prompt.overhang, prompt.overhang_ids, loaded.vocabulary),
         )
         inboxes.append(Queue())
         ends = frozenset(fmt.stop_ids)

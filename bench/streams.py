@@ -24,6 +24,7 @@ from services.cli.local import ports
 from services.core import log
 from services.core.models import catalogue, weights
 from services.core.models.prompts import Prompt, completion_prompt
+from services.core.models.spelling import Overhang
 from services.core.rpc import server
 from services.core.runtime import Runtime
 from services.inference.assembly import Replica
@@ -66,8 +67,9 @@ def direct(model: LoadedModel, prepared: list[Prompt]) -> int:
     """All streams as the engine's own sequences; how many tokens came."""
     inbox: queue.Queue[Output] = queue.Queue()
     sequences = [
-        Sequence(prompt.ids, TOKENS, TextStream(model.vocabulary, overhang=prompt.overhang), inbox.put)
+        Sequence(prompt.ids, TOKENS, TextStream(model.vocabulary, overhang=overhang), inbox.put)
         for prompt in prepared
+        for overhang in [Overhang.of(prompt.overhang, prompt.overhang_ids, model.vocabulary)]
     ]
     model.engine.submit(*sequences)
     tokens, running = 0, len(sequences)

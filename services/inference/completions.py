@@ -20,7 +20,7 @@ from services.core.errors import (
     Unavailable,
 )
 from services.core.models.prompts import Prompt, PromptFormat
-from services.core.models.spelling import within
+from services.core.models.spelling import Overhang
 from services.core.quota.quotas import owners
 from services.core.quota.rates import Rates
 from services.core.telemetry import tracing
@@ -292,7 +292,7 @@ class Completions:
                     stop=request.stop.strings,
                     suffix_stop=suffix_stop(suffix),
                     single_line=request.stop.single_line,
-                    overhang=prompt.overhang,
+                    overhang=Overhang.of(prompt.overhang, prompt.overhang_ids, model.vocabulary),
                 ),
                 deliver=inbox.door(index),
                 sampling=replace(request.sampling, seed=None if seed is None else seed + index),
@@ -302,7 +302,6 @@ class Completions:
                 project=request.project,
                 session=session,
                 after=sequences[0] if sequences else None,
-                overhang_ids=within(model.vocabulary, prompt.overhang.encode(), prompt.overhang_ids),
             )
             sequences.append(sequence)
         return sequences

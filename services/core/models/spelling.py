@@ -5,7 +5,35 @@ from __future__ import annotations
 import json
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Overhang:
+    """What a completion still has to repeat of its prompt before anything new comes; nothing by default."""
+
+    left: bytes = b""
+    ids: tuple[int, ...] = ()
+    """How the tokenizer spells it or its begin; none once it is spelled otherwise."""
+
+    @classmethod
+    def of(cls, text: str, ids: Sequence[int], vocabulary: Sequence[bytes]) -> Overhang:
+        """A prompt's.
+
+        Args:
+            ids: how the tokenizer spells the text; what goes beyond it is no matter.
+            vocabulary: bytes of every token id.
+        """
+        left = text.encode()
+        return cls(left, within(vocabulary, left, ids))
+
+    def after(self, token: int, data: bytes) -> tuple[Overhang, bytes]:
+        """What is left of it behind a token, and what is new of the token's bytes."""
+        size = min(len(data), len(self.left))
+        if data[:size] != self.left[:size]:
+            return Overhang(), data  # a vocabulary that cannot spell it: go on from here
+        return Overhang(self.left[size:], self.ids[1:] if self.ids[:1] == (token,) else ()), data[size:]
 
 
 class Spelling:
@@ -18,31 +46,30 @@ class Spelling:
     def __init__(self, vocabulary: Sequence[bytes]) -> None:
         self.size = len(vocabulary)
         """Token ids that there are; a model may have more embeddings than that (Qwen2.5 pads them)."""
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary
         self._ids: dict[bytes, list[int]] = {}
         for number, data in enumerate(vocabulary):
             if data:
                 self._ids.setdefault(data, []).append(number)
         self._sorted = sorted(self._ids)
 
-    def beginning(self, text: bytes, first: int | None = None) -> list[int]:
-        """Ids of the tokens that begin the text or that the text begins; empty when none does.
+    def beginning(self, overhang: Overhang) -> list[int]:
+        """Ids of the tokens that begin what is left or that it begins; empty when none does, or nothing is left.
 
-        Args:
-            first: the only one of those that are shorter than the text; None for all of them.
+        Of blanks the tokenizer's own next one is the only one that is shorter: it groups them, and one by one they are
+        nothing that the model has seen.
         """
+        text, ids = overhang.left, overhang.ids
+        if not text:
+            return []
         found = [number for size in range(1, len(text)) for number in self._ids.get(text[:size], ())]
-        if first is not None:
-            found = [number for number in found if number == first]
+        if ids and text.isspace():
+            found = [number for number in found if number == ids[0]]
         at = bisect_left(self._sorted, text)
         while at < len(self._sorted) and self._sorted[at].startswith(text):
             found += self._ids[self._sorted[at]]
             at += 1
         return found
-
-    def rest(self, text: bytes, token: int) -> bytes:
-        """What of the text is left behind a token that begins it."""
-        return text[len(self._vocabulary[token]) :]
 
 
 def within(vocabulary: Sequence[bytes], text: bytes, ids: Sequence[int]) -> tuple[int, ...]:

@@ -35,14 +35,12 @@ class Sampler:
         chosen, row = list[tuple[int, ...]](), 0
         for sequence, drafts in sequences:
             special, tokens, overhang = _is_special(sequence), list[int](), sequence.text.overhang
-            spelled = sequence.repetition
             for at in range(len(drafts) + 1):
                 token = likeliest[row + at]
                 if special:
-                    first = spelled[at] if overhang.isspace() and at < len(spelled) else None
-                    allowed = self._spelling.beginning(overhang, first) if overhang else []
+                    allowed = self._spelling.beginning(overhang)
                     token = self._one(logits[row + at].float(), sequence, tokens, allowed)
-                    overhang = self._spelling.rest(overhang, token)
+                    overhang, _ = overhang.after(token, self._spelling.vocabulary[token])
                 tokens.append(token)
                 if at < len(drafts) and token != drafts[at]:
                     break
@@ -120,4 +118,4 @@ def _penalized(logits: torch.Tensor, sequence: Sequence, chosen: list[int]) -> t
 
 def _is_special(sequence: Sequence) -> bool:
     sampling = sequence.sampling
-    return bool(sampling.temperature or sequence.text.overhang or sampling.repetition_penalty != 1.0)
+    return bool(sampling.temperature or sequence.text.overhang.left or sampling.repetition_penalty != 1.0)

@@ -200,7 +200,7 @@ class Scheduler:
     def _repeat(self, item: Work, budget: int) -> Work:
         """With what spells the overhang behind it, where its prompt is through and there is room: it is a few tokens,
         and one by one each would take a step before the caller sees anything."""
-        sequence, drafts = item.sequence, item.sequence.repetition if item.samples else ()
+        sequence, drafts = item.sequence, item.sequence.text.overhang.ids if item.samples else ()
         if not drafts or len(drafts) > budget:
             return item
         assert sequence.table is not None

@@ -125,10 +125,6 @@ class Sequence:
     after: Sequence | None = None
     """One with the same prompt: this one waits until that has computed it, to share its blocks."""
 
-    overhang_ids: tuple[int, ...] = ()
-    """How the text's overhang is spelled, blanks only like this or by a token that goes on. Guessed at once, so that it
-    rarely takes more than one step."""
-
     number: int = field(default_factory=lambda: next(_numbers))
     """Unique in this process."""
     tokens: list[int] = field(init=False)
@@ -187,20 +183,10 @@ class Sequence:
         return len(self.tokens) - self.computed
 
     @property
-    def repetition(self) -> tuple[int, ...]:
-        """Tokens that may spell what is left of the overhang; none when it was spelled otherwise so far."""
-        if not self.text.overhang:
-            return ()  # at every step but the first ones
-        so_far, ids = self.tokens[len(self.prompt) :], self.overhang_ids
-        if list(ids[: len(so_far)]) != so_far:
-            return ()
-        return ids[len(so_far) : self.capacity - len(self.prompt) - 1]
-
-    @property
     def draftable(self) -> int:
         """How many tokens may be guessed: after all of them one more has to fit in. None while it repeats an overhang,
         when only that is allowed."""
-        if self.targets or self.text.overhang:
+        if self.targets or self.text.overhang.left:
             return 0
         return max(0, min(self.max_tokens - self.generated, self.capacity - len(self.tokens)) - 1)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 
+from services.core.models.spelling import Overhang
+
 
 class TextStream:
     """The text of one sequence, token by token.
@@ -18,7 +20,7 @@ class TextStream:
         suffix_stop: more of them, each one line with its newline (:func:`suffix_stop`); the end of the text counts as
             that newline.
         single_line: it ends at the end of the first line that is not blank.
-        overhang: text that generation has to repeat before anything new; not part of the output.
+        overhang: what generation has to repeat before anything new; not part of the output.
     """
 
     def __init__(
@@ -28,7 +30,7 @@ class TextStream:
         stop: Sequence[str] = (),
         suffix_stop: Sequence[str] = (),
         single_line: bool = False,
-        overhang: str = "",
+        overhang: Overhang | None = None,
     ) -> None:
         self._vocabulary = vocabulary
         self._stop = [s for s in (*stop, *suffix_stop) if s]
@@ -37,9 +39,10 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
         self._line_has_text = False
-        self.overhang = overhang.encode()
+        self.overhang = overhang or Overhang()
         """What is still to be repeated; the sampler keeps to it."""
-        self.overhang_size = len(self.overhang)
+        self.overhang_size = len(self.overhang.left)
+        """Most tokens that only repeat it."""
         self.repeating = False
         """Whether the last token only repeated overhang."""
         self.stopped = False
@@ -49,13 +52,9 @@ class TextStream:
         """The text that is certain by now."""
         data = self._vocabulary[token]
         self.repeating = False
-        if self.overhang:
-            repeated = min(len(data), len(self.overhang))
-            if data[:repeated] == self.overhang[:repeated]:
-                self.overhang, data = self.overhang[repeated:], data[repeated:]
-                self.repeating = not data
-            else:
-                self.overhang = b""  # a vocabulary that cannot spell it: go on from here
+        if self.overhang.left:
+            self.overhang, data = self.overhang.after(token, data)
+            self.repeating = not data
         return self._advance(self._decoder.decode(data))
 
     def flush(self) -> str:

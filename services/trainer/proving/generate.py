@@ -10,7 +10,7 @@ import torch
 from services.core.errors import JobCancelled
 from services.core.models import prompts
 from services.core.models.prompts import Prompt, PromptFormat
-from services.core.models.spelling import Spelling, token_bytes, within
+from services.core.models.spelling import Overhang, Spelling, token_bytes
 from services.core.places import Place
 from services.trainer.model.lora import Trainee
 
@@ -25,23 +25,16 @@ _ROWS_AT_ONCE = 16
 class _Line:
     """One completion on its way."""
 
-    overhang: bytes
-    """What is still to be repeated of the prompt's overhang."""
-    spelled: tuple[int, ...] = ()
-    """How it is spelled when it is blank."""
+    overhang: Overhang
     text: bytes = b""
     tokens: int = 0
     """New ones; those that only repeat do not count, as in inference."""
 
-    def push(self, data: bytes) -> None:
-        """Takes the bytes of a token."""
-        repeated = min(len(data), len(self.overhang))
-        if data[:repeated] == self.overhang[:repeated]:
-            self.overhang, data = self.overhang[repeated:], data[repeated:]
-        else:
-            self.overhang = b""  # a vocabulary that cannot spell it: go on from here
-        self.text += data
-        self.tokens += bool(data) or not repeated
+    def push(self, token: int, data: bytes) -> None:
+        """Takes a token with its bytes."""
+        self.overhang, new = self.overhang.after(token, data)
+        self.text += new
+        self.tokens += bool(new) or not data
 
     @property
     def is_complete(self) -> bool:
@@ -76,7 +69,7 @@ class LineWriter:
             JobCancelled: it was asked for meanwhile.
         """
         rendered = [self._prompt(place, use_suffix) for place in places]
-        lines = [self._line(prompt.overhang.encode(), prompt.overhang_ids) for prompt in rendered]
+        lines = [_Line(Overhang.of(made.overhang, made.overhang_ids, self._vocabulary)) for made in rendered]
         for batch in _batches([len(prompt.ids) for prompt in rendered]):
 
             def choose(logits: torch.Tensor, going: Sequence[int], batch: list[int] = batch) -> list[int | None]:
@@ -86,9 +79,6 @@ class LineWriter:
 
             trainee.generate([rendered[number].ids for number in batch], choose)
         return [line.text.decode(errors="replace") for line in lines]
-
-    def _line(self, overhang: bytes, ids: Sequence[int]) -> _Line:
-        return _Line(overhang, within(self._vocabulary, overhang, ids) if overhang.isspace() else ())
 
     def _prompt(self, place: Place, use_suffix: bool) -> Prompt:
         return prompts.completion_prompt(
@@ -105,16 +95,14 @@ class LineWriter:
         logits = logits[:, : self._spelling.size]  # what pads the embeddings is no token, and has no text
         chosen: list[int | None] = list(logits.argmax(-1).tolist())
         for row, line in enumerate(lines):
-            first = line.spelled[0] if line.spelled else None
-            line.spelled = line.spelled[1:]
-            if line.overhang and (allowed := self._spelling.beginning(line.overhang, first)):
+            if allowed := self._spelling.beginning(line.overhang):
                 kept = torch.tensor(allowed, device=logits.device)
                 chosen[row] = allowed[int(logits[row, kept].argmax())]
             token = chosen[row]
             if token in self._fmt.stop_ids:
                 chosen[row] = None
             elif token is not None:
-                line.push(self._vocabulary[token])
+                line.push(token, self._vocabulary[token])
                 if line.is_complete:
                     chosen[row] = None
         return chosen

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from services.core.models.spelling import Spelling
+from services.core.models.spelling import Overhang, Spelling
 from services.inference.engine.sampler import Sampler, distribution
 from services.inference.engine.sequence import Sampling, Sequence
 from services.inference.engine.text import TextStream
@@ -18,16 +18,15 @@ def make(
     sampling: Sampling,
     prompt: list[int] | None = None,
     overhang: str = "",
-    overhang_ids: tuple[int, ...] = (),
+    ids: tuple[int, ...] = (),
     vocabulary: list[bytes] = VOCABULARY,
 ) -> Sequence:
     return Sequence(
         prompt=prompt or [3],
         max_tokens=5,
-        text=TextStream(vocabulary, overhang=overhang),
+        text=TextStream(vocabulary, overhang=Overhang.of(overhang, ids, vocabulary)),
         deliver=lambda _: None,
         sampling=sampling,
-        overhang_ids=overhang_ids,
     )
 
 
@@ -95,7 +94,7 @@ def test_blanks_are_spelled_as_the_tokenizer_groups_them() -> None:
     sampler = Sampler(Spelling(blanks))
 
     def chosen(overhang: str, ids: tuple[int, ...], drafts: tuple[int, ...] = ()) -> tuple[int, ...]:
-        sequence = make(Sampling(), overhang=overhang, overhang_ids=ids, vocabulary=blanks)
+        sequence = make(Sampling(), overhang=overhang, ids=ids, vocabulary=blanks)
         return sampler.sample(torch.tensor([[9.0, 1.0, 2.0, 0.0, 3.0]]).repeat(3, 1), [(sequence, drafts)])[0]
 
     assert chosen("   ", ()) == (0,), "nobody said how"

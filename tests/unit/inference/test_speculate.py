@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from services.core.models.spelling import Overhang
 from services.inference.engine.blocks import BLOCK
 from services.inference.engine.scheduler import Limits, Scheduler
 from services.inference.engine.sequence import Reason, Result, Sampling
@@ -185,8 +186,8 @@ def test_everything_is_as_without_guesses(reference: LlamaForCausalLM, tokenizer
         ]
         for seed, (one, known) in enumerate(zip(made, plain, strict=False)):
             one.sequence.drafter = Knowing(known.sequence.tokens, seed)
-            if one.sequence.text.overhang:  # right to its end, or not
-                one.sequence.overhang_ids = (*known.new[: 3 + seed % 2], known.new[0])
+            if left := one.sequence.text.overhang.left:  # right to its end, or not
+                one.sequence.text.overhang = Overhang(left, (*known.new[: 3 + seed % 2], known.new[0]))
         bench.engine.submit(*(one.sequence for one in made))
         bench.engine.start()
         answers = [told(one.wait()) for one in made]

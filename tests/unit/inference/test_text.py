@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from services.core.models.spelling import Spelling, token_bytes, within
+from services.core.models.spelling import Overhang, Spelling, token_bytes, within
 from services.inference.engine.text import TextStream, suffix_stop
 
 BYTES = [bytes([byte]) for byte in range(256)]
@@ -60,10 +60,27 @@ def test_single_line_ends_at_the_first_line_with_text(text: str, line: str) -> N
 
 
 def test_overhang_is_not_output() -> None:
-    stream = TextStream([*BYTES, b"\n    return"], overhang="\n  ")
-    assert stream.push(ord("\n")) == "" and stream.repeating and stream.overhang == b"  "
-    stream = TextStream([*BYTES, b"\n    return"], overhang="\n  ")
-    assert stream.push(256) == "  return" and not stream.repeating and not stream.overhang
+    vocabulary = [*BYTES, b"\n    return"]
+    overhang = Overhang.of("\n  ", b"\n  ", vocabulary)
+    stream = TextStream(vocabulary, overhang=overhang)
+    assert stream.push(ord("\n")) == "" and stream.repeating and stream.overhang == Overhang(b"  ", (32, 32))
+    assert stream.push(ord(" ")) == "" and stream.repeating and stream.overhang == Overhang(b" ", (32,))
+    assert stream.push(ord(" ")) == "" and stream.repeating and stream.overhang == Overhang()
+    stream = TextStream(vocabulary, overhang=overhang)
+    assert stream.push(256) == "  return" and not stream.repeating and stream.overhang == Overhang()
+    stream = TextStream(vocabulary, overhang=overhang)
+    assert stream.push(ord("x")) == "x" and not stream.repeating and stream.overhang == Overhang(), "cannot be spelled"
+
+
+def test_an_overhang_that_is_spelled_otherwise_may_go_on_as_it_likes() -> None:
+    vocabulary = [b" ", b"  ", b"   ", b"     x"]
+    spelling, overhang = Spelling(vocabulary), Overhang.of("     ", (2, 1), vocabulary)
+    assert sorted(spelling.beginning(overhang)) == [2, 3]
+    followed, new = overhang.after(2, vocabulary[2])
+    assert followed == Overhang(b"  ", (1,)) and not new and sorted(spelling.beginning(followed)) == [1, 2, 3]
+    otherwise, new = overhang.after(0, vocabulary[0])
+    assert otherwise == Overhang(b"    ") and not new and sorted(spelling.beginning(otherwise)) == [0, 1, 2, 3]
+    assert overhang.after(3, vocabulary[3]) == (Overhang(), b"x") and not spelling.beginning(Overhang())
 
 
 @pytest.mark.parametrize(
@@ -89,13 +106,16 @@ def test_vocabularies_of_words_and_of_sentence_piece() -> None:
     assert token_bytes(PreTrainedTokenizerFast(tokenizer_object=pieces)) == [b" def", b"\n", b"x"]
 
 
-@given(st.lists(st.binary(max_size=3), max_size=20), st.binary(min_size=1, max_size=4))
+PARTS = st.one_of(st.binary(max_size=3), st.text(" \n", max_size=3).map(str.encode))
+
+
+@given(st.lists(PARTS, max_size=20), PARTS.filter(bool))
 def test_spelling_finds_exactly_the_tokens_that_agree(vocabulary: list[bytes], text: bytes) -> None:
     expected = [n for n, data in enumerate(vocabulary) if data and (data.startswith(text) or text.startswith(data))]
-    assert sorted(Spelling(vocabulary).beginning(text)) == expected
+    assert sorted(Spelling(vocabulary).beginning(Overhang(text))) == expected
     for first in range(len(vocabulary)):
-        whole = [n for n in expected if n == first or vocabulary[n].startswith(text)]
-        assert sorted(Spelling(vocabulary).beginning(text, first)) == whole
+        bound = [n for n in expected if not text.isspace() or n == first or vocabulary[n].startswith(text)]
+        assert sorted(Spelling(vocabulary).beginning(Overhang(text, (first,)))) == bound
 
 
 def test_ids_within_a_text() -> None:

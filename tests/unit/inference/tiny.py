@@ -13,7 +13,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from services.core.models.spelling import Spelling, token_bytes
+from services.core.models.spelling import Overhang, Spelling, token_bytes
 from services.inference.adapters import lora
 from services.inference.engine.engine import Engine
 from services.inference.engine.runner import Runner
@@ -138,12 +138,13 @@ class Bench:
         self.engine = Engine(self.runner, limits)
 
     def make(self, prompt: list[int], max_tokens: int = 16, **fields: Any) -> Heard:
-        text = {key: fields.pop(key) for key in ("stop", "suffix_stop", "single_line", "overhang") if key in fields}
+        text = {key: fields.pop(key) for key in ("stop", "suffix_stop", "single_line") if key in fields}
+        overhang = Overhang.of(fields.pop("overhang", ""), fields.pop("overhang_ids", ()), self.vocabulary)
         heard = Heard()
         heard.sequence = Sequence(
             prompt=prompt,
             max_tokens=max_tokens,
-            text=TextStream(self.vocabulary, **text),
+            text=TextStream(self.vocabulary, overhang=overhang, **text),
             deliver=heard.inbox.put,
             sampling=fields.pop("sampling", Sampling()),
             **fields,

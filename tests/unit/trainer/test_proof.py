@@ -66,7 +66,8 @@ def test_lines_are_those_that_inference_writes(
         for place in PLACES:
             made = prompts.completion_prompt(fmt, tokenizer, path=place.path, prefix=place.prefix, suffix="", budget=64)
             stops = frozenset(fmt.stop_ids)
-            served.append(bench.submit(made.ids, 32, overhang=made.overhang, single_line=True, stop_ids=stops).wait())
+            fields = {"overhang": made.overhang, "overhang_ids": made.overhang_ids, "single_line": True}
+            served.append(bench.submit(made.ids, 32, stop_ids=stops, **fields).wait())
         expected = [heard.text for heard in served]
     finally:
         bench.engine.stop()
