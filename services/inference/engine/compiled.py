@@ -17,7 +17,7 @@ from services.inference.engine import kernels
 from services.inference.engine.attention import Step
 from services.inference.engine.block import Block, Rotary
 from services.inference.engine.layers import Norm
-from services.inference.engine.weights import Half, Narrow, Rows
+from services.inference.engine.weights import Fast, Rows
 
 
 def fits(model: PreTrainedModel) -> bool:
@@ -34,7 +34,7 @@ def fits(model: PreTrainedModel) -> bool:
 
 def rows(product: Any) -> Rows | None:
     """How a product reads its weights for a few tokens; None where that is not compiled."""
-    return product.rows if isinstance(product, Half | Narrow) else None
+    return product.few if isinstance(product, Fast) and isinstance(product.few, Rows) else None
 
 
 @dataclass(slots=True)
@@ -60,7 +60,7 @@ class Product:
         self.rows, self.outs, self._paths, self._active = rows, joint.outs, joint.paths, active
 
     def add(self, x: torch.Tensor, out: torch.Tensor, *, keep: bool) -> None:
-        """See :meth:`services.inference.engine.weights.Rows16.add`; with what the step's adapters give."""
+        """See :meth:`services.inference.engine.weights.Rows.add`; with what the step's adapters give."""
         self.rows.add(x.numpy(), out.numpy(), keep=keep)
         if (mix := self._active.mix) is not None:
             mix.add(self._paths, x, out, self.outs)

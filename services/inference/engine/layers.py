@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from services.inference.adapters.lora import Joint, joints
 from services.inference.engine import kernels
 from services.inference.engine.few import MOST
-from services.inference.engine.weights import Half, Narrow, Plain, Product
+from services.inference.engine.weights import Fast, Plain, Product
 
 Kind = Literal["auto", "bf16", "int8"]
 _FIRST = 2
@@ -37,8 +37,7 @@ def speed_up(model: PreTrainedModel, kind: Kind) -> None:
     for joint in found:
         if isinstance(joint.product, Plain):
             narrow = kind == "int8" and (kernels.in_threads() or _FIRST <= _layer(joint) < last)
-            packed = Narrow if narrow else Half
-            joint.product = packed(joint.product.weight, joint.product.bias)
+            joint.product = Fast(joint.product.weight, joint.product.bias, narrow=narrow)
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if isinstance(head, nn.Linear):
         model.set_output_embeddings(Head(head, kind))  # type: ignore[no-untyped-call]
@@ -64,8 +63,8 @@ class Head(nn.Module):
 
     def __init__(self, head: nn.Linear, kind: Kind) -> None:
         super().__init__()
-        packed = Narrow if kind == "int8" and kernels.in_threads() else Half
-        self.product: Product = packed(head.weight.detach(), None if head.bias is None else head.bias.detach())
+        bias = None if head.bias is None else head.bias.detach()
+        self.product: Product = Fast(head.weight.detach(), bias, narrow=kind == "int8" and kernels.in_threads())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[1, tokens, hidden]`` to ``[1, tokens, embeddings]``."""

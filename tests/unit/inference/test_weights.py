@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from services.inference.engine import kernels, layers
 from services.inference.engine.layers import speed_up
 from services.inference.engine.scheduler import Limits
-from services.inference.engine.weights import Blocked, Half, Narrow
+from services.inference.engine.weights import Blocked, Fast
 from tests.unit.inference.tiny import Bench, greedy, marker
 
 IN_THREADS = kernels.in_threads()
@@ -22,9 +22,9 @@ needs_kernels = pytest.mark.skipif(not layers._supported(), reason="this process
 @needs_kernels
 @pytest.mark.parametrize("tokens", [1, 3, 16, 100])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("kind", "error"), [(Half, 0.003), (Blocked, 0.004), (Narrow, 0.02)])
+@pytest.mark.parametrize(("narrow", "error"), [(False, 0.003), (None, 0.004), (True, 0.02)])
 def test_products_are_the_exact_ones_within_their_rounding(
-    kind: type[Half | Blocked | Narrow], error: float, bias: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
+    narrow: bool | None, error: float, bias: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(1)
     weight, x = torch.randn(96, 64).bfloat16(), torch.randn(tokens, 64)
@@ -32,7 +32,8 @@ def test_products_are_the_exact_ones_within_their_rounding(
     exact = torch.nn.functional.linear(x, weight.float(), None if offset is None else offset.float())
     for threads in (True, False):
         monkeypatch.setattr(kernels, "in_threads", lambda threads=threads: threads and IN_THREADS)
-        product = kind(weight, offset)(x)
+        packed = Blocked(weight, offset) if narrow is None else Fast(weight, offset, narrow=narrow)
+        product = packed(x)
         assert product.dtype == torch.float32
         assert ((product - exact).norm() / exact.norm()).item() < error
 
@@ -43,7 +44,7 @@ def test_halves_lose_nothing_of_few_tokens(threads: bool, monkeypatch: pytest.Mo
     monkeypatch.setattr(kernels, "in_threads", lambda: threads and IN_THREADS)
     torch.manual_seed(1)
     weight, x = torch.randn(96, 64).bfloat16(), torch.randn(2, 64)
-    torch.testing.assert_close(Half(weight, None)(x), x @ weight.float().T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(Fast(weight, None, narrow=False)(x), x @ weight.float().T, rtol=1e-5, atol=1e-5)
 
 
 @needs_kernels
@@ -52,7 +53,7 @@ def test_a_token_in_eight_bits_does_not_depend_on_the_others(threads: bool, monk
     monkeypatch.setattr(kernels, "in_threads", lambda: threads and IN_THREADS)
     torch.manual_seed(1)
     weight, x = torch.randn(96, 64).bfloat16(), torch.randn(1, 64)
-    narrow, exact = Narrow(weight, None), x @ weight.float().T
+    narrow, exact = Fast(weight, None, narrow=True), x @ weight.float().T
     beside_a_large_one = narrow(torch.cat([x, 1000 * torch.randn(1, 64)]))[:1]
     assert ((beside_a_large_one - exact).norm() / exact.norm()).item() < 0.02
 
