@@ -158,10 +158,15 @@ async def test_chat_needs_a_template_and_renders_with_it(world: World) -> None:
     tokenizer.chat_template = "{% for m in messages %}<file_sep>{{ m.role }}:{{ m.content }}{% endfor %}"
     try:
         stream = await Stream(world.completions.Chat(request, timeout=10)).end()
+        best = await world.store(1, seed=1)
+        await world.publish(best)
+        await world.until_active(best.sha256)
+        tuned = await Stream(world.completions.Chat(request, timeout=10)).end()
     finally:
         tokenizer.chat_template = None
     assert stream.started.prompt_tokens == 1 + len("user:<|endoftext|>hi"), "markers in a message are only text"
-    assert stream.reason == "LENGTH"
+    assert stream.reason == tuned.reason == "LENGTH" and tuned.text != stream.text
+    assert (stream.started.adapter_sha256, tuned.started.adapter_sha256) == ("", best.sha256)
 
 
 async def test_several_completions_of_one_prompt(world: World) -> None:

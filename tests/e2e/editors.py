@@ -29,6 +29,8 @@ def ask_blocking(url: str, key: str, model: str) -> dict[str, Any]:
             for choice in chunk.choices
         )
         base = client.completions.create(model=f"{model}@base", **CODE)
+        question: Any = [{"role": "user", "content": "What is the capital of France?"}]
+        said = client.chat.completions.create(model=f"{model}@base", messages=question, max_tokens=32, temperature=0)
         seen: dict[str, Any] = {
             "text": answer.choices[0].text,
             "streamed": streamed,
@@ -37,11 +39,7 @@ def ask_blocking(url: str, key: str, model: str) -> dict[str, Any]:
             "usage": answer.usage.completion_tokens if answer.usage else 0,
             "models": [model.id for model in client.models.list()],
             "id": answer.id,
-            "chat": client.chat.completions.create(
-                model=model, messages=[{"role": "user", "content": "Say hello."}], max_tokens=8
-            )
-            .choices[0]
-            .message.content,
+            "chat": [said.choices[0].message.content, said.choices[0].finish_reason],
         }
         mistakes: dict[str, Callable[[], object]] = {
             "no such model": lambda: client.completions.create(model="nobody", prompt="x"),

@@ -191,7 +191,7 @@ async def test_an_editor_gets_the_new_adapter_over_http(stack: dict[str, str], s
         "nothing to complete": ["BadRequestError", "EMPTY_PROMPT"],
         "no such key": ["AuthenticationError", "UNAUTHENTICATED"],
     }
-    assert asked["chat"].strip(), "the local model has a chat template"
+    assert asked["chat"] == ["The capital of France is Paris.", "stop"], "an instruct model, by its chat template"
     assert again["adapter"] == best and again["infill"]["tokens_predicted"] > 0
     async with httpx2.AsyncClient(base_url=url, headers=editors.bearer(stack["key"])) as http:
         for event in ("shown", "accepted"):

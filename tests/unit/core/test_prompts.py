@@ -30,6 +30,12 @@ def test_detects_the_family_by_its_vocabulary(family: str) -> None:
     assert markers <= set(fmt.stop_ids), "a marker must never come out as text"
 
 
+@pytest.mark.parametrize("end", ["<|im_end|>", "<end_of_turn>", "<|eot_id|>"])
+def test_an_answer_ends_where_its_turn_of_the_chat_does(end: str) -> None:
+    made = tokenizers.byte_level(["<eos>", end])  # as Gemma's: its end of text is another one
+    assert made.eos_token == "<eos>" and made.get_vocab()[end] in prompts.detect(made).stop_ids
+
+
 def test_one_missing_marker_makes_it_plain() -> None:
     made = tokenizers.byte_level(["<|endoftext|>", "<fim_prefix>", "<fim_suffix>"])
     assert prompts.detect(made).style == "plain"

@@ -73,6 +73,8 @@ STOP_MARKERS = (
     *END_MARKERS,
     *PATH_MARKERS,
     *("<|fim_pad|>", "<fim_pad>", "<|repo_name|>", "<repo_name>", "<|reponame|>", "<reponame>", "<|EOT|>", "▁<EOT>"),
-    *("<|file_separator|>", "<|im_start|>", "<|im_end|>", "[MIDDLE]"),
+    *("<|file_separator|>", "[MIDDLE]"),
+    # A turn of a chat, which not every tokenizer calls its end of text: Qwen and SmolLM2, Gemma, Llama 3.
+    *("<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "<|start_header_id|>", "<|eot_id|>"),
     *(marker for family in FAMILIES for marker in family.markers),
 )
