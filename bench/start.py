@@ -1,20 +1,21 @@
 """Start of the service: ``python -m bench.start [--rounds N]``.
 
-From the start of the process to health's SERVING and to the first completion, with the model in the cache.
+From the start of the process to health's SERVING and to the first completion, with the model in the cache. The peer is
+vLLM's CPU build, to its first token and without a server around it (bench/vllm_cpu.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import time
 from datetime import timedelta
 
+from bench import vllm_cpu
 from bench.figures import row
-from bench.replica import Replica, replica
+from bench.replica import Replica, model_folder, replica
 from services.core.rpc import probe
-
-PEER = "vLLM's CPU build takes 80 to 100 s"
 
 
 async def serving(on: Replica) -> float:
@@ -35,7 +36,10 @@ async def main(rounds: int) -> None:
             answer_times.append(answered)
     for what, times in (("process to SERVING", health_times), ("process to the first completion", answer_times)):
         row(what, " ".join(f"{seconds:.1f}" for seconds in times) + " s", "10 s")
-    print(f"peer: {PEER} (not in this run)")
+    with vllm_cpu.server(model_folder(), os.cpu_count() or 1, 1, 1024) as peer:
+        if peer is not None:
+            ratio = peer.started / min(answer_times)
+            row("vLLM's CPU build to its first token", f"{peer.started:.1f} s, {ratio:.1f} x the best of these")
 
 
 if __name__ == "__main__":
