@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from services.core.models.spelling import Spelling
 from services.inference.engine.sequence import Sampling, Sequence, TokenLogprob
+
+_NUCLEUS = 1024
+"""Tokens that are looked at for a nucleus before all are sorted: to find so many of SmolLM2's 49,152 takes 0.15 ms, to
+sort all of them 3.7."""
 
 
 class Sampler:
@@ -79,7 +85,7 @@ class Sampler:
     def _choose(self, logits: torch.Tensor, sequence: Sequence) -> int:
         if sequence.sampling.temperature == 0.0:
             return int(logits.argmax())
-        probabilities = distribution(logits, sequence.sampling)
+        ids, probabilities = distribution(logits, sequence.sampling)
         generator = self._generators.get(sequence.number)
         if generator is None:
             generator = self._generators[sequence.number] = torch.Generator(device=logits.device)
@@ -87,27 +93,46 @@ class Sampler:
                 generator.seed()
             else:
                 generator.manual_seed(sequence.sampling.seed)
-        return int(torch.multinomial(probabilities, 1, generator=generator))
+        # torch.multinomial draws a number for every token, a millisecond for SmolLM2's.
+        reached = probabilities.double().cumsum(-1)
+        drawn = torch.rand(1, generator=generator, dtype=torch.float64, device=logits.device) * reached[-1]
+        at = min(int(torch.searchsorted(reached, drawn, right=True)), len(reached) - 1)
+        return at if ids is None else int(ids[at])
 
 
-def distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Probabilities after temperature, top-k, top-p and min-p, in that order.
+def distribution(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The tokens that are left after temperature, top-k, top-p and min-p, in that order, and their probabilities.
 
     Args:
         logits: ``[vocabulary]``, float32.
         sampling: its temperature is above 0.
+
+    Returns:
+        Their ids, None for all of them as they stand, and ``[left]`` probabilities.
     """
+    ids: torch.Tensor | None = None
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.numel():
-        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], -torch.inf)
+        logits, ids = logits.topk(sampling.top_k)
     if sampling.top_p < 1.0:
-        ordered, order = logits.softmax(-1).sort(descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= sampling.top_p  # the token that crosses the border stays
-        logits = logits.index_fill(-1, order[beyond], -torch.inf)
+        logits, nucleus = _nucleus(logits, sampling.top_p)
+        ids = nucleus if ids is None else ids[nucleus]
     if sampling.min_p > 0.0:
-        probabilities = logits.softmax(-1)
-        logits = logits.masked_fill(probabilities < sampling.min_p * probabilities.max(), -torch.inf)
-    return logits.softmax(-1)
+        (likely,) = (logits >= logits.max() + math.log(sampling.min_p)).nonzero(as_tuple=True)
+        logits, ids = logits[likely], likely if ids is None else ids[likely]
+    return ids, logits.softmax(-1)
+
+
+def _nucleus(logits: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits and indices of the fewest tokens that have that share of the probability, the likeliest first."""
+    whole = logits.logsumexp(-1)
+    ordered, order = logits.topk(min(_NUCLEUS, logits.numel()))
+    reached = (ordered - whole).exp().cumsum(-1)
+    if reached[-1] < share:
+        ordered, order = logits.sort(descending=True)
+        reached = (ordered - whole).exp().cumsum(-1)
+    size = int((reached < share).sum()) + 1  # the token that crosses the border stays
+    return ordered[:size], order[:size]
 
 
 def _penalized(logits: torch.Tensor, sequence: Sequence, chosen: list[int]) -> torch.Tensor:

@@ -35,13 +35,43 @@ def sample(sampler: Sampler, logits: torch.Tensor, sequences: list[Sequence]) ->
     return [token for (token,) in sampler.sample(logits, [(sequence, ()) for sequence in sequences])]
 
 
+def spread(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """The probability of every token."""
+    ids, probabilities = distribution(logits, sampling)
+    return probabilities if ids is None else torch.zeros_like(logits).index_put((ids,), probabilities)
+
+
 def kept(sampling: Sampling) -> set[int]:
-    return set(distribution(LOGITS, sampling).nonzero().flatten().tolist())
+    return set(spread(LOGITS, sampling).nonzero().flatten().tolist())
 
 
 def test_temperature_is_a_softmax() -> None:
     expected = (LOGITS / 0.7).softmax(-1)
-    assert torch.allclose(distribution(LOGITS, Sampling(temperature=0.7)), expected)
+    assert torch.allclose(spread(LOGITS, Sampling(temperature=0.7)), expected)
+
+
+@pytest.mark.parametrize("width", [0.5, 3.0])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=0.8, top_p=0.9),
+        Sampling(temperature=1.5, top_k=300, top_p=0.7),
+        Sampling(temperature=0.8, top_p=0.95, min_p=0.02),
+        Sampling(temperature=1, top_k=50, min_p=0.1),
+        Sampling(temperature=1, min_p=0.3),
+    ],
+)
+def test_filters_of_many_tokens_are_those_of_their_definitions(sampling: Sampling, width: float) -> None:
+    logits = torch.randn(5000, generator=torch.Generator().manual_seed(1)) * width
+    wanted = (logits / sampling.temperature).double()
+    if sampling.top_k:
+        wanted[wanted < wanted.sort().values[-sampling.top_k]] = -torch.inf
+    ordered, order = wanted.softmax(-1).sort(descending=True)
+    if sampling.top_p < 1:
+        wanted[order[ordered.cumsum(-1) - ordered >= sampling.top_p]] = -torch.inf
+    shares = wanted.softmax(-1)
+    wanted[shares < sampling.min_p * shares.max()] = -torch.inf
+    torch.testing.assert_close(spread(logits, sampling).double(), wanted.softmax(-1), rtol=1e-3, atol=1e-9)
 
 
 @pytest.mark.parametrize(
