@@ -134,7 +134,8 @@ class Bench:
     ) -> None:
         self.vocabulary = token_bytes(tokenizer)
         self.model = copy.deepcopy(reference)
-        self.runner = Runner(self.model, Sampler(Spelling(self.vocabulary)), limits.blocks, threads)
+        self.sampler = Sampler(Spelling(self.vocabulary))
+        self.runner = Runner(self.model, self.sampler, limits.blocks, threads)
         self.engine = Engine(self.runner, limits)
 
     def make(self, prompt: list[int], max_tokens: int = 16, **fields: Any) -> Heard:
