@@ -1,4 +1,5 @@
-"""A step over a few tokens on a CPU without torch: one compiled call after the other, over the same arrays each time.
+"""A step over a few tokens on a CPU with hardly any torch: one compiled call after the other, over the same arrays each
+time. Products of more tokens than the kernels are good for are oneDNN's.
 
 With weights of 8 bits, reading all of SmolLM2-135M's takes 5 ms on two cores. torch's 40 calls a layer took as long
 again, and transformers' own code around them a millisecond more.
@@ -10,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import silu
 from transformers import PreTrainedModel
 
 from services.inference.adapters.lora import Active, Joint
-from services.inference.engine import kernels
 from services.inference.engine.attention import Step
 from services.inference.engine.block import Block, Rotary
 from services.inference.engine.layers import Norm
@@ -29,12 +30,8 @@ def fits(model: PreTrainedModel) -> bool:
     norms = [body.norm, *(norm for block in blocks for norm in block.norms)]
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     products = [joint.product for block in blocks for joint in block.joints] + [getattr(head, "product", None)]
-    return all(isinstance(norm, Norm) for norm in norms) and all(rows(product) for product in products)
-
-
-def rows(product: Any) -> Rows | None:
-    """How a product reads its weights for a few tokens; None where that is not compiled."""
-    return product.few if isinstance(product, Fast) and isinstance(product.few, Rows) else None
+    are_compiled = (isinstance(product, Fast) and isinstance(product.few, Rows) for product in products)
+    return all(isinstance(norm, Norm) for norm in norms) and all(are_compiled)
 
 
 @dataclass(slots=True)
@@ -56,12 +53,13 @@ class Desk:
 class Product:
     """A joint of linear layers over arrays."""
 
-    def __init__(self, joint: Joint, rows: Rows, active: Active) -> None:
-        self.rows, self.outs, self._paths, self._active = rows, joint.outs, joint.paths, active
+    def __init__(self, joint: Joint, active: Active) -> None:
+        assert isinstance(joint.product, Fast)
+        self._packed, self.outs, self._paths, self._active = joint.product, joint.outs, joint.paths, active
 
     def add(self, x: torch.Tensor, out: torch.Tensor, *, keep: bool) -> None:
-        """See :meth:`services.inference.engine.weights.Rows.add`; with what the step's adapters give."""
-        self.rows.add(x.numpy(), out.numpy(), keep=keep)
+        """See :meth:`services.inference.engine.weights.Fast.add`; with what the step's adapters give."""
+        self._packed.add(x, out, keep=keep)
         if (mix := self._active.mix) is not None:
             mix.add(self._paths, x, out, self.outs)
 
@@ -72,9 +70,7 @@ class CompiledLayer:
     def __init__(self, block: Block, active: Active) -> None:
         self._block = block
         self._before, self._between = block.norms
-        self.qkv, self.o, self.gate_up, self.down = (
-            Product(joint, found, active) for joint in block.joints if (found := rows(joint.product))
-        )
+        self.qkv, self.o, self.gate_up, self.down = (Product(joint, active) for joint in block.joints)
 
     def run(self, desk: Desk, turns: tuple[torch.Tensor, torch.Tensor], step: Step) -> None:
         """Changes the desk's hidden states as the layer does."""
@@ -84,7 +80,8 @@ class CompiledLayer:
         self.o.add(desk.seen, desk.hidden, keep=True)
         self._between.into(desk.hidden, desk.normed)
         self.gate_up.add(desk.normed, desk.gate_up, keep=False)
-        kernels.gate(desk.gate_up.numpy(), desk.gated.numpy())
+        gate, up = desk.gate_up.chunk(2, 1)
+        torch.mul(silu(gate), up, out=desk.gated)
         self.down.add(desk.gated, desk.hidden, keep=True)
 
 
@@ -103,13 +100,8 @@ class Compiled:
         self._rotary: Rotary = body.rotary_emb
         self._norm: Norm = body.norm
         head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        found = rows(head.product)
-        assert found is not None
-        self._head = found
+        self._head: Fast = head.product
         self._desks: dict[int, Desk] = {}
-        first = self._layers[0]
-        self.most = min(product.rows.most for product in (first.qkv, first.o, first.gate_up, first.down))
-        """Tokens of a step that is faster like this."""
 
     def logits(self, ids: list[int], positions: list[int], last: list[int], step: Step) -> torch.Tensor:
         """``[last, embeddings]``, float32.
@@ -124,16 +116,12 @@ class Compiled:
             layer.run(desk, turns, step)
         self._norm.into(desk.hidden, desk.normed)
         wanted = desk.normed if len(last) == len(ids) else desk.normed[last]
-        out = torch.empty(len(last), self._head.outs)
-        for begin in range(0, len(last), self._head.most):
-            part = slice(begin, begin + self._head.most)
-            self._head.add(wanted[part].numpy(), out[part].numpy(), keep=False)
-        return out
+        return self._head(wanted)
 
     def _desk(self, tokens: int) -> Desk:
         if tokens not in self._desks:
-            layer = self._layers[0]
-            hidden, inner = layer.o.rows.outs, layer.down.rows.width
-            widths = (hidden, hidden, layer.qkv.rows.outs, layer.o.rows.width, 2 * inner, inner)
+            layer, hidden = self._layers[0], self._table.shape[1]
+            both, seen = sum(layer.gate_up.outs), layer.qkv.outs[0]
+            widths = (hidden, hidden, sum(layer.qkv.outs), seen, both, both // 2)
             self._desks[tokens] = Desk(*(torch.empty(tokens, width) for width in widths))
         return self._desks[tokens]

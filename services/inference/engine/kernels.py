@@ -313,16 +313,6 @@ def half(x: Any, weight: Any, bias: Any, keep: bool, out: Any, threads: int) -> 
                 out[token, n] = before + total + bias[n]
 
 
-@_compiled
-def gate(gate_up: Any, out: Any) -> None:
-    """``silu(gate) * up`` of ``[tokens, 2 * width]``, float32, to ``[tokens, width]``."""
-    width = out.shape[1]
-    for token in range(out.shape[0]):
-        for at in range(width):
-            value = gate_up[token, at]
-            out[token, at] = value / (np.float32(1.0) + np.float32(math.exp(-value))) * gate_up[token, width + at]
-
-
 @cache
 def in_threads() -> bool:
     """Whether there are threads for the kernels that want them: they need libgomp on the system."""
@@ -373,5 +363,4 @@ def warm() -> None:
     attend(*_seen())
     for dtype in (np.float32, np.uint16):
         adapt(*_adapted(dtype))
-    gate(floats((1, 2)), floats((1, 1)))
     in_threads()

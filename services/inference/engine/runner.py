@@ -100,7 +100,7 @@ class Runner:
 
     def _logits(self, ids: list[int], positions: list[int], last: list[int], step: Step) -> torch.Tensor:
         """Of the tokens whose outputs are wanted, ``[last, embeddings]``."""
-        if self._compiled is not None and step.few is not None and len(ids) <= self._compiled.most:
+        if self._compiled is not None and step.few is not None:
             return self._compiled.logits(ids, positions, last, step)
         device = self._model.device
         logits: torch.Tensor = self._model(

@@ -21,6 +21,7 @@ from services.inference.adapters.lora import Weights
 from services.inference.engine import compiled, kernels, layers
 from services.inference.engine.scheduler import Limits
 from services.inference.engine.sequence import Sampling
+from services.inference.engine.weights import Rows8
 from tests.unit.inference.tiny import Bench, marker
 
 needs_kernels = pytest.mark.skipif(
@@ -97,7 +98,7 @@ def test_it_computes_what_torch_does(
         monkeypatch.setattr("services.inference.engine.runner.fits", lambda model, compile=compile: compile)
         adapters = [marker(bench.model, 1), None, marker(bench.model, 2, rank=9), None]
         told.append(run(bench, adapters))
-    assert {1, 2, 4} <= set(calls) and max(calls) <= 8
+    assert {1, 2, 4} <= set(calls) and max(calls) > Rows8.most, "by the kernels and by oneDNN"
     for ours, theirs in zip(*told, strict=True):
         same = next((n for n, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a[0] != b[0]), len(ours))
         assert same >= 4, "a near tie may go either way, but not at once"

@@ -89,7 +89,7 @@ def test_float32_stays_as_it_is(reference: LlamaForCausalLM, tokenizer: PreTrain
 def test_no_step_has_to_compile(reference: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     bench = Bench(copy.deepcopy(reference).bfloat16(), tokenizer, Limits(running=8, kv_tokens=2048))
     speed_up(bench.model, "int8")
-    used = (kernels.norm, kernels.turn, kernels.attend, kernels.adapt, kernels.narrow, kernels.gate)
+    used = (kernels.norm, kernels.turn, kernels.attend, kernels.adapt, kernels.narrow)
     kernels.warm()
     before = [list(kernel.signatures) for kernel in used]  # type: ignore[attr-defined]
     bench.engine.start()
