@@ -5,6 +5,10 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
+# Bytecode is kept whatever the caller's environment says: tests start hundreds of processes, which would all compile
+# everything again.
+unexport PYTHONDONTWRITEBYTECODE
+
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -86,7 +90,7 @@ FUZZ_INPUTS ?= 100000
 fuzz: proto ## Hostile inputs against every reader of ingest (FUZZ_INPUTS=100000)
 	@$(BIN)/python -m tests.hostile.fuzz --inputs $(FUZZ_INPUTS) $(ARGS)
 
-# Files side by side: most tests wait for servers, and those of one file share theirs.
+# Files side by side, as tests/order.py deals them out: most tests wait for servers, and those of one file share theirs.
 TEST_WORKERS ?= 2
 test: proto sshd chromium promtool ## Every test: unit, contract, chaos (short), end to end (ARGS="-k name")
 	@$(BIN)/python -m pytest --quiet --numprocesses $(TEST_WORKERS) --dist loadfile tests/unit tests/contract tests/chaos tests/e2e $(ARGS)

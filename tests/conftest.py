@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import secrets
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
@@ -17,9 +19,27 @@ import structlog
 from services.cli.local import nats, ports, s3
 from services.cli.local.process import Child
 from services.core.store.s3 import S3Address
+from tests.order import OneComputes
 
 # Services that tests start by themselves take calls from everybody; those of `codegraft up` do not, whatever this says.
 os.environ["CODEGRAFT_AUTH"] = "off"
+# Those who scan and train give way to whoever completes. Here they would give way to the other workers' tests, too.
+os.environ["CODEGRAFT_SCANNER_NICE"] = os.environ["CODEGRAFT_TRAINER_NICE"] = "0"
+
+AT_ONCE = timedelta()
+"""The grace of a server whose data nobody wants again: to stop by itself takes the S3 server seconds."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneComputes | None:
+    """Workers that share files have them in an order of our own."""
+    return OneComputes(config, log) if config.getoption("dist") == "loadfile" else None
+
+
+def pytest_collection_finish() -> None:
+    """What all the tests import stays to the end: without this each look for garbage goes through it, for a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
@@ -48,7 +68,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Address]:
         bucket=address.bucket,
     )
     yield address
-    server.stop(s3.GRACE)
+    server.stop(AT_ONCE)
 
 
 @dataclass

@@ -276,9 +276,6 @@ async def test_a_run_that_does_not_fit_in_memory_says_so_before_its_first_step(
 
     accumulate = lora.Trainee.accumulate
     monkeypatch.setattr(lora.Trainee, "accumulate", short)
-    monkeypatch.setattr(
-        "services.trainer.planning.fit.gc.collect", lambda: 0
-    )  # a second each, with all that tests import
     last, _ = await world.watch(await world.create(QUICK))
     told = {setting.name: setting for setting in last.plan.settings}
     assert last.status.state == JOB_STATE_SUCCEEDED and last.plan.hyperparameters.micro_batch_size == 1
@@ -302,7 +299,6 @@ async def test_a_run_goes_on_where_there_is_less_memory(world: World, monkeypatc
         return float(accumulate(trainee, rows, tokens))
 
     monkeypatch.setattr(lora.Trainee, "accumulate", on_another_machine)
-    monkeypatch.setattr("services.trainer.planning.fit.gc.collect", lambda: 0)
     run = await world.create(settings)
     await world.until(run, lambda now: now.status.progress.done >= 2)
     planned = (await pause(world, run)).plan
