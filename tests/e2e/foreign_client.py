@@ -292,8 +292,8 @@ class WholePath:
     def train(self) -> None:
         pb, job = self.pb["run"], self.pb["job"]
         settings = self.pb["hyperparameters"].Hyperparameters(
-            lora_r=8, learning_rate=2e-3, train_steps=6, batch_size=2, context_length=256, warmup_steps=1,
-            eval_steps=3, max_eval_tokens=1024, proof_places=4, seed=1,
+            lora_r=8, learning_rate=2e-3, train_steps=4, batch_size=2, context_length=128, warmup_steps=1,
+            eval_steps=2, max_eval_tokens=256, proof_places=2, seed=1,
         )  # fmt: skip
         self.complete(stop=self.pb["completion"].StopRule(max_tokens=2))  # the model is loaded from here on
         created = self.runs.CreateRun(
@@ -310,7 +310,6 @@ class WholePath:
                     streams.append({"finished": False, "sha256": "", "error": str(error)})
 
         editor = threading.Thread(target=keep_streaming)
-        editor.start()
         events, run, bests = [], created, []
         try:
             for message in self.runs.WatchRun(pb.WatchRunRequest(name=created.name), timeout=8 * MINUTE):
@@ -318,6 +317,8 @@ class WholePath:
                 if message.HasField("event"):
                     kind = message.event.WhichOneof("event")
                     events.append((message.event.sequence, kind))
+                    if kind == "evaluation" and not editor.ident:  # the base model's, before the first step
+                        editor.start()
                     if kind == "best":
                         bests.append(message.event.best.sha256)
             deadline = time.time() + MINUTE
@@ -326,7 +327,8 @@ class WholePath:
             swapped_at = time.time()
         finally:
             stop.set()
-            editor.join()
+            if editor.ident:
+                editor.join()
         self.seen["run"] = {
             "state": job.JobState.Name(run.status.state),
             "failure": run.status.failure.message,

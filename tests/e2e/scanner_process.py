@@ -13,10 +13,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import torch  # noqa: F401  (slow to import)
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401  (slow to import)
+import services.scanner.allocators  # noqa: F401  (before Arrow is loaded)
+
+# isort: split
+import duckdb  # noqa: F401  (slow to import, like all these)
+import pyarrow.parquet  # noqa: F401
+import torch  # noqa: F401
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
 from services.cli.local.process import end_with_parent
+from services.core import runtime
 
 
 def scan(number: str) -> int:
@@ -25,7 +31,6 @@ def scan(number: str) -> int:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ["CODEGRAFT_CACHE_DIR"] = str(Path(f"cache-{number}").absolute())
-    from services.core import runtime
     from services.scanner.__main__ import main
     from services.scanner.config import ScannerSettings
 
