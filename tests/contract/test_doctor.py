@@ -27,6 +27,7 @@ from services.core.events.nats import NatsBus
 from services.core.state.nats import NatsState
 from services.core.store import S3Store
 from services.core.version import release
+from tests.conftest import AT_ONCE
 
 pytestmark = pytest.mark.usefixtures("own_logs")
 
@@ -66,7 +67,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     )
     yield Installation(settings, KNOWN, folder)
     for server in servers:
-        server.stop(s3.GRACE)
+        server.stop(AT_ONCE)
 
 
 def problems(checks: list[Check]) -> dict[str, str]:

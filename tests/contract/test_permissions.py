@@ -28,6 +28,7 @@ from services.core.quota.nats import NatsChannel
 from services.core.state import Bounds
 from services.core.state.nats import NatsState
 from services.core.store.s3 import S3Address, S3Store
+from tests.conftest import AT_ONCE
 
 PASSWORDS = {name: f"password-of-{name}" for name in permissions.SERVICES}
 
@@ -216,7 +217,7 @@ def test_the_object_store_lets_each_service_do_its_own(tmp_path: Path) -> None:
         with pytest.raises(StoreUnavailable):
             asyncio.run(_start_as_a_service(S3Address(endpoint, "codegraft", keys["ingest"][0], "wrong")))
     finally:
-        server.stop(s3.GRACE)
+        server.stop(AT_ONCE)
 
 
 async def _start_as_a_service(address: S3Address) -> None:

@@ -18,6 +18,7 @@ from services.cli.local.process import Child
 from services.core import errors
 from services.core.store import S3Store
 from services.core.store.s3 import S3Address
+from tests.conftest import AT_ONCE
 
 ACCESS, SECRET = "AKLOCALTEST", "a-secret-of-this-test"
 
@@ -71,7 +72,7 @@ def test_it_is_closed_without_keys_and_listens_on_loopback_only(tmp_path: Path) 
         assert SECRET not in (tmp_path / "log").read_text(errors="replace")
     finally:
         web.clear()
-        server.stop(s3.GRACE)
+        server.stop(AT_ONCE)
 
 
 def test_a_port_of_another_server_is_noticed(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ STARTUP = timedelta(seconds=60)
 DRAIN = timedelta(seconds=5)
 """How long a stopping service lets running calls end."""
 GRACE = DRAIN + timedelta(seconds=5)
-"""After that long a process that was asked to stop is killed."""
+"""After that long a service that was asked to stop is killed."""
 BUCKET = "codegraft"
 PORT_TRIES = 3
 _PORT_TAKEN = ("ddress already in use", "cannot listen on", "address in use")
@@ -145,15 +145,15 @@ class Stack:
         for child in services:
             child.terminate()
         for child in services:
-            self._ended(child, child.wait(GRACE))
-        for name in ("s3", "nats"):
+            self._ended(child, child.wait(GRACE), GRACE)
+        for name, grace in (("s3", s3.GRACE), ("nats", nats.GRACE)):
             if name in self._children:
-                self._ended(self._children[name], self._children[name].stop(GRACE))
+                self._ended(self._children[name], self._children[name].stop(grace), grace)
         self._folder.describe(StackInfo(StackState.FAILED if error else StackState.STOPPED, self.info.pid, error=error))
 
-    def _ended(self, child: Child, in_time: bool) -> None:
+    def _ended(self, child: Child, in_time: bool, grace: timedelta) -> None:
         if not in_time:
-            self._report(f"{child.name} did not stop within {GRACE.total_seconds():.0f} s and was killed")
+            self._report(f"{child.name} did not stop within {grace.total_seconds():.0f} s and was killed")
 
     def _adopt(self, child: Child, address: str, metrics: str = "") -> None:
         self._children[child.name] = child
