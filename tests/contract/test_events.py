@@ -201,7 +201,9 @@ async def test_headers_are_cloudevents(nats_server: NatsServer) -> None:
     await connection.close()
 
 
-async def test_subscriptions_survive_a_restart(own_nats_server: NatsServer) -> None:
+async def test_subscriptions_survive_a_restart(own_nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    # One that is under way over a restart is answered by nobody, and takes all its time.
+    monkeypatch.setattr("services.core.events.nats._FETCH_SECONDS", 1.0)
     connection = await connect(own_nats_server.url, user=own_nats_server.user, password=own_nats_server.password)
     bus = NatsBus(connection, "codegraft/trainer")
     followers = [await following(bus, CHANGED), await following(bus, CHANGED, durable="d")]
