@@ -72,9 +72,9 @@ class FeedbackServicer(feedback_pb2_grpc.FeedbackServiceServicer):
         return pb.DeleteKeptCompletionsResponse(deleted=await self._kept.delete(request.parent))
 
     def _staged(self, project: str, sha256: str) -> str:
-        """What this replica calls a version, unless it has it by the name of another project."""
-        version = self._registry.find(sha256)
-        return version.checkpoint if version and names.project_of(version.checkpoint) == project else ""
+        """What this replica calls a version, unless it has it by names of other projects only."""
+        held = (each.names for each in self._registry.holdings() if each.version.sha256 == sha256)
+        return next((name for each in held for name in each if names.project_of(name) == project), "")
 
     async def _check(self, parent: str) -> None:
         names.parse(names.PROJECT, parent, field="parent")

@@ -154,7 +154,7 @@ class ServingDesk:
         while True:
             loaded = await self._loader.load(checkpoint, self._model.result(), patience=_PLACE_WAIT)
             if holding := self._registry.keep(loaded.version.sha256):
-                after = _adapter(holding)
+                after = _adapter(holding, checkpoint)
                 if before != after:
                     audit.note(checkpoint, before, after)
                 return after
@@ -162,7 +162,7 @@ class ServingDesk:
     def unload(self, checkpoint: str) -> None:
         """Frees a staged adapter; raises what ServingService.UnloadAdapter lists."""
         names.parse(names.CHECKPOINT, checkpoint, field="checkpoint")
-        version = self._registry.find(checkpoint=checkpoint)
+        version = self._registry.ask(checkpoint)
         if version is None:
             raise CheckpointNotFound(f"{checkpoint} is not staged here", field="checkpoint", hint="List the adapters.")
         before = self._held(checkpoint)
@@ -174,8 +174,8 @@ class ServingDesk:
 
     def _held(self, checkpoint: str) -> Adapter | None:
         """What this replica holds of a checkpoint; no record in NATS says so."""
-        found = [each for each in self._registry.holdings() if each.version.checkpoint == checkpoint]
-        return _adapter(found[0]) if found else None
+        found = [each for each in self._registry.holdings() if checkpoint in each.names]
+        return _adapter(found[0], checkpoint) if found else None
 
     def _is_ready(self) -> bool:
         return self._model.done() and not self._model.cancelled() and self._model.exception() is None
@@ -194,13 +194,20 @@ def _check_checkpoint(parent: str, checkpoint: str, field: str) -> None:
         )
 
 
-def _adapter(holding: Holding) -> Adapter:
-    version = holding.version
+def _adapter(holding: Holding, checkpoint: str = "") -> Adapter:
+    """What the contract says of it.
+
+    Args:
+        checkpoint: the name that it was asked for by; of other projects, which may have the same weights, nothing is
+            told then. Empty tells everything.
+    """
+    version, owner = holding.version, names.project_of(checkpoint) if checkpoint else ""
     return Adapter(
-        checkpoint=version.checkpoint,
+        checkpoint=checkpoint or version.checkpoint,
         sha256=version.sha256,
         lora_r=version.rank,
         size=version.size,
         streams=holding.streams,
-        projects=list(holding.projects),
+        projects=[project for project in holding.projects if owner in ("", project)],
+        checkpoints=[name for name in holding.names if owner in ("", names.project_of(name))],
     )

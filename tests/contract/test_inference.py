@@ -556,6 +556,25 @@ async def test_load_list_unload(world: World) -> None:
     assert type(await refused_call(negative)) is errors.InvalidPageSize
 
 
+async def test_checkpoints_with_the_same_weights_are_listed_and_unloaded_by_each_name(world: World) -> None:
+    one, two = [await world.store(1, seed=1, run=f"{PROJECT}/runs/{run}") for run in ("first", "second")]
+    assert one.sha256 == two.sha256
+    other = await world.store(1, seed=1, run="projects/other/runs/first")
+    for best in (other, one, two):
+        answer = await world.serving.LoadAdapter(serving_pb2.LoadAdapterRequest(checkpoint=best.checkpoint))
+        assert answer.adapter.checkpoint == best.checkpoint, "as it was asked for"
+    assert list(answer.adapter.checkpoints) == [one.checkpoint, two.checkpoint], "nothing of other projects"
+    (listed,) = (await world.serving.ListAdapters(serving_pb2.ListAdaptersRequest())).adapters
+    assert set(listed.checkpoints) == {one.checkpoint, two.checkpoint, other.checkpoint}
+    assert listed.checkpoint == other.checkpoint, "the first"
+    await world.serving.UnloadAdapter(serving_pb2.UnloadAdapterRequest(checkpoint=two.checkpoint))
+    assert world.replica.registry.holdings() == []
+    choice = pb.AdapterChoice(checkpoint=two.checkpoint)  # from host memory, where they have the name of the first
+    assert (await world.complete(adapter=choice).end()).started.checkpoint == two.checkpoint
+    (listed,) = (await world.serving.ListAdapters(serving_pb2.ListAdaptersRequest())).adapters
+    assert list(listed.checkpoints) == [two.checkpoint] == [listed.checkpoint]
+
+
 async def test_every_error_carries_its_details(world: World) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await world.complete(prompt=pb.CodePrompt()).end()

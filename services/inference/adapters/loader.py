@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 from weakref import WeakValueDictionary
 
@@ -106,18 +106,18 @@ class Loader:
             AdapterRejected, BaseModelMismatch, DigestMismatch: it does not verify.
             ResourceExhausted: all places are in use.
         """
-        if staged := self._registry.find(sha256, checkpoint=checkpoint):
-            return Loaded(replace(staged, checkpoint=checkpoint))
+        if staged := self._registry.ask(checkpoint, sha256):
+            return Loaded(staged)
         sha256 = sha256 or (await self._manifests.get(checkpoint)).sha256
         async with self._loading.setdefault(sha256, asyncio.Lock()):
-            if staged := self._registry.find(sha256):  # by somebody who asked at the same time
-                return Loaded(replace(staged, checkpoint=checkpoint))
+            if staged := self._registry.ask(checkpoint, sha256):  # by somebody who asked at the same time
+                return Loaded(staged)
             phases = SwapPhases()
             held = self._host.get(sha256)
             verified = held or await self._verified(checkpoint, sha256, device, phases)
-            version = await self._staged(verified, device, phases, patience, probe=held is None)
+            version = await self._staged(checkpoint, verified, device, phases, patience, probe=held is None)
             self._host.put(verified)
-            return Loaded(replace(version, checkpoint=checkpoint), phases)
+            return Loaded(version, phases)
 
     async def _verified(self, checkpoint: str, sha256: str, device: Device, phases: SwapPhases) -> Verified:
         with _timed(phases, "fetch"):
@@ -134,12 +134,19 @@ class Loader:
             return await asyncio.to_thread(_verify, manifest, weights, config, device)
 
     async def _staged(
-        self, verified: Verified, device: Device, phases: SwapPhases, patience: float, *, probe: bool
+        self,
+        checkpoint: str,
+        verified: Verified,
+        device: Device,
+        phases: SwapPhases,
+        patience: float,
+        *,
+        probe: bool,
     ) -> Version:
         with _timed(phases, "wait"):
             await self._reserve(patience)
         try:
-            with _strange_files(verified.checkpoint):
+            with _strange_files(checkpoint):
                 with _timed(phases, "stage"):
                     weights = await asyncio.to_thread(device.prepare, verified.pairs, verified.scale, verified.sha256)
                 with _timed(phases, "probe"):
@@ -147,13 +154,14 @@ class Loader:
                     if probe:
                         prompt = verified.probe.ids if verified.probe else ()
                         losses, _ = await asyncio.gather(asyncio.to_thread(device.probe, weights, prompt), staging)
-                        verify.check_probe(verified.checkpoint, verified.probe, losses)
+                        verify.check_probe(checkpoint, verified.probe, losses)
                     else:
                         await staging
         except BaseException:
             self._registry.cancel()
             raise
-        version = Version(verified.sha256, verified.checkpoint, weights.rank, weights.size, verified.format)
+        # By the name that is asked for: in host memory it may have that of another run, or none of this time.
+        version = Version(verified.sha256, checkpoint, weights.rank, weights.size, verified.format)
         self._registry.put(version, weights)
         return version
 

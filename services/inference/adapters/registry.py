@@ -20,7 +20,7 @@ from __future__ import annotations
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from services.inference.adapters.route import Route, Version
@@ -53,6 +53,8 @@ class Holding:
     streams: int
     projects: tuple[str, ...]
     """Whose routes name it."""
+    names: tuple[str, ...]
+    """Every checkpoint with these weights that was asked for since they are here."""
 
 
 @dataclass(slots=True)
@@ -61,6 +63,8 @@ class _Place:
 
     version: Version
     weights: Any
+    names: set[str] = field(default_factory=set)
+    """Checkpoints that were asked for: those of several runs may have the same weights."""
     streams: int = 0
     kept: bool = False
     """Somebody asked to have it here, used or not."""
@@ -138,6 +142,9 @@ class Registry:
             before = self._routes.pop(project, _BASE)
             if route != _BASE:
                 self._routes[project] = route
+            for version in filter(None, (route.main, route.second)):
+                if place := self._places.get(version.sha256):
+                    place.names.add(version.checkpoint)
             for sha256 in route.versions() & self._places.keys():
                 self._places.move_to_end(sha256)
         self._tell()
@@ -169,7 +176,9 @@ class Registry:
         """Fills a reserved place."""
         with self._lock:
             self._reserved -= 1
-            self._places.setdefault(version.sha256, _Place(version, weights)).leaving = False
+            place = self._places.setdefault(version.sha256, _Place(version, weights))
+            place.names.add(version.checkpoint)
+            place.leaving = False
             self._places.move_to_end(version.sha256)
         self._tell()
 
@@ -199,13 +208,24 @@ class Registry:
 
     # --- what there is ---
 
-    def find(self, sha256: str = "", *, checkpoint: str = "") -> Version | None:
-        """A staged version by its SHA-256 or by its checkpoint."""
+    def find(self, sha256: str) -> Version | None:
+        """A staged version by its SHA-256."""
         with self._lock:
-            if sha256:
-                return self._places[sha256].version if sha256 in self._places else None
-            versions = (place.version for place in self._places.values())
-            return next((version for version in versions if version.checkpoint == checkpoint), None)
+            return self._places[sha256].version if sha256 in self._places else None
+
+    def ask(self, checkpoint: str, sha256: str = "") -> Version | None:
+        """A staged version by a checkpoint's name, and called so; None when it is not here.
+
+        Args:
+            sha256: of its weights. They may be here by another name, and have this one, too, from now on. Empty finds
+                them by a name only that was asked for before.
+        """
+        with self._lock:
+            found = self._places.get(sha256) if sha256 else self._named(checkpoint)
+            if found is None:
+                return None
+            found.names.add(checkpoint)
+            return replace(found.version, checkpoint=checkpoint)
 
     def streams(self, project: str) -> dict[str, int]:
         """Running streams of a project by version; the empty SHA-256 is the base model."""
@@ -222,6 +242,9 @@ class Registry:
         with self._lock:
             found = [self._holding(place) for place in self._places.values()]
         return sorted(found, key=lambda holding: holding.version.checkpoint)
+
+    def _named(self, checkpoint: str) -> _Place | None:
+        return next((place for place in self._places.values() if checkpoint in place.names), None)
 
     def _pin(self, project: str, version: Version | None) -> Pin | None:
         if version is None:
@@ -245,7 +268,7 @@ class Registry:
     def _holding(self, place: _Place) -> Holding:
         sha256 = place.version.sha256
         projects = sorted(project for project, route in self._routes.items() if sha256 in route.versions())
-        return Holding(place.version, place.streams, tuple(projects))
+        return Holding(place.version, place.streams, tuple(projects), tuple(sorted(place.names)))
 
     def _tell(self) -> None:
         """Tells those who wait, if somebody was refused. Without the lock: a listener may call back."""

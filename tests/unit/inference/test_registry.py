@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from dataclasses import replace
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -111,6 +112,21 @@ def test_kept_until_dropped_and_drained() -> None:
     assert registry.drop("a") and shas(registry) == "a", "a stream runs on it still"
     stream.release()
     assert shas(registry) == "" and registry.drop("a")
+
+
+def test_the_same_weights_are_here_once_by_every_name_that_was_asked_for() -> None:
+    registry = Registry(places=2)
+    place(registry, A)
+    other, third = (f"projects/q/runs/{run}/checkpoints/0" for run in ("other", "third"))
+    assert registry.ask(other) is None, "nobody told yet that these are its weights"
+    assert registry.ask(other, "a") == replace(A, checkpoint=other) == registry.ask(other)
+    registry.flip("q", Route(replace(A, checkpoint=third)))
+    (holding,) = registry.holdings()
+    assert holding.version == A and holding.names == (A.checkpoint, other, third)
+    registry.flip("q", Route())
+    assert registry.drop("a") and registry.ask(other) is None, "names go with the weights"
+    place(registry, replace(A, checkpoint=other))
+    assert registry.holdings()[0].names == (other,)
 
 
 class Swaps(RuleBasedStateMachine):
