@@ -39,12 +39,19 @@ def start(
     max_loss: Annotated[float | None, typer.Option(help="Largest accepted loss, nats per token.")] = None,
     min_tokens: Annotated[int | None, typer.Option(help="Fewest tokens of an accepted file.")] = None,
     max_tokens_per_file: Annotated[int | None, typer.Option(help="Most tokens that stage 2 reads of a file.")] = None,
+    window_tokens: Annotated[int | None, typer.Option(help="Tokens of a window of stage 2.")] = None,
     test_share: Annotated[float | None, typer.Option(help="Share of the AUTO files held out as test files.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the automatic split.")] = None,
     model: Annotated[str, typer.Option(help="Base model whose loss is measured.")] = "",
     language_off: Annotated[list[str] | None, typer.Option(help="Language to leave out.")] = None,
     exclude_license: Annotated[
         list[str] | None, typer.Option(help="Licence to leave out, by SPDX id; * for anything: 'GPL-*'.")
+    ] = None,
+    reject_vendored: Annotated[
+        bool | None, typer.Option("--reject-vendored/--no-reject-vendored", help="Reject other people's code.")
+    ] = None,
+    reject_generated: Annotated[
+        bool | None, typer.Option("--reject-generated/--no-reject-generated", help="Reject what programs wrote.")
     ] = None,
     near_duplicates: Annotated[
         bool | None, typer.Option("--near-duplicates/--no-near-duplicates", help="Reject near-duplicates.")
@@ -74,11 +81,14 @@ def start(
         max_loss=max_loss,
         min_tokens=min_tokens,
         max_tokens_per_file=max_tokens_per_file,
+        window_tokens=window_tokens,
         test_share=test_share,
         seed=seed,
         model=model,
         languages_off=language_off or (),
         exclude_licenses=exclude_license or (),
+        reject_vendored=reject_vendored,
+        reject_generated=reject_generated,
         near_duplicates=near_duplicates,
         near_threshold=near_threshold,
         secrets=f"SECRET_POLICY_{secrets.name}" if secrets else None,

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from codegraft.inference.v1.serving_pb2 import Serving, ServingMode, ServingStatus, Split
-from services.cli.connect import Project, checkpoint_name, connect
-from services.cli.output import Json, err, print_json
+from services.cli import lineage
+from services.cli.connect import Project, checkpoint_name, connect, id_of
+from services.cli.output import Json, err, print_json, print_table
 from services.client import Codegraft
 from services.core.errors import FailedPrecondition, InvalidArgument
 
@@ -96,6 +97,70 @@ def show(project: Project, json: Json = False) -> None:
         print_json(answer)
     else:
         _tell(answer.serving, answer.status)
+
+
+app.command()(lineage.lineage)
+
+
+@app.command()
+def adapters(json: Json = False) -> None:
+    """List the adapters that a replica holds in memory; for keys of all projects.
+
+    Checkpoints of several runs may have the same weights: these are held once, and all names are shown.
+    """
+    with connect() as client:
+        found = list(client.serving.adapters())
+    if json:
+        print_json(found)
+        return
+    rows = [
+        [
+            ", ".join(each.checkpoints or [each.checkpoint]),
+            each.sha256[:12],
+            each.lora_r,
+            each.size,
+            each.streams,
+            ", ".join(map(id_of, each.projects)) or "-",
+        ]
+        for each in found
+    ]
+    columns = ["CHECKPOINT", "VERSION", "RANK", "BYTES", "STREAMS", "SERVES"]
+    print_table(columns, rows, empty="no adapter: the base model answers")
+
+
+@app.command()
+def load(
+    project: Project,
+    checkpoint: Annotated[str, typer.Argument(metavar="RUN[/STEP]", help="Which one; of a run its best.")],
+    json: Json = False,
+) -> None:
+    """Bring an adapter into a replica's memory without serving it, so that a later switch takes no time.
+
+    It is verified first, and keeps its place until it is unloaded.
+    """
+    with connect() as client:
+        name = client.runs.checkpoint(checkpoint_name(project, checkpoint)).name
+        loaded = client.serving.load(name)
+    if json:
+        print_json(loaded)
+    else:
+        err.print(f"loaded {loaded.checkpoint}, version {loaded.sha256[:12]}, {loaded.size:,} bytes")
+
+
+@app.command()
+def unload(
+    project: Project,
+    checkpoint: Annotated[str, typer.Argument(metavar="RUN/STEP", help="As `codegraft serve adapters` lists it.")],
+    json: Json = False,
+) -> None:
+    """Free the place of an adapter that no policy names, once its last stream has ended."""
+    name = checkpoint_name(project, checkpoint)
+    with connect() as client:
+        client.serving.unload(name)
+    if json:
+        print_json({"unloaded": name})
+    else:
+        err.print(f"unloaded {name}")
 
 
 def _tell(serving: Serving, status: ServingStatus | None) -> None:

@@ -218,6 +218,8 @@ def show(project: Project, run: RunId = LATEST, json: Json = False) -> None:
         print_json({"run": found, "checkpoints": checkpoints})
         return
     _tell(found)
+    if found.dataset:
+        err.print(f"{found.base_model} on {found.dataset}")
     if found.HasField("plan"):
         _tell_plan(found.plan)
     rows = [
