@@ -172,6 +172,10 @@ async def test_bad_requests_name_the_field_and_the_reason(gateway: Gateway) -> N
             assert (answer.status_code, error["code"], error["param"]) == (status, code, param), error
             kind = "invalid_request_error" if status == 400 else "not_found_error"
             assert error["type"] == kind and error["message"]
+    tokens = (await gateway.post("/v1/completions", {**CODE, "prompt": [1, 2]})).json()["error"]
+    assert tokens["message"].startswith("prompt: ") and tokens["param"] == "prompt"
+    chat = {"model": "demo", "messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 20}
+    assert (await gateway.post("/v1/chat/completions", chat)).json()["error"]["param"] == "top_logprobs"
 
 
 async def test_openai_raises_its_own_classes(client: openai.AsyncOpenAI) -> None:

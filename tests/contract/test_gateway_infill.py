@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -22,18 +23,21 @@ CHUNKS = [
 
 
 def vscode(**fields: Any) -> dict[str, Any]:
-    """https://github.com/ggml-org/llama.vscode/blob/6d61ecf8/src/llama-server.ts: getLlamaCompletion."""
+    """https://github.com/ggml-org/llama.vscode/blob/3938fb35/src/llama-server.ts: createRequestPayload."""
     return {
+        "id_slot": 0,
         "input_prefix": PREFIX,
         "input_suffix": SUFFIX,
         "input_extra": CHUNKS,
         "prompt": LINE,
         "n_predict": 128,
+        "n_cmpl": 3,
         "top_k": 40,
         "top_p": 0.99,
         "stream": False,
         "samplers": ["top_k", "top_p", "infill"],
         "cache_prompt": True,
+        "n_indent": 4,
         "t_max_prompt_ms": 500,
         "t_max_predict_ms": 2500,
         **fields,
@@ -41,12 +45,11 @@ def vscode(**fields: Any) -> dict[str, Any]:
 
 
 def vim(**fields: Any) -> dict[str, Any]:
-    """https://github.com/ggml-org/llama.vim/blob/ae3cb006/autoload/llama.vim: llama#fim."""
+    """https://github.com/ggml-org/llama.vim/blob/a1c8e6e4/autoload/llama.vim: llama#fim."""
     names = ["prompt_n", "prompt_ms", "prompt_per_token_ms", "prompt_per_second"]
     names += ["predicted_n", "predicted_ms", "predicted_per_token_ms", "predicted_per_second"]
     return vscode(
         stop=[],
-        n_indent=4,
         top_p=0.90,
         t_max_predict_ms=250,
         response_fields=["content", *(f"timings/{name}" for name in names), "truncated", "tokens_cached"],
@@ -55,7 +58,8 @@ def vim(**fields: Any) -> dict[str, Any]:
 
 
 async def test_llama_vscode_gets_what_it_reads(world: World, gateway: Gateway) -> None:
-    """Its ``LlamaResponse``; the endpoint that a person sets may name the project."""
+    """Its ``LlamaResponse``; the endpoint that a person sets may name the project. Of the completions that it takes
+    (n_cmpl) it gets the likeliest one, in the form of one: others would be less likely, and make it wait longer."""
     answer = await gateway.post("/projects/demo/infill", vscode(n_predict=24))
     assert answer.status_code == 200, answer.text
     body = answer.json()
@@ -77,16 +81,17 @@ async def test_llama_vim_gets_the_fields_it_names(gateway: Gateway) -> None:
     answer = (await gateway.post("/infill", vim(n_predict=8))).json()
     assert set(answer) == set(vim()["response_fields"])
     assert answer["content"] and answer["timings/predicted_n"] > 0
+    raw = (await gateway.post("/infill", vim(n_predict=8))).text
+    assert re.match(r"\s*{", raw) and re.search(r'"content"\s*:"', raw), "what it looks for before it reads it as JSON"
 
 
 async def test_warming_up_generates_nothing(world: World, gateway: Gateway) -> None:
-    """prepareLlamaForNextCompletion; newer plugins send n_predict 0."""
-    for body in (
-        vscode(input_prefix="", input_suffix="", prompt="", n_predict=1, t_max_predict_ms=1, samplers=["temperature"]),
-        vscode(n_predict=0),
-    ):
+    """llama.vscode's updateExtraContext, in its older form, too; llama.vim's wants no field of the answer."""
+    empty = {"input_prefix": "", "input_suffix": "", "prompt": "", "t_max_predict_ms": 1}
+    for body in (vscode(**empty, n_predict=1, samplers=["temperature"]), vscode(n_predict=0, samplers=[])):
         answer = await gateway.post("/infill", body)
         assert answer.status_code == 200 and answer.json()["content"] == "" and answer.json()["stop_type"] == "none"
+    assert (await gateway.post("/infill", vim(n_predict=0) | {"response_fields": [""]})).json() == {}
 
 
 async def test_a_stream_is_llama_cpps(gateway: Gateway) -> None:

@@ -16,6 +16,8 @@ _Name = Annotated[str, Field(max_length=300)]
 _Text = Annotated[str, Field(max_length=3 << 20)]
 _Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 _Count = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+_MOST_LOGPROBS = 5
+"""Likeliest tokens that inference tells with each token."""
 
 
 class Body(BaseModel):
@@ -215,6 +217,10 @@ class ChatAsk(Ask):
     def refuse_unsupported(self) -> None:
         """See :meth:`Ask.refuse_unsupported`."""
         super().refuse_unsupported()
+        if not 0 <= (self.top_logprobs or 0) <= _MOST_LOGPROBS:
+            raise InvalidArgument(
+                f"top_logprobs is {self.top_logprobs}", field="top_logprobs", hint=f"Use 0 to {_MOST_LOGPROBS}."
+            )
         for name in ("tools", "functions"):
             if getattr(self, name):
                 raise InvalidArgument(f"{name} are not supported", field=name, hint="Leave them out.")
@@ -230,7 +236,8 @@ class Chunk(Body):
 
 
 class InfillAsk(Body):
-    """Body of /infill, which is llama.cpp's. Samplers, caching and the like are accepted and ignored."""
+    """Body of /infill, which is llama.cpp's. Samplers, caching, n_cmpl (more completions than the likeliest) and the
+    like are accepted and ignored."""
 
     input_prefix: _Text = ""
     """Text before the cursor's line."""

@@ -1,7 +1,7 @@
 """The answer of /infill, with the fields that llama.vscode and llama.vim read.
 
-https://github.com/ggml-org/llama.vscode/blob/6d61ecf8/src/llama-server.ts (LlamaResponse),
-https://github.com/ggml-org/llama.vim/blob/ae3cb006/autoload/llama.vim (response_fields)
+https://github.com/ggml-org/llama.vscode/blob/3938fb35/src/types.ts (LlamaResponse),
+https://github.com/ggml-org/llama.vim/blob/a1c8e6e4/autoload/llama.vim (response_fields)
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 from codegraft.inference.v1.completion_pb2 import TokenLogprob
@@ -53,7 +54,7 @@ class TextShape:
         return TextCompletion(**self._head, choices=[], usage=Usage.of(self._generation.started, parts))
 
     def _choice(self, text: str, index: int, logprobs: Sequence[TokenLogprob], offset: int, part: Part) -> TextChoice:
-        known = _logprobs(logprobs, offset) if self._with_logprobs else None
+        known = _logprobs(logprobs, text, offset) if self._with_logprobs else None
         reason = finish_reason(part.finished)
         return TextChoice(text, index, known, reason, exact_reason(part.finished))
 
@@ -66,14 +67,15 @@ def spelled(text: bytes) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in text)
 
 
-def _logprobs(items: Sequence[TokenLogprob], offset: int) -> TextLogprobs:
-    offsets, decoder = [], codecs.getincrementaldecoder("utf-8")("replace")  # a character may be of several tokens
-    for item in items:
-        offsets.append(offset)
-        offset += len(decoder.decode(item.text))
+def _logprobs(items: Sequence[TokenLogprob], text: str, offset: int) -> TextLogprobs:
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be of several tokens
+    read = [decoder.decode(item.text) for item in items]
+    # The first token may begin with blanks that the prompt ends with: they are no part of the text.
+    before = max(0, "".join(read).find(text))
+    starts = accumulate(map(len, read), initial=0)
     return TextLogprobs(
         [spelled(item.text) for item in items],
         [item.logprob for item in items],
         [{spelled(top.text): top.logprob for top in item.top} for item in items],
-        offsets,
+        [offset + max(0, start - before) for start, _ in zip(starts, items, strict=False)],
     )

@@ -39,7 +39,9 @@ async def parse(request: Request, ask: type[Ask], *, most: int, seconds: float) 
         raise InvalidArgument(f"the body is not JSON: {error}", hint="Send a JSON object in UTF-8.") from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        path = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("list[", "function-")))
+        path = ".".join(
+            str(part) for part in first["loc"] if not str(part).startswith(("list[", "function-", "constrained-"))
+        )
         name = path.partition(".")[0]
         raise InvalidArgument(
             f"{path or 'the body'}: {first['msg'].removeprefix('Value error, ')}",

@@ -44,6 +44,13 @@ def test_tokens_of_half_a_character_are_spelled_and_placed() -> None:
     assert orjson.loads(orjson.dumps(shape.whole([part])))["system_fingerprint"] == "m+ab"
 
 
+def test_blanks_that_the_prompt_ends_with_are_in_the_first_token_and_not_in_the_text() -> None:
+    shape, part = TextShape(generation(), "demo", 0, with_logprobs=True), Part(0)
+    part.take(Piece("if n", tokens=3, logprobs=(token(b"  if"), token(b" "), token(b"n"))))
+    known = shape.whole([part]).choices[0].logprobs
+    assert known and known.text_offset == [0, 2, 3]
+
+
 class Services:
     """As much of the client as names ask for."""
 
