@@ -11,20 +11,21 @@ from grpc_health.v1 import health_pb2
 
 from codegraft.access.v1 import access_pb2 as pb
 from codegraft.access.v1.audit_pb2 import AuditChange, AuditRecord, ListAuditRecordsResponse
-from codegraft.common.v1.job_pb2 import JobState, JobStatus
+from codegraft.common.v1.job_pb2 import JobState, JobStatus, Progress
 from codegraft.inference.v1.serving_pb2 import Adapter, ListAdaptersResponse
 from codegraft.ingest.v1.project_pb2 import ListProjectsResponse, Project
-from codegraft.scanner.v1.scan_pb2 import ListScansResponse, Scan
-from codegraft.trainer.v1.run_pb2 import ListRunsResponse, Run
+from codegraft.scanner.v1.scan_pb2 import ListScansResponse, Scan, WatchScanResponse
+from codegraft.trainer.v1.run_pb2 import ListRunsResponse, Run, WatchRunResponse
 from services.client import retry
 from services.core import errors
 from services.core.backoff import Backoff
-from services.gateway.console import auditing
+from services.gateway.console import auditing, jobs
 from tests.contract.console_world import EVIL, Browser, Page, check
 
 pytest_plugins = ["tests.contract.console_fixtures"]
 HERE = "/console/system"
 SECRET = "cg_ci_s3cr3t"
+SAME = "projects/acme/runs/r-1/checkpoints"
 
 
 @pytest.fixture
@@ -53,7 +54,12 @@ def acme(browser: Browser) -> Browser:
         ],
         "ListKeys": [pb.ListKeysResponse(keys=keys)],
         "ListAdapters": [
-            ListAdaptersResponse(adapters=[Adapter(checkpoint=EVIL, lora_r=16, projects=["projects/acme"])])
+            ListAdaptersResponse(
+                adapters=[
+                    Adapter(checkpoint=EVIL, lora_r=16, projects=["projects/acme"]),
+                    Adapter(checkpoint=f"{SAME}/1", checkpoints=[f"{SAME}/1", f"{SAME}/2"]),
+                ]
+            )
         ],
         "CreateKey": [pb.CreateKeyResponse(key=keys[0], secret=SECRET)],
         "RotateKey": [pb.RotateKeyResponse(key=keys[0], secret=SECRET)],
@@ -70,6 +76,7 @@ async def test_the_page_tells_of_health_jobs_adapters_and_keys(acme: Browser) ->
     assert jobs.index("acme/runs/r-0") < jobs.index("acme/scans/s-1") and "r-1" not in jobs, (
         "what runs, then what waits"
     )
+    assert f"{SAME}/1 {SAME}/2 0" in page.text, "all names of the same weights"
     denied = errors.PermissionDenied("too low a role")
     acme.services.scripts |= {"ListKeys": [denied], "ListAdapters": [denied], "ListAuditRecords": [denied]}
     acme.services.scripts["Check"] = [errors.Unavailable("away")]
@@ -110,9 +117,29 @@ async def test_live_streams_do_not_hold_the_gateway_up_at_its_end(acme: Browser)
 
 
 async def test_health_is_live(acme: Browser) -> None:
-    events = await acme.listen(f"{HERE}/live", most=1)
-    part = Page(events[0][1])
+    events = await acme.listen(f"{HERE}/live", until='id="health"')
+    part = Page(events[-1][1])
     assert part.ids[0] == "health" and part.text.count("serving") == 4
+
+
+async def test_jobs_are_followed_to_their_end_and_new_ones_found(
+    acme: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "_RELIST", 0.3)
+    run, scan = "projects/acme/runs/r-0", "projects/acme/scans/s-1"
+    ended = Run(name=run, status=JobStatus(state=JobState.JOB_STATE_SUCCEEDED))
+    far = JobStatus(state=JobState.JOB_STATE_RUNNING, progress=Progress(done=3, total=9, unit="files"))
+    acme.services.scripts |= {
+        "ListScans": [*acme.services.scripts["ListScans"], ListScansResponse()],
+        "WatchRun": [[WatchRunResponse(run=ended)]],
+        "WatchScan": [[WatchScanResponse(scan=Scan(name=scan, status=far))]],
+    }
+    events = await acme.listen(f"{HERE}/live", most=4)  # health is one of them
+    parts = [Page(html) for _, html, _ in events if 'id="all-jobs"' in html]
+    assert len(parts) == 3
+    assert "queued" in parts[0].text and "3 of 9 files" not in parts[0].text
+    assert "3 of 9 files" in parts[1].text and "succeeded" in parts[1].text
+    assert "s-1" not in parts[2].text and "r-0" in parts[2].text, "looked for anew"
 
 
 async def test_a_secret_is_in_one_answer_only(acme: Browser) -> None:
