@@ -66,6 +66,7 @@ def check(html: str) -> Page:
     assert len(page.ids) == len(set(page.ids)), sorted(each for each in page.ids if page.ids.count(each) > 1)
     for tag, attributes in page.elements:
         assert not [name for name in attributes if name.startswith("on") or name == "style"], (tag, attributes)
+        assert "data-fresh" not in attributes or attributes.get("id"), "a part that is loaded anew is found by its id"
         assert tag != "style" and (tag != "script" or set(attributes) == {"type", "src"})
         for name in ("href", "src", "action"):
             assert not re.match(r"(?i)\s*(javascript|data|https?|//)", attributes.get(name, "")), attributes

@@ -127,7 +127,7 @@ async def test_every_change_of_a_source_arrives_as_the_part_of_the_page(browser:
     assert [kind for kind, _, _ in events] == ["part", "part", "part", "end"]
     parts = [Page(html) for _, html, _ in events[:3]]
     assert [part.elements[0][1]["id"] for part in parts] == ["source-a", "source-b", "source-b"]
-    assert [part.ids[2] for part in parts] == ["source-a-state", "source-b-state", "source-b-state"]
+    assert all(f"{part.ids[0]}-state" in part.ids for part in parts)
     assert "fetching" in parts[1].text and "ready" in parts[2].text, "only the newest of what comes at once"
     browser.services.scripts["WatchSource"] = [errors.KeyRevoked("the key was revoked")]
     assert (await browser.listen(f"{HERE}/-/live"))[-1][:2] == ("failed", "the key was revoked")

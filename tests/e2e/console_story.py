@@ -78,9 +78,11 @@ def new_project(desk: Desk) -> None:
 
 
 def add_files(desk: Desk, archive: Path, held_out: Path) -> None:
-    """An archive from the file picker; a file by drag and drop, for the test part only."""
+    """An archive from the file picker; a file by drag and drop, for the test part only. Meanwhile a form is filled in:
+    what is typed stays, and so does the focus."""
     desk.page.wait_for_load_state()
     desk.look("03-sources-none")
+    desk.fill(git__source_id="app")
     with desk.page.expect_file_chooser() as chooser:
         desk.page.get_by_label("Drop files here, or choose them").click()
     desk.at("upload").get_by_text("Split and masks").click()
@@ -88,22 +90,28 @@ def add_files(desk: Desk, archive: Path, held_out: Path) -> None:
     chooser.value.set_files(archive)
     states = desk.page.locator("#sources .state")
     expect(states).to_have_text(["ready"])
-    desk.at("upload").get_by_text("Split and masks").click()
     desk.at("upload-split").select_option("test")
+    desk.fill(upload__exclude="")
+    desk.at("git-ref").focus()
     desk.drop(held_out, "drop")
     expect(states).to_have_text(["ready", "ready"])
+    expect(desk.at("git-ref")).to_be_focused()
+    expect(desk.at("git-source_id")).to_have_value("app")
 
 
 def add_repository(desk: Desk, server: SshServer, repository: Path) -> None:
     """A private one over ssh, with a key that is made and copied here."""
+    desk.fill(git__url=server.url(repository))
     desk.fill(ssh__credential_id="deploy", ssh__title="for the repository", ssh__known_hosts=server.host_key)
     desk.click("generate-key")
+    expect(desk.at("add-ssh").get_by_role("status")).to_have_text("Done.")
+    expect(desk.at("generate-key")).to_be_focused()
+    expect(desk.at("ssh-credential_id")).to_have_value("")
     desk.click("copy-deploy")
     expect(desk.at("copy-deploy")).to_have_text("Copied")
     copied = desk.page.evaluate("navigator.clipboard.readText()")
     assert copied.startswith("ssh-ed25519 ")
     server.admit(copied)
-    desk.fill(git__url=server.url(repository), git__source_id="app")
     desk.at("git-credential").select_option("deploy")
     desk.click("add-git-button")
     expect(desk.at("source-app-state")).to_have_text("ready")
@@ -122,8 +130,9 @@ def settle_project(desk: Desk) -> None:
     desk.click("project")
     desk.fill(exclude="*.generated.py", exclude_licenses="GPL-*")
     desk.look("07-project")
-    with desk.loading():
-        desk.click("save-project")
+    desk.click("save-project")
+    expect(desk.at("project-settings").get_by_role("status")).to_have_text("Done.")
+    desk.page.reload()
     expect(desk.at("exclude")).to_have_value("*.generated.py")
 
 
@@ -180,8 +189,9 @@ def switch_language(desk: Desk, language: str) -> None:
     box = desk.page.get_by_role("checkbox", name=language)
     for on in (False, True):
         box.set_checked(on)
-        with desk.loading():
-            desk.click("save-languages")
+        desk.click("save-languages")
+        expect(desk.at("languages-form").get_by_role("status")).to_have_text("Done.")
+        desk.page.reload()
         expect(box).to_be_checked(checked=on)
 
 
@@ -264,14 +274,16 @@ def play(desk: Desk, prefix: str) -> None:
 
 
 def choose(desk: Desk, mode: str, checkpoint: str = "") -> None:
-    """Sets the policy and waits for the replica."""
+    """Sets the policy and waits for the replica. What is typed into the playground stays."""
     desk.click("nav-serving")
+    desk.fill(prefix="def typed_meanwhile(")
     desk.at(f"mode-{mode}").check()
     if checkpoint:
         desk.fill(checkpoint=checkpoint)
-    with desk.loading():
-        desk.click("set-policy")
+    desk.click("set-policy")
+    expect(desk.at("policy").get_by_role("status")).to_have_text("Done.")
     expect(desk.at(f"mode-{mode}")).to_be_checked()
+    expect(desk.at("prefix")).to_have_value("def typed_meanwhile(")
     expect(desk.at("converged")).to_have_text("serving")
 
 

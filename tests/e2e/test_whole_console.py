@@ -54,7 +54,6 @@ def sources(person: Desk, tmp_path_factory: pytest.TempPathFactory) -> list[str]
     story.add_files(person, make_archive(folder), package() / "commonconfig.py")
     with ssh.serving(folder / "ssh") as server:
         story.add_repository(person, server, folder / "repo")
-    person.page.goto(f"{person.url}/console/p/{story.PROJECT}/sources")  # no page that may still load itself anew
     return person.page.locator("#sources h3 a").all_inner_texts()
 
 
@@ -165,8 +164,7 @@ def test_swaps_are_seen_as_they_happen_and_taken_back(person: Desk, trained: str
     expect(person.at("waiting")).to_contain_text(f"{second}/2")
     person.look("26-serving-waiting")
     assert active.inner_text() == before, "what is worse on the same test set waits for a person"
-    with person.loading():
-        person.click("approve")
+    person.click("approve")
     for there, told in ((active, f"{second}/2"), (swaps.first, f"{second}/2"), (swaps.nth(1), before)):
         expect(there).to_contain_text(told)
     expect(onlooker.at("lineage")).to_contain_text("Second")

@@ -3,7 +3,7 @@ import { followAll } from "./live.js";
 import { sendForms } from "./forms.js";
 
 sendForms(document);
-followAll(document);
+followAll();
 
 document.addEventListener("click", async (event) => {
   const button = event.target.closest?.("[data-copy]");

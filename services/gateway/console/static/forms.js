@@ -1,5 +1,6 @@
-// Forms are sent by fetch, so that an error stands where it was made and nothing typed is lost. Without scripts they
-// work as forms do.
+// Forms are sent by fetch, so that an error stands where it was made and nothing typed is lost, there or in other forms
+// of the page. Without scripts they work as forms do.
+import { refresh } from "./live.js";
 
 export const csrf = () => document.querySelector("meta[name=csrf]").content;
 
@@ -13,7 +14,7 @@ export function sendForms() {
     if (button) button.disabled = true;
     try {
       const answer = await post(form.action, new URLSearchParams(new FormData(form, button)));
-      go(answer.location);
+      await go(answer.location, form, button);
     } catch (problem) {
       show(form, problem);
       if (button) button.disabled = false;
@@ -42,25 +43,45 @@ export async function answer(response) {
   return said;
 }
 
-function go(way) {
+async function go(way, form, button) {
   const target = new URL(way, location.href);
-  if (target.pathname === location.pathname && target.search === location.search) {
+  if (target.pathname !== location.pathname || target.search !== location.search) {
+    location.assign(target);
+  } else if (document.querySelector("[data-fresh]")) {
+    await refresh(form);
+    finish(form, button);
+  } else {
     location.hash = target.hash;
     location.reload();
-  } else {
-    location.assign(target);
   }
 }
 
+// Says so. The focus goes back to the form's button, unless somebody took it elsewhere meanwhile.
+function finish(form, button) {
+  const now = document.getElementById(form.id) ?? form; // it may be part of what was loaded anew
+  tell(now, "");
+  const done = now.querySelector(".done");
+  if (done) done.textContent = "Done.";
+  if (!button) return;
+  button.disabled = false;
+  if ([null, document.body].includes(document.activeElement)) document.getElementById(button.id)?.focus();
+}
+
 export function show(form, problem) {
-  const place = form.querySelector(".problem");
-  place.textContent = problem.message;
-  place.hidden = false;
+  tell(form, problem.message);
   const field = problem.param && form.elements.namedItem(problem.param.split(".").pop());
-  for (const each of form.querySelectorAll("[aria-invalid]")) each.removeAttribute("aria-invalid");
   if (field instanceof Element) {
     field.setAttribute("aria-invalid", "true");
     field.closest("details")?.setAttribute("open", "");
     field.focus();
   }
+}
+
+function tell(form, words) {
+  const place = form.querySelector(".problem");
+  place.textContent = words;
+  place.hidden = !words;
+  const done = form.querySelector(".done");
+  if (done) done.textContent = "";
+  for (const each of form.querySelectorAll("[aria-invalid]")) each.removeAttribute("aria-invalid");
 }

@@ -1,13 +1,42 @@
 // Live parts: an element with data-live names a stream of server-sent events, see console/live.py. A broken connection is
-// taken up again by the browser, which tells how far it came.
+// taken up again by the browser, which tells how far it came. Parts with data-fresh are loaded anew after a change.
 
 const policy = globalThis.trustedTypes?.createPolicy("codegraft-parts", { createHTML: (html) => html });
+const streams = new Map();
 
-export function followAll(within) {
-  for (const each of within.querySelectorAll("[data-live]")) {
-    const state = each.querySelector("[role=status]") ?? document.getElementById("live-state");
-    follow(each.dataset.live, { part: replace, ended: () => ended(each) }, state);
+// Follows the parts that there are now, and no more those that were replaced.
+export function followAll() {
+  for (const [part, stream] of streams) {
+    if (part.isConnected) continue;
+    stream.close();
+    streams.delete(part);
   }
+  for (const each of document.querySelectorAll("[data-live]")) {
+    if (streams.has(each)) continue;
+    const state = each.querySelector("[role=status]") ?? document.getElementById("live-state");
+    streams.set(each, follow(each.dataset.live, { part: replace, ended: () => ended(each) }, state));
+  }
+}
+
+let asked = 0;
+
+// Loads the page anew, but shows only its parts with data-fresh: what is typed elsewhere stays, and so does what is on its
+// way. The form that was sent is done, and starts afresh.
+export async function refresh(sent) {
+  const mine = ++asked;
+  let page;
+  try {
+    const response = await fetch(location.href, { headers: { accept: "text/html" } });
+    page = parsed(await response.text());
+  } catch {
+    throw { message: "It is done, but the gateway cannot be reached to show it.", param: null };
+  }
+  sent?.reset();
+  if (mine !== asked) return; // a newer page is on its way
+  const parts = page.querySelectorAll("[data-fresh]");
+  if (!parts.length) location.reload(); // the session is over, or the thing is gone: that page says so
+  for (const part of parts) put(part);
+  followAll();
 }
 
 let leaving = 0;
@@ -49,15 +78,37 @@ export function follow(address, handlers, state) {
   return source;
 }
 
-// Puts the server's HTML in the place of the element with its id; the focus stays where it is.
+// Puts the server's HTML in the place of the element with its id.
 export function replace(html) {
-  const trusted = policy ? policy.createHTML(html) : html;
-  const part = new DOMParser().parseFromString(trusted, "text/html").body.firstElementChild;
+  put(parsed(html).body.firstElementChild);
+}
+
+function parsed(html) {
+  return new DOMParser().parseFromString(policy ? policy.createHTML(html) : html, "text/html");
+}
+
+// The focus stays where it is, what is open stays open, and what was typed or chosen stays, too.
+function put(part) {
   const old = part && document.getElementById(part.id);
   if (!old) return;
   const focused = old.contains(document.activeElement) ? document.activeElement.id : "";
   const open = [...old.querySelectorAll("details[open][id]")].map((each) => each.id);
+  const typed = [...old.querySelectorAll("input[id], select[id], textarea[id]")].filter(isTyped);
   old.replaceWith(document.adoptNode(part));
   for (const id of open) document.getElementById(id)?.setAttribute("open", "");
+  for (const each of typed) take(each, document.getElementById(each.id));
   if (focused) document.getElementById(focused)?.focus();
+}
+
+function isTyped(field) {
+  if (field.type === "file") return false;
+  if (field.options) return [...field.options].some((each) => each.selected !== each.defaultSelected);
+  return field.checked !== field.defaultChecked || field.value !== field.defaultValue;
+}
+
+function take(before, field) {
+  if (!field) return;
+  if (!field.options) [field.value, field.checked] = [before.value, before.checked];
+  else if ([...field.options].some((each) => each.value === before.value)) field.value = before.value;
+  field.dispatchEvent(new Event("input", { bubbles: true })); // for what is drawn of it
 }

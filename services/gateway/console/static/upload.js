@@ -1,6 +1,7 @@
 // Files from the disk into a source: hashed, asked for, sent from where they stopped, and made a source.
 import { Sha256 } from "./sha256.js";
 import { answer, csrf, post } from "./forms.js";
+import { refresh } from "./live.js";
 
 const ARCHIVE = /\.(zip|tar|tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst))$/i;
 const TRIES = 6;
@@ -26,13 +27,20 @@ drop.addEventListener("drop", (event) => {
 // A file that misses the field would take the page's place.
 for (const kind of ["dragover", "drop"]) addEventListener(kind, (event) => event.preventDefault());
 
+let running = 0;
+// To leave the page would break off what is on its way.
+addEventListener("beforeunload", (event) => running && event.preventDefault());
+
 async function take(files) {
-  let fine = true;
-  for (const file of files) fine = (await bring(file)) && fine;
-  if (files.length && fine) location.reload();
+  const settings = new FormData(form); // as they are now: those of the next files may be chosen while these are sent
+  settings.delete("files");
+  chosen.value = ""; // or the same file could not be chosen again
+  running++;
+  for (const file of files) await bring(file, new URLSearchParams(settings));
+  running--;
 }
 
-async function bring(file) {
+async function bring(file, fields) {
   const line = list.appendChild(document.createElement("li"));
   const name = line.appendChild(document.createElement("span"));
   const bar = line.appendChild(document.createElement("progress"));
@@ -45,19 +53,16 @@ async function bring(file) {
     const sha256 = await digest(file, (done) => (bar.value = done));
     state.textContent = "sending";
     const upload = await send(file, sha256, (done) => (bar.value = done));
-    const fields = new URLSearchParams(new FormData(form));
-    fields.delete("files");
     fields.set("upload", upload.name);
     fields.set("path", file.name);
     fields.set("kind", ARCHIVE.test(file.name) ? "archive" : /\.bundle$/i.test(file.name) ? "bundle" : "file");
     await post(form.dataset.action, fields);
     bar.value = bar.max;
     state.textContent = "done";
-    return true;
+    await refresh();
   } catch (problem) {
     state.className = "problem";
     state.textContent = problem.message ?? String(problem);
-    return false;
   }
 }
 
