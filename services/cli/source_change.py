@@ -79,7 +79,8 @@ def update(
         if ref is not None:
             (record.bundle if kind == "bundle" else record.git).ref = ref
         if subpath is not None:
-            {"bundle": record.bundle, "archive": record.archive}.get(kind, record.git).subpath = subpath
+            folder = record.bundle if kind == "bundle" else record.archive if kind == "archive" else record.git
+            folder.subpath = subpath
         if credential is not None:
             record.git.credential = full_name(names.CREDENTIAL, credential, project) if credential else ""
         if submodules is not None:

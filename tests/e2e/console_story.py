@@ -276,6 +276,8 @@ def play(desk: Desk, prefix: str) -> None:
 def choose(desk: Desk, mode: str, checkpoint: str = "") -> None:
     """Sets the policy and waits for the replica. What is typed into the playground stays."""
     desk.click("nav-serving")
+    with desk.loading():
+        desk.page.get_by_role("link", name="30 days").click()
     desk.fill(prefix="def typed_meanwhile(")
     desk.at(f"mode-{mode}").check()
     if checkpoint:
@@ -284,6 +286,7 @@ def choose(desk: Desk, mode: str, checkpoint: str = "") -> None:
     expect(desk.at("policy").get_by_role("status")).to_have_text("Done.")
     expect(desk.at(f"mode-{mode}")).to_be_checked()
     expect(desk.at("prefix")).to_have_value("def typed_meanwhile(")
+    assert desk.page.url.endswith("?days=30")
     expect(desk.at("converged")).to_have_text("serving")
 
 

@@ -45,7 +45,8 @@ export async function answer(response) {
 
 async function go(way, form, button) {
   const target = new URL(way, location.href);
-  if (target.pathname !== location.pathname || target.search !== location.search) {
+  // A page that is asked for something (?scan=, ?days=) stays with that.
+  if (target.pathname !== location.pathname || !["", location.search].includes(target.search)) {
     location.assign(target);
   } else if (document.querySelector("[data-fresh]")) {
     await refresh(form);

@@ -27,9 +27,10 @@ export async function refresh(sent) {
   let page;
   try {
     const response = await fetch(location.href, { headers: { accept: "text/html" } });
+    if (response.status >= 500) throw response; // a service is away
     page = parsed(await response.text());
   } catch {
-    throw { message: "It is done, but the gateway cannot be reached to show it.", param: null };
+    throw { message: "It is done, but cannot be shown now. Load the page again later.", param: null };
   }
   sent?.reset();
   if (mine !== asked) return; // a newer page is on its way
@@ -56,7 +57,13 @@ export function follow(address, handlers, state) {
     state.textContent = text;
     state.dataset.kind = kind;
   };
-  source.addEventListener("open", () => tell("Live", "on"));
+  let lost = false;
+  source.addEventListener("open", () => {
+    tell("Live", "on");
+    // What was added meanwhile has no part yet that the stream could replace.
+    if (lost && document.querySelector("[data-fresh]")) refresh().catch(() => {});
+    lost = false;
+  });
   const { ended: whenOver, ...kinds } = handlers;
   for (const [kind, handler] of Object.entries(kinds)) {
     source.addEventListener(kind, (event) => handler(event.data));
@@ -71,6 +78,7 @@ export function follow(address, handlers, state) {
     tell(event.data, "failed");
   });
   source.addEventListener("error", () => {
+    lost = true;
     const over = source.readyState === EventSource.CLOSED;
     tell(over ? "Not live any more: load the page again." : "Connection lost, coming back …", "lost");
   });
