@@ -12,6 +12,7 @@ from services.cli import lineage
 from services.cli.connect import Project, checkpoint_name, connect, id_of
 from services.cli.output import Json, err, print_json, print_table
 from services.client import Codegraft
+from services.core import names
 from services.core.errors import FailedPrecondition, InvalidArgument
 
 _MODES = {mode: name.removeprefix("SERVING_MODE_").lower().replace("_", "-") for name, mode in ServingMode.items()}
@@ -106,25 +107,21 @@ app.command()(lineage.lineage)
 def adapters(json: Json = False) -> None:
     """List the adapters that a replica holds in memory; for keys of all projects.
 
-    Checkpoints of several runs may have the same weights: these are held once, and all names are shown.
+    Checkpoints of several runs may have the same weights: these are held once, and a line for each name is shown.
     """
     with connect() as client:
         found = list(client.serving.adapters())
     if json:
         print_json(found)
         return
-    rows = [
-        [
-            ", ".join(each.checkpoints or [each.checkpoint]),
-            each.sha256[:12],
-            each.lora_r,
-            each.size,
-            each.streams,
-            ", ".join(map(id_of, each.projects)) or "-",
-        ]
-        for each in found
-    ]
-    columns = ["CHECKPOINT", "VERSION", "RANK", "BYTES", "STREAMS", "SERVES"]
+    rows: list[list[object]] = []
+    for each in found:
+        facts: list[object] = [each.lora_r, each.size, each.streams, ", ".join(map(id_of, each.projects)) or "-"]
+        for name in each.checkpoints or [each.checkpoint]:
+            ids = names.parse(names.CHECKPOINT, name)
+            rows.append([ids["project"], f"{ids['run']}/{ids['step']}", each.sha256[:12], *facts])
+            facts = [None] * 4
+    columns = ["PROJECT", "RUN/STEP", "VERSION", "RANK", "BYTES", "STREAMS", "SERVES"]
     print_table(columns, rows, empty="no adapter: the base model answers")
 
 
