@@ -180,6 +180,20 @@ async def test_a_runs_story_comes_as_points_and_goes_on_where_the_browser_has_it
         assert browser.asked("WatchRun").after_sequence == 0
 
 
+async def test_the_list_goes_on_with_its_runs(browser: Browser) -> None:
+    done = running("projects/acme/runs/r-2", status=JobStatus(state=JobState.JOB_STATE_SUCCEEDED))
+    script(browser, running(last_sequence=7), done)
+    assert any(each.get("data-live") == f"{HERE}/live" for each in (await browser.page(HERE)).of("div"))
+    after = running(step=40, status=JobStatus(state=JobState.JOB_STATE_SUCCEEDED))
+    browser.services.scripts["WatchRun"] = [[pb.WatchRunResponse(run=after)]]
+    (part, end) = await browser.listen(f"{HERE}/live")
+    assert (part[0], end[0]) == ("part", "end") and browser.asked("WatchRun").after_sequence == 7
+    page = Page(part[1])
+    assert page.ids[0] == "compare" and page.text.count("succeeded") == 2 and "<script>alert" not in part[1]
+    script(browser, done)
+    assert not any("data-live" in each for each in (await browser.page(HERE)).of("div"))
+
+
 async def test_two_runs_beside_each_other(browser: Browser) -> None:
     a = running(plan=Plan(hyperparameters=Hyperparameters(lora_r=8, seed=1, target_modules=["q"])))
     b = running(

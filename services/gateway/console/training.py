@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+
 from starlette.responses import Response
 from starlette.routing import Route
 
 from codegraft.trainer.v1.hyperparameters_pb2 import Hyperparameters, Plan
 from codegraft.trainer.v1.run_pb2 import Run
+from services.client.jobs import FINAL
 from services.core import names
 from services.core.errors import CodegraftError
-from services.gateway.console import hyperparameters
+from services.gateway.console import hyperparameters, live
 from services.gateway.console.forms import Form
 from services.gateway.console.visit import House, Visit, first
 
 SHOWN = 200
 """Runs in the list, newest first."""
+WATCHED = 50
+"""Runs that one page follows."""
 
 
 def routes(house: House) -> list[Route]:
@@ -22,6 +27,7 @@ def routes(house: House) -> list[Route]:
     return [
         house.route("/p/{project}/training", show),
         house.route("/p/{project}/training", start, post=True),
+        house.route("/p/{project}/training/live", follow),
         house.route("/p/{project}/training/new", new),
         house.route("/p/{project}/training/plan", plan, post=True),
         house.route("/p/{project}/training/compare", compare),
@@ -30,7 +36,31 @@ def routes(house: House) -> list[Route]:
 
 async def show(visit: Visit) -> Response:
     """GET /console/p/acme/training"""
-    return visit.page("training.html", runs=await first(visit.client.runs.list(visit.project), SHOWN))
+    runs = await first(visit.client.runs.list(visit.project), SHOWN)
+    return visit.page("training.html", runs=runs, going=_going(runs))
+
+
+def _going(runs: Iterable[Run]) -> list[Run]:
+    return [run for run in runs if run.status.state not in FINAL][:WATCHED]
+
+
+async def follow(visit: Visit) -> Response:
+    """GET /console/p/acme/training/live: the list, after every change of a run that has not ended."""
+    runs = {run.name: run for run in await first(visit.client.runs.list(visit.project), SHOWN)}
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        merged = live.Merged([_watched(visit, run) for run in _going(runs.values())])
+        async for batch in merged.batches():
+            runs.update((run.name, run) for run in batch)
+            newest = list(runs.values())
+            yield live.message("part", visit.part("parts/runs.html", runs=newest)) if batch else live.STILL_HERE
+
+    return live.answer(visit.request, events())
+
+
+async def _watched(visit: Visit, run: Run) -> AsyncIterator[Run]:
+    async for message in visit.client.runs.watch(run.name, run.last_sequence):  # its story is the run's page's
+        yield message.run
 
 
 async def new(visit: Visit) -> Response:
