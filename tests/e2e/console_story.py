@@ -93,6 +93,8 @@ def add_files(desk: Desk, archive: Path, held_out: Path) -> None:
     desk.at("upload-split").select_option("test")
     desk.fill(upload__exclude="")
     desk.at("git-ref").focus()
+    desk.drop(held_out.parent, "drop")
+    expect(desk.at("transfers").locator(".problem")).to_have_text(re.compile("folder: pack it"))
     desk.drop(held_out, "drop")
     expect(states).to_have_text(["ready", "ready"])
     expect(desk.at("git-ref")).to_be_focused()
@@ -288,6 +290,15 @@ def choose(desk: Desk, mode: str, checkpoint: str = "") -> None:
     expect(desk.at("prefix")).to_have_value("def typed_meanwhile(")
     assert desk.page.url.endswith("?days=30")
     expect(desk.at("converged")).to_have_text("serving")
+
+
+def press_while_it_changes(desk: Desk, id: str, part: str) -> None:
+    """A live part is replaced while a link in it is pressed: that is clicked all the same."""
+    desk.at(id).hover()
+    desk.page.mouse.down()
+    anew = "async (id) => (await import('/console/static/live.js')).replace(document.getElementById(id).outerHTML)"
+    desk.page.evaluate(anew, part)
+    desk.page.mouse.up()
 
 
 def make_key(desk: Desk, id: str, role: str) -> str:

@@ -95,10 +95,19 @@ function parsed(html) {
   return new DOMParser().parseFromString(policy ? policy.createHTML(html) : html, "text/html");
 }
 
+const waiting = new Map();
+
 // The focus stays where it is, what is open stays open, and what was typed or chosen stays, too.
 function put(part) {
   const old = part && document.getElementById(part.id);
   if (!old) return;
+  if (old.matches(":active")) {
+    // A link or button that is replaced while it is pressed would not be clicked.
+    waiting.set(part.id, part);
+    setTimeout(() => waiting.get(part.id) === part && put(part), 100);
+    return;
+  }
+  waiting.delete(part.id);
   const focused = old.contains(document.activeElement) ? document.activeElement.id : "";
   const open = [...old.querySelectorAll("details[open][id]")].map((each) => each.id);
   const typed = [...old.querySelectorAll("input[id], select[id], textarea[id]")].filter(isTyped);

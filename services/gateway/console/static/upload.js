@@ -22,7 +22,13 @@ drop.addEventListener("dragleave", () => delete drop.dataset.over);
 drop.addEventListener("drop", (event) => {
   event.preventDefault();
   delete drop.dataset.over;
-  take([...event.dataTransfer.files]);
+  const files = [];
+  for (const item of event.dataTransfer.items) {
+    const file = item.getAsFile();
+    if (item.webkitGetAsEntry()?.isDirectory) fail(begin(file).state, "This is a folder: pack it into a zip or tar first.");
+    else if (file) files.push(file);
+  }
+  take(files);
 });
 // A file that misses the field would take the page's place.
 for (const kind of ["dragover", "drop"]) addEventListener(kind, (event) => event.preventDefault());
@@ -40,14 +46,26 @@ async function take(files) {
   running--;
 }
 
-async function bring(file, fields) {
+// A line for a file, with its progress and how it stands.
+function begin(file) {
   const line = list.appendChild(document.createElement("li"));
   const name = line.appendChild(document.createElement("span"));
   const bar = line.appendChild(document.createElement("progress"));
   const state = line.appendChild(document.createElement("span"));
   name.textContent = file.name;
   bar.max = Math.max(1, file.size);
+  bar.value = 0;
   bar.setAttribute("aria-label", `Progress of ${file.name}`);
+  return { bar, state };
+}
+
+function fail(state, words) {
+  state.className = "problem";
+  state.textContent = words;
+}
+
+async function bring(file, fields) {
+  const { bar, state } = begin(file);
   try {
     state.textContent = "reading";
     const sha256 = await digest(file, (done) => (bar.value = done));
@@ -61,8 +79,7 @@ async function bring(file, fields) {
     state.textContent = "done";
     await refresh();
   } catch (problem) {
-    state.className = "problem";
-    state.textContent = problem.message ?? String(problem);
+    fail(state, problem.message ?? String(problem));
   }
 }
 
