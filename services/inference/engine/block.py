@@ -111,7 +111,8 @@ class Rotary(nn.Module):
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines ``[tokens, 1, 2, head_dim / 2]``; the sines of the first half are negative."""
         cos, sin = (part[0].unflatten(1, (1, 2, -1)) for part in self.rotary(x, position_ids))
-        return cos, sin * torch.tensor([[-1.0], [1.0]], dtype=sin.dtype, device=sin.device)
+        first, second = sin.unbind(2)
+        return cos, torch.stack([-first, second], 2)  # not times a constant, which would be copied to a GPU each step
 
 
 def simplify(model: PreTrainedModel) -> None:
