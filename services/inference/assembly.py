@@ -153,7 +153,7 @@ class Replica:
                 self.model.set_exception(error)
                 raise
             seconds = round(asyncio.get_running_loop().time() - began, 2)
-            _log.info("model loaded", model=model.base.model, seconds=seconds)
+            _log.info("model loaded", model=model.base.model, device=str(model.model.device), seconds=seconds)
             self.follower.model_loaded(model)
             self.model.set_result(model)
             await following

@@ -61,7 +61,7 @@ class LoadedModel:
         Raises:
             ResourceExhausted: the device has no memory for them now.
         """
-        with _device_memory():
+        with _device_memory(), self.runner.beside:
             return lora.prepare(pairs, scale, self.model.dtype, self.model.device, sha256)
 
     def stage(self, weights: lora.Weights) -> None:
@@ -124,9 +124,7 @@ def load(
     """
     torch.set_num_threads(1)  # this thread's: see engine/cores.py
     folder = weights.ensure_weights(spec, cache_dir)
-    model = weights.load_model(folder)
-    if torch.cuda.is_available():
-        model.to("cuda")  # type: ignore[arg-type]
+    model = weights.load_model(folder, device="cuda" if torch.cuda.is_available() else "cpu")
     tokenizer, digest = weights.load_tokenizer(folder), weights.base_digest(folder)
     threads = threads or os.cpu_count() or 1
     return start(model, tokenizer, spec.id, digest, limits, max_rank=max_rank, kind=kind, threads=threads)

@@ -116,11 +116,13 @@ def base_digest(folder: Path) -> str:
     return result
 
 
-def load_model(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_model(folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> PreTrainedModel:
     """The causal language model of a folder from :func:`ensure_weights`, in evaluation mode.
 
     Args:
         dtype: of its weights; None means bfloat16.
+        device: where they go; to another than the CPU straight from the mapped file, so that the host needs no memory
+            for all of them.
 
     Raises:
         DigestMismatch: the weights are damaged; the message says which folder to delete.
@@ -140,6 +142,9 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedMode
         ) from error
     loaded: PreTrainedModel = model
     loaded.train(False)
+    if device != "cpu":
+        loaded.to(device)  # type: ignore[arg-type]  # a decorator hides its signature
+        return loaded
     for parameter in loaded.parameters():
         # In the mapped file they lie anywhere, which costs a tenth of every product on a CPU.
         if parameter.data_ptr() % ALIGNMENT:

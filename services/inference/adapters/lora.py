@@ -16,7 +16,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from services.inference.adapters.mix import Mix, Mixer, Paths, Shape
+from services.inference.adapters.indexed import Memory
+from services.inference.adapters.mix import Mix, Mixer
+from services.inference.adapters.stack import Paths, Shape
 from services.inference.engine.weights import Plain, Product
 
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -73,6 +75,10 @@ class Active(threading.local):
         """See :meth:`services.inference.adapters.mix.Mixer.order`."""
         return self._mixer.order(weights)
 
+    def index(self, segments: list[Segment]) -> list[tuple[Memory, list[int]]]:
+        """See :meth:`services.inference.adapters.mix.Mixer.index`."""
+        return self._mixer.index(segments)
+
     @contextmanager
     def use(self, segments: list[Segment], *, beside: bool = False) -> Iterator[None]:
         """Sets the segments for one forward pass; tokens in none of them run on the base model.
@@ -80,9 +86,16 @@ class Active(threading.local):
         Args:
             beside: the engine's steps go on meanwhile: nothing of theirs is used.
         """
-        self.mix = None
+        mix = None
         if segments:
-            self.mix = Mix(alone=segments) if beside else self._mixer.mix(segments)
+            mix = Mix(alone=segments) if beside else self._mixer.mix(segments)
+        with self.mixed(mix):
+            yield
+
+    @contextmanager
+    def mixed(self, mix: Mix | None) -> Iterator[None]:
+        """The same with a mix that was made before; None for the base model."""
+        self.mix = mix
         try:
             yield
         finally:

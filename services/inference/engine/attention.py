@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
-from services.inference.engine.rows import Batch, Row
+from services.inference.engine.rows import Batch, Grid, Row
 
 if TYPE_CHECKING:
     from services.inference.engine.few import Few
@@ -40,6 +40,8 @@ class Step:
     neighbouring blocks are one matrix."""
     few: Few | None = None
     """The same for the compiled kernels, where they are quicker."""
+    grid: Grid | None = None
+    """In place of batches and rows, all of whose numbers lie in memory: see engine/graphs.py."""
 
 
 def attend(
@@ -99,6 +101,8 @@ def look(
     Returns:
         ``[tokens, heads, head_dim]``.
     """
+    if step.grid is not None:
+        return _alike(step.grid, query, kv, scaling, window, softcap)
     if len(step.rows) == 1 and not step.batches:
         return _one(step.rows[0], query[None], kv, scaling, window, softcap)[0].transpose(0, 1)
     by_token = query.transpose(0, 1)
@@ -112,6 +116,17 @@ def look(
         span = slice(row.begin, row.begin + row.count)
         out[span] = _one(row, query[None, :, span], kv, scaling, window, softcap)[0].transpose(0, 1)
     return out
+
+
+def _alike(
+    grid: Grid, query: torch.Tensor, kv: torch.Tensor, scaling: float | None, window: int | None, softcap: float | None
+) -> torch.Tensor:
+    """Sequences with as many tokens each; as :func:`look`."""
+    heads, _, head_dim = query.shape
+    keys, values = grid.seen(kv)
+    queries = query.view(heads, *grid.positions.shape, head_dim).transpose(0, 1)
+    mask = grid.mask(window, heads // kv.shape[1], kv.dtype)
+    return _few(queries, keys, values, mask, scaling, softcap).transpose(1, 2).reshape(-1, heads, head_dim)
 
 
 def _one(
@@ -133,15 +148,18 @@ def _one(
     if query.dtype == torch.bfloat16 and query.device.type == "cpu":
         return _many(row, query, keys, values, scaling, window)
     causal = row.past == 0 and (window is None or row.count <= window)
-    return scaled_dot_product_attention(
-        query,
-        keys,
-        values,
+    # The members of all groups as one sequence each, over the same keys. With a mask and enable_gqa, torch has only its
+    # plain products for a GPU, which write out all scores.
+    group = heads // kv_heads
+    attended = scaled_dot_product_attention(
+        query.view(kv_heads, group, row.count, -1).transpose(0, 1),
+        keys.expand(group, -1, -1, -1),
+        values.expand(group, -1, -1, -1),
         attn_mask=None if causal else row.mask(window, keys.device),
         is_causal=causal,
         scale=scaling,
-        enable_gqa=heads != kv_heads,
     )
+    return attended.transpose(0, 1).reshape(query.shape)
 
 
 def _many(
@@ -178,7 +196,8 @@ def _few(
     """``[sequences, heads, count, head_dim]``, the heads of a group as queries of their one head of keys.
 
     Args:
-        mask: to be broadcast over ``[sequences, kv_heads, group * count, seen]``; None where all is seen.
+        mask: to be broadcast over ``[sequences, kv_heads, group * count, seen]``, bool or what is added to the scores;
+            None where all is seen.
     """
     grouped = query.reshape(query.shape[0], keys.shape[1], -1, query.shape[3])
     if softcap is None:
@@ -187,14 +206,10 @@ def _few(
         scores = grouped @ keys.mT * (query.shape[3] ** -0.5 if scaling is None else scaling)
         scores = (scores / softcap).tanh() * softcap
         if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf)
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         attended = scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values
     return attended.reshape(query.shape)
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Rows say what is seen; a mask over the whole step would be wrong."""
-
-
+# Without a mask of the same name transformers makes none: rows say what is seen.
 AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, _no_mask)

@@ -138,6 +138,42 @@ class Batch:
         return (heads + wanted[:, None]).flatten(), mask[:, None, None]
 
 
+@dataclass(slots=True)
+class Grid:
+    """Sequences with as many tokens each, known by what is in memory when they are computed: so the same operations on
+    the same memory do for any others, and none of them asks the host."""
+
+    positions: torch.Tensor
+    """Of each one's tokens, ``[sequences, tokens of each]``, int64."""
+    tables: torch.Tensor
+    """Blocks of each, ``[sequences, blocks]``, int64; what fills up a row
+    has to hold numbers: a mask takes away any, but not what is none."""
+    _wanted: torch.Tensor | None = None
+    _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+
+    def seen(self, kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, ``[sequences, kv_heads, seen, head_dim]``; of a layer, as :attr:`Step.kv` has it."""
+        _, kv_heads, slots, head_dim = kv.shape
+        sequences, blocks = self.tables.shape
+        if self._wanted is None:
+            heads = torch.arange(2 * kv_heads, device=kv.device).view(2, 1, kv_heads, 1) * (slots // BLOCK)
+            self._wanted = (heads + self.tables[None, :, None]).flatten()
+        found = kv.view(-1, BLOCK * head_dim).index_select(0, self._wanted)
+        keys, values = found.view(2, sequences, kv_heads, blocks * BLOCK, head_dim).unbind()
+        return keys, values
+
+    def mask(self, window: int | None, repeated: int, dtype: torch.dtype) -> torch.Tensor:
+        """What is added to the scores, ``[sequences, 1, repeated * tokens of each, seen]``: 0 or minus infinity."""
+        if window not in self._masks:
+            at = torch.arange(self.tables.shape[1] * BLOCK, device=self.tables.device)
+            hidden = at > self.positions[:, :, None]
+            if window is not None:
+                hidden |= at <= self.positions[:, :, None] - window
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+            self._masks[window] = mask.repeat(1, repeated, 1)[:, None]
+        return self._masks[window]
+
+
 def batches(rows: list[Row], device: torch.device) -> tuple[list[Batch], list[Row]]:
     """The decodes that are alike enough, and the rows that stay alone."""
     alone = [row for row in rows if row.count > 1]

@@ -6,7 +6,9 @@ from the engine's thread only.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -19,6 +21,8 @@ from services.inference.engine.blocks import BLOCK, blocks_for
 from services.inference.engine.compiled import Compiled, fits
 from services.inference.engine.cores import reserve
 from services.inference.engine.few import MOST, bits, few
+from services.inference.engine.graphs import CudaGraphs, Graphs, Record
+from services.inference.engine.layout import Layout, lay_out
 from services.inference.engine.rows import Row, batches
 from services.inference.engine.sampler import Sampler
 from services.inference.engine.scheduler import Work
@@ -31,23 +35,36 @@ class Runner:
     Args:
         model: a causal LM in eval mode; its linear layers are made to take adapters.
         sampler: chooses the tokens.
-        blocks: of the KV cache; memory is taken when one is first used.
+        blocks: of the KV cache; on a CPU memory is taken when one is first used.
         threads: of a step's arithmetic; None leaves them as they are.
+        record: makes recordings of steps, see engine/graphs.py; None is CUDA's on a GPU, and nothing elsewhere.
     """
 
-    def __init__(self, model: PreTrainedModel, sampler: Sampler, blocks: int, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sampler: Sampler,
+        blocks: int,
+        threads: int | None = None,
+        record: Record | None = None,
+    ) -> None:
         config = model.config
         self._model, self._sampler, self._threads = model, sampler, threads
         self._active = install(model)
         simplify(model)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        self._kv = [
-            torch.empty(2, kv_heads, blocks * BLOCK, head_dim, dtype=model.dtype, device=model.device)
-            for _ in range(config.num_hidden_layers)
-        ]
+        # One block more than is given out: what fills up a recorded step writes to it.
+        shape = (config.num_hidden_layers, 2, kv_heads, (blocks + 1) * BLOCK, head_dim)
+        memory = torch.empty(shape, dtype=model.dtype, device=model.device)
+        self._kv = list(memory.unbind())
         self._bits = bits(self._kv)
         self._compiled: Compiled | None = None
+        if record is None and model.device.type == "cuda":
+            record = CudaGraphs()
+        self._graphs = Graphs(model, self._active, memory, record) if record is not None else None
+        self.beside: AbstractContextManager[Any] = nullcontext() if self._graphs is None else self._graphs.beside
+        """Held by who uses the device beside the steps."""
         model.set_attn_implementation(NAME)
 
     def begin(self) -> None:
@@ -58,58 +75,44 @@ class Runner:
             kernels.warm()
             kernels.use(self._threads)
             self._compiled = Compiled(self._model, self._active) if fits(self._model) else None
+        if self._graphs is not None:
+            self._graphs.warm()
 
     @torch.inference_mode()
     def step(self, work: list[Work]) -> list[Result | None]:
         """Computes the work's tokens; for each entry what it was wanted for, None while its prompt is not through."""
-        device = self._model.device
         # One version's sequences stand side by side, so that its adapter is one product over all of them.
         order = sorted(range(len(work)), key=lambda index: self._active.order(work[index].sequence.adapter))
-        rows, segments, ids, positions, last = list[Row](), list[Segment](), list[int](), list[int](), list[int]()
-        slots, begun = list[int](), list[int]()
-        for index in order:
-            item = work[index]
-            begin = len(ids)
-            ids += item.tokens
-            count = len(ids) - begin
-            positions += range(item.start, item.start + count)
-            assert item.sequence.table is not None
-            rows.append(Row(begin, count, item.start, item.sequence.table.blocks))
-            slots += rows[-1].written()
-            begun += rows[-1].begun()
-            last += range(len(ids) - item.outputs, len(ids))
-            if (weights := item.sequence.adapter) is not None:
-                if segments and segments[-1].weights is weights and segments[-1].end == begin:
-                    segments[-1] = Segment(segments[-1].begin, len(ids), weights)
-                else:
-                    segments.append(Segment(begin, len(ids), weights))
-        together, alone = batches(rows, device)
-        step = Step(
-            batches=together,
-            rows=alone,
-            slots=torch.tensor(slots, device=device),
-            begun=torch.tensor(begun, device=device) if begun else None,
-            kv=self._kv,
-        )
-        if self._bits is not None and len(ids) <= MOST:
-            step = replace(step, few=few(step, self._bits, rows))
-        with self._active.use(segments):
-            logits = self._logits(ids, positions, last, step)
+        layout = lay_out(work[index] for index in order)
+        logits = self._graphs.logits(layout) if self._graphs is not None else None
+        if logits is None:
+            logits = self._logits(layout)
         outputs = torch.split_with_sizes(logits, [work[index].outputs for index in order])
         return self._results(work, dict(zip(order, outputs, strict=True)))
 
-    def _logits(self, ids: list[int], positions: list[int], last: list[int], step: Step) -> torch.Tensor:
+    def _logits(self, layout: Layout) -> torch.Tensor:
         """Of the tokens whose outputs are wanted, ``[last, embeddings]``."""
-        if self._compiled is not None and step.few is not None:
-            return self._compiled.logits(ids, positions, last, step)
-        device = self._model.device
-        logits: torch.Tensor = self._model(
-            input_ids=torch.tensor([ids], device=device),
-            position_ids=torch.tensor([positions], device=device),
-            use_cache=False,
-            logits_to_keep=torch.tensor(last, dtype=torch.long, device=device),
-            step=step,
-        ).logits
+        device, tokens = self._model.device, len(layout.ids)
+        together, alone = batches(layout.rows, device)
+        step = Step(
+            batches=together,
+            rows=alone,
+            slots=torch.tensor(layout.slots, device=device),
+            begun=torch.tensor(layout.begun, device=device) if layout.begun else None,
+            kv=self._kv,
+        )
+        if self._bits is not None and tokens <= MOST:
+            step = replace(step, few=few(step, self._bits, layout.rows))
+        with self._active.use(layout.segments):
+            if self._compiled is not None and step.few is not None:
+                return self._compiled.logits(layout.ids, layout.positions, layout.last, step)
+            logits: torch.Tensor = self._model(
+                input_ids=torch.tensor([layout.ids], device=device),
+                position_ids=torch.tensor([layout.positions], device=device),
+                use_cache=False,
+                logits_to_keep=torch.tensor(layout.last, dtype=torch.long, device=device),
+                step=step,
+            ).logits
         return logits[0]
 
     def _results(self, work: list[Work], outputs: dict[int, torch.Tensor]) -> list[Result | None]:
@@ -140,7 +143,7 @@ class Runner:
         # Memory of its own, so that the engine's is not touched.
         kv = [torch.zeros_like(layer[:, :, : len(row.blocks) * BLOCK]) for layer in self._kv]
         step = Step(batches=[], rows=[row], slots=torch.tensor(row.written(), device=device), begun=None, kv=kv)
-        with self._active.use([Segment(0, count, weights)], beside=True):
+        with self.beside, self._active.use([Segment(0, count, weights)], beside=True):
             logits: torch.Tensor = self._model(
                 input_ids=torch.tensor([ids], device=device),
                 position_ids=torch.arange(count, device=device)[None],
@@ -151,7 +154,8 @@ class Runner:
 
     def stage(self, weights: Weights) -> None:
         """Copies an adapter to where steps find it that mix several; from any thread, beside the steps."""
-        self._active.stage(weights)
+        with self.beside:
+            self._active.stage(weights)
 
     def release(self, sequence: Sequence) -> None:
         """Frees what is kept for a sequence beside its blocks; nothing is fine."""

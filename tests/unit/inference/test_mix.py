@@ -8,9 +8,10 @@ import threading
 import pytest
 import torch
 
-from services.inference.adapters import mix
+from services.inference.adapters import mix, stack
 from services.inference.adapters.lora import Active, Segment, Weights, prepare, siblings
-from services.inference.adapters.mix import Mixer, Shape
+from services.inference.adapters.mix import Mixer
+from services.inference.adapters.stack import Shape
 
 PATHS = ("a.q_proj", "a.k_proj", "a.v_proj")
 GROUPS = {PATHS: Shape(32, (24, 8, 8)), ("a.o_proj",): Shape(24, (32,))}
@@ -91,7 +92,7 @@ def test_on_a_cpu_all_that_lie_in_stacks_are_placed() -> None:
 def test_no_step_copies_an_adapter_that_is_mixed_with_none(monkeypatch: pytest.MonkeyPatch) -> None:
     mixer, known = Mixer(GROUPS), [adapter(seed, 16) for seed in range(2)]
     mixer.stage(known[0])
-    monkeypatch.setattr(mix, "_fill", lambda *_: pytest.fail("a step has copied an adapter"))
+    monkeypatch.setattr(stack, "_fill", lambda *_: pytest.fail("a step has copied an adapter"))
     for weights, alone in zip(known, (0, 1), strict=True):
         assert len(mixer.mix([Segment(0, 2, weights)]).alone) == alone
         check(mixer, [Segment(0, 2, weights)], 3)
@@ -111,7 +112,7 @@ def test_what_is_staged_beside_the_steps_costs_no_step_a_copy(monkeypatch: pytes
     mixer, known = Mixer(GROUPS), [adapter(seed, 16) for seed in range(2)]
     for weights in known:
         mixer.stage(weights)
-    monkeypatch.setattr(mix, "_fill", lambda *_: pytest.fail("a step has copied an adapter"))
+    monkeypatch.setattr(stack, "_fill", lambda *_: pytest.fail("a step has copied an adapter"))
     check(mixer, [Segment(0, 1, known[0]), Segment(1, 2, known[1])], 3)
 
 

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from services.core.models.spelling import Overhang, Spelling, token_bytes
 from services.inference.adapters import lora
 from services.inference.engine.engine import Engine
+from services.inference.engine.graphs import Record
 from services.inference.engine.runner import Runner
 from services.inference.engine.sampler import Sampler
 from services.inference.engine.scheduler import Limits
@@ -131,11 +132,12 @@ class Bench:
         tokenizer: PreTrainedTokenizerFast,
         limits: Limits,
         threads: int | None = None,
+        record: Record | None = None,
     ) -> None:
         self.vocabulary = token_bytes(tokenizer)
         self.model = copy.deepcopy(reference)
         self.sampler = Sampler(Spelling(self.vocabulary))
-        self.runner = Runner(self.model, self.sampler, limits.blocks, threads)
+        self.runner = Runner(self.model, self.sampler, limits.blocks, threads, record)
         self.engine = Engine(self.runner, limits)
 
     def make(self, prompt: list[int], max_tokens: int = 16, **fields: Any) -> Heard:
