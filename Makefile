@@ -76,6 +76,7 @@ bench: proto sshd ## Benchmarks against named peers; the figures are in bench/RE
 	@$(BIN)/python -m bench.scanner
 	@$(BIN)/python -m bench.trainer
 	@$(BIN)/python -m bench.speculation
+	@$(BIN)/python -m bench.gpu
 	@$(BIN)/python -m bench.start
 	@$(BIN)/python -m bench.swap
 	@$(BIN)/python -m bench.keystrokes
