@@ -32,7 +32,8 @@ class InferenceSettings(CoreSettings):
     inference_project_waiting: int = Field(default=48, ge=1)
     """Most completions of one project in the queue; more get QUEUE_FULL, so that others find room in it."""
     inference_step_tokens: int = Field(default=256, ge=16)
-    """Most tokens in one step: smaller keeps running streams smooth, larger gets prompts through sooner."""
+    """Most tokens in one step: smaller keeps running streams smooth, larger gets prompts through sooner. A GPU
+    wants 2048 or so."""
     inference_speculation_tokens: int = Field(default=7, ge=0, le=15)
     """Most tokens of a completion that are guessed from its own text and checked in one step: the same text, sooner
     where code repeats itself. Few are guessed where guesses are wrong or many completions run; 0 for none."""
