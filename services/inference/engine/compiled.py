@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from services.inference.adapters.lora import Active, Joint
 from services.inference.engine.attention import Step
 from services.inference.engine.block import Block, Rotary
+from services.inference.engine.few import MOST
 from services.inference.engine.layers import Norm
 from services.inference.engine.weights import Fast, Rows
 
@@ -101,6 +102,10 @@ class Compiled:
         self._norm: Norm = body.norm
         head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         self._head: Fast = head.product
+        first, hidden = self._layers[0], self._table.shape[1]
+        both, seen = sum(first.gate_up.outs), first.qkv.outs[0]
+        widths = (hidden, hidden, sum(first.qkv.outs), seen, both, both // 2)
+        self._all = [torch.empty(MOST, width) for width in widths]
         self._desks: dict[int, Desk] = {}
 
     def logits(self, ids: list[int], positions: list[int], last: list[int], step: Step) -> torch.Tensor:
@@ -120,8 +125,5 @@ class Compiled:
 
     def _desk(self, tokens: int) -> Desk:
         if tokens not in self._desks:
-            layer, hidden = self._layers[0], self._table.shape[1]
-            both, seen = sum(layer.gate_up.outs), layer.qkv.outs[0]
-            widths = (hidden, hidden, sum(layer.qkv.outs), seen, both, both // 2)
-            self._desks[tokens] = Desk(*(torch.empty(tokens, width) for width in widths))
+            self._desks[tokens] = Desk(*(part[:tokens] for part in self._all))
         return self._desks[tokens]
