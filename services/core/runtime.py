@@ -32,7 +32,7 @@ from services.core.quota.channel import Channel
 from services.core.quota.limits import NONE, Defaults
 from services.core.quota.nats import NatsChannel
 from services.core.quota.quotas import Quotas
-from services.core.quota.storage import Stored, told
+from services.core.quota.storage import Stored, artifact_ended, told
 from services.core.state import Bounds, MemoryState, StateStore
 from services.core.state.nats import NatsState
 from services.core.store import Artifacts, Blobs, MemoryStore, ObjectStore, S3Store
@@ -74,7 +74,6 @@ class Runtime:
         quota_project: Defaults = NONE,
         quota_key: Defaults = NONE,
         channel: Channel | None = None,
-        service: str = "memory",
     ) -> None:
         self._open_state = state
         self._states: dict[str, StateStore] = {}
@@ -86,8 +85,7 @@ class Runtime:
         self.blobs = Blobs(store)
         self.artifacts = Artifacts(store, cache_dir)
         self.quotas = Quotas(self.state(keyring.BUCKET), quota_project, quota_key, channel)
-        counted = Stored(store, told(self.state(keyring.BUCKET)))
-        self.storage = counted.places(self.quotas, self.state(service))
+        self.storage = Stored(store, told).places(self.quotas, self.state(keyring.BUCKET), artifact_ended)
 
     def state(self, bucket: str, bounds: Bounds | None = None) -> StateStore:
         """The records of one bucket (one per service); the same object for the same bucket.
@@ -149,7 +147,6 @@ class Runtime:
                 quota_project=settings.quota_project,
                 quota_key=settings.quota_key,
                 channel=NatsChannel(connection, service),
-                service=service,
             )
 
     @classmethod

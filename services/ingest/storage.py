@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Mapping
 
-from codegraft.access.v1.quota_pb2 import ProjectStorage
+from codegraft.access.v1.quota_pb2 import ProjectStorage, StoredPlaces
 from codegraft.ingest.v1.source_pb2 import Source
 from codegraft.ingest.v1.upload_pb2 import Upload
 from services.core import log, names
 from services.core.auth import keyring
 from services.core.auth.caller import ANYBODY
 from services.core.backoff import Backoff
-from services.core.errors import CodegraftError, EtagMismatch, NotFound, ResourceExists, StateUnavailable
-from services.core.quota.storage import Stored, kind_of, sums
+from services.core.errors import CodegraftError, StateUnavailable
+from services.core.quota.storage import Stored, kind_of
 from services.core.runtime import Runtime
 from services.core.state import Table
-from services.ingest.records import BUCKET, Tables
+from services.ingest.records import Tables
 
 _FRESH = 10.0
 """Seconds for which a project's artifacts are not counted again: they grow by no call that is refused here."""
@@ -36,13 +35,12 @@ class Storage:
 
     def __init__(self, runtime: Runtime, tables: Tables) -> None:
         self._tables = tables
-        self._sums = sums(runtime.state(keyring.BUCKET))
         self._changed: set[str] = set()
         """Projects whose sums may be others now."""
         self.stored = Stored(runtime.store, self.records, _FRESH)
-        self.places = self.stored.places(runtime.quotas, runtime.state(BUCKET))
+        self.places = self.stored.places(runtime.quotas, runtime.state(keyring.BUCKET), self._settle)
 
-    async def records(self, owner: str) -> Mapping[str, int]:
+    async def records(self, owner: str, there: StoredPlaces) -> Mapping[str, int]:
         """Bytes of a project's uploads and sources; of anybody else those of what it made itself."""
         of_project = owner.startswith("projects/")
         prefix = f"{owner}/" if of_project else ""
@@ -75,41 +73,31 @@ class Storage:
             await asyncio.sleep(_TELL)
             try:
                 if not looked:  # what became empty while nobody told has nothing that could be followed
-                    self._changed |= {each.name for each in await self._sums.all()}
+                    self._changed |= set(await self.places.owners())
                     looked = True
                 for project in list(self._changed):
                     self._changed.discard(project)  # before it is counted: what changes meanwhile counts next time
                     try:
-                        await self._tell(project)
+                        await self.places.settle(project)
                     except CodegraftError:
                         self._changed.add(project)
                         raise
             except CodegraftError as error:  # NATS is away, or many write
                 logger.warning("what is stored cannot be told", error=error.message)
 
-    async def _tell(self, project: str) -> None:
-        counted = ProjectStorage()
-        for name, size in (await self.records(project)).items():
-            kind = kind_of(name)
-            setattr(counted, kind, getattr(counted, kind) + size)
-
-        if not counted.ListFields():
-            with contextlib.suppress(NotFound, EtagMismatch):
-                await self._sums.delete(project)
-            return
-
-        def change(there: ProjectStorage) -> None:
-            there.uploads, there.sources = counted.uploads, counted.sources
-
-        try:
-            await self._sums.mutate(project, change)
-        except NotFound:
-            made = ProjectStorage(name=project)
-            change(made)
-            try:
-                await self._sums.create(made)
-            except ResourceExists:  # by another replica, which counted now or will hear of what comes
-                await self._sums.mutate(project, change)
+    async def _settle(self, owner: str, after: StoredPlaces) -> None:
+        """What the records come to, in the very write in which a claim ends: nobody counts a thing twice, or not."""
+        found = await self.records(owner, after)
+        if owner.startswith("projects/"):
+            recorded = ProjectStorage()
+            for name, size in found.items():
+                kind = kind_of(name)
+                setattr(recorded, kind, getattr(recorded, kind) + size)
+            if recorded.ListFields() or after.HasField("recorded"):
+                after.recorded.CopyFrom(recorded)
+        for place in after.places:
+            if kind_of(place.name) in ("uploads", "sources"):
+                place.counted = min(place.amount, found.get(place.name, 0))
 
 
 def owners_of(project: str, creator: str) -> list[str]:

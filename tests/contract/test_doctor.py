@@ -111,6 +111,10 @@ async def test_each_wrong_thing_is_found(place: Installation, monkeypatch: pytes
         known = KNOWN["trainer"].nats_password
         told = await permissions._try_nats(settings, "trainer", known, ["KV_trainer"], [])
         assert told == "may not exchange what is used on newer.trainer"
+    with monkeypatch.context() as patch:  # and of one before all services claimed room in one place
+        patch.setattr(permissions, "ROOM", "$KV.access.Newer.")
+        told = await permissions._try_nats(settings, "trainer", known, ["KV_trainer"], [])
+        assert told == "may not claim room for what it stores, on $KV.access.Newer.>"
     others = await permissions.check(Installation(settings, {"inference": admin}))
     assert problems(others)["object store as inference"] == "may write what it only reads"
     assert problems(others)["NATS as inference"].startswith("cannot log in")

@@ -92,9 +92,9 @@ async def test_keys_are_written_by_ingest_and_read_by_all(connections: dict[str,
     await NatsState(connections["ingest"], BUCKET).create("StoredKey/keys/k", b"key")
     for name, connection in connections.items():
         state = NatsState(connection, BUCKET)
-        assert [entry.key for entry in await state.list()] == ["StoredKey/keys/k"]
+        assert [entry.key for entry in await state.list("StoredKey")] == ["StoredKey/keys/k"]
         async with asyncio.timeout(5):
-            async for entry in state.watch():
+            async for entry in state.watch("StoredKey"):
                 assert entry.value == b"key"
                 break
         if name != "ingest":
@@ -102,7 +102,18 @@ async def test_keys_are_written_by_ingest_and_read_by_all(connections: dict[str,
             for attempt in (state.create("StoredKey/keys/mine", b"x"), state.delete("StoredKey/keys/k")):
                 with pytest.raises(StateUnavailable):
                     await attempt
-    assert len(await NatsState(connections["ingest"], BUCKET).list()) == 1
+    assert len(await NatsState(connections["ingest"], BUCKET).list("StoredKey")) == 1
+
+
+async def test_room_is_claimed_by_who_stores_for_projects(connections: dict[str, NatsConnection]) -> None:
+    for name, connection in connections.items():
+        state = NatsState(hasty(connection), BUCKET)
+        key = f"StoredPlaces/projects/{name}/storage_bytes"
+        if permissions.SERVICES[name].writes_objects:
+            await state.update(key, b"2", await state.create(key, b"1"))
+        else:
+            with pytest.raises(StateUnavailable):
+                await state.create(key, b"1")
 
 
 async def test_events_are_read_by_all_and_published_by_their_own(connections: dict[str, NatsConnection]) -> None:

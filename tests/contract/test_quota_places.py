@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import pytest
 
+from codegraft.access.v1.quota_pb2 import StoredPlaces
 from services.core.errors import QuotaExceeded, StateUnavailable
 from services.core.nats_connection import connect
 from services.core.quota.limits import Defaults, Kind
@@ -37,7 +38,7 @@ class Replica:
     def __init__(self, state: StateStore, records: dict[str, int], **more: timedelta) -> None:
         self.records, self.slow = records, 0.0
 
-        async def used(owner: str) -> dict[str, int]:
+        async def used(owner: str, there: StoredPlaces) -> dict[str, int]:
             found = dict(records)
             await asyncio.sleep(self.slow)
             return found
@@ -55,6 +56,18 @@ class Replica:
         except QuotaExceeded:
             return False
         return True
+
+
+class Away:
+    """A state store that cannot be reached now and then."""
+
+    def __init__(self, state: StateStore) -> None:
+        self._state, self.away = state, False
+
+    def __getattr__(self, operation: str) -> object:
+        if self.away:
+            raise StateUnavailable("away")
+        return getattr(self._state, operation)
 
 
 async def test_of_many_at_once_as_many_pass_as_there_are_places(state: StateStore) -> None:
@@ -101,12 +114,28 @@ async def test_every_owner_has_to_have_room(state: StateStore) -> None:
         assert await replica.create("runs/d", owners=("projects/p",)), "its claim at the project was given back"
 
 
-async def test_a_claim_whose_process_died_ends_by_itself(state: StateStore) -> None:
-    dead = Replica(state, {}, lasts=timedelta(seconds=0.3))
-    held = dead.places.claim(["projects/p"], "runs/a", 3)
-    await held.__aenter__()
-    other = Replica(state, {})
-    assert not await other.create("runs/b")
-    await asyncio.sleep(0.31)
-    assert await other.create("runs/b")
-    await held.__aexit__(None, None, None)
+async def test_a_claim_whose_process_is_not_heard_ends_by_itself_and_is_there_again(state: StateStore) -> None:
+    away = Away(state)
+    cut, other = Replica(away, {}, lasts=timedelta(seconds=0.2)), Replica(state, {})  # type: ignore[arg-type]
+    async with cut.places.claim(["projects/p"], "runs/a", 2):
+        await asyncio.sleep(0.3)
+        assert not await other.create("runs/b", 2), "it lives"
+        away.away = True
+        await asyncio.sleep(0.21)
+        async with other.places.claim(["projects/p"], "runs/b", 1):
+            away.away = False
+            await asyncio.sleep(0.1)
+            assert not await other.create("runs/c", 1), "both count, as both come"
+    assert await other.create("runs/c", 3)
+
+
+async def test_two_that_store_the_same_thing_take_its_room_once(state: StateStore) -> None:
+    first, second = Replica(state, {}), Replica(state, {})
+    async with first.places.claim(["projects/p"], "uploads/u", 2):
+        held = second.places.claim(["projects/p"], "uploads/u", 2)
+        await held.__aenter__()
+        assert not await second.create("uploads/v", 2) and await second.create("uploads/w", 1)
+        second.records.clear()
+        await held.__aexit__(None, None, None)
+        assert not await second.create("uploads/v", 2), "the first still has it"
+    assert await second.create("uploads/v", 2)

@@ -18,12 +18,13 @@ import urllib3
 from minio import Minio
 from minio.error import MinioException, S3Error
 from nats.aio.client import Client
+from nats.js.api import Header
 from urllib3.exceptions import HTTPError
 
 from services.cli.control.installation import Installation
 from services.cli.doctor.check import Check, failed, ok
 from services.cli.local.files import ServiceCredentials
-from services.cli.local.permissions import KEYS, SERVICES
+from services.cli.local.permissions import KEYS, ROOM, SERVICES
 from services.core.config import CoreSettings
 from services.core.quota.nats import PREFIX as USAGE
 from services.core.runtime import nats_tls
@@ -94,7 +95,7 @@ async def _try_nats(settings: CoreSettings, user: str, password: str, own: list[
                 return f"may not look at {stream}"
         if others and (allowed := await _allowed(client, others, refused)):
             return allowed
-        return await _silenced(client, user, refused) if own else ""
+        return await _silenced(client, user, refused) or await _homeless(client, user) if own else ""
     except (nats.errors.Error, OSError, TimeoutError) as error:
         return f"it does not answer: {error or type(error).__name__}"
     finally:
@@ -108,6 +109,19 @@ async def _silenced(client: Client, user: str, refused: list[str]) -> str:
     for _ in range(2):  # the client's first PING overtakes what waits to be sent; what is refused comes before the PONG
         await client.flush(timeout=int(_TIMEOUT))
     return f"may not exchange what is used on {USAGE}{user}" if any(f'"{USAGE}' in line for line in refused) else ""
+
+
+async def _homeless(client: Client, user: str) -> str:
+    """What is wrong where a service that stores for projects may not claim room for it; empty when it may."""
+    if not SERVICES[user].writes_objects:
+        return ""
+    try:
+        # Under a revision that is not there, so nothing is written: that is JetStream's answer, to whoever may ask.
+        last = {Header.EXPECTED_LAST_SUBJECT_SEQUENCE.value: str(2**62)}
+        await client.request(f"{ROOM}doctor", b"", timeout=_TIMEOUT, headers=last)
+    except (nats.errors.Error, TimeoutError):
+        return f"may not claim room for what it stores, on {ROOM}>"
+    return ""
 
 
 async def _allowed(client: Client, others: list[str], refused: list[str]) -> str:

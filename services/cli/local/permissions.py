@@ -4,9 +4,9 @@
 ``$INGEST_PASSWORD`` and so on in place of passwords.
 
 A service publishes to its own buckets and its own events, takes jobs of its own kinds, reads the API keys and all
-events, says what it counts of quotas and hears what the others do, and gets answers in an inbox of its own. What no
-rule of NATS can see: a service may have messages of its streams sent to any subject, so one that was taken over could
-still disturb others; it cannot read their buckets.
+events, says what it counts of quotas and hears what the others do, claims room where it stores for projects, and gets
+answers in an inbox of its own. What no rule of NATS can see: a service may have messages of its streams sent to any
+subject, so one that was taken over could still disturb others; it cannot read their buckets.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from services.core.state import mirror
 API = "$JS.API"
 KEYS = "KV_access"
 """Stream of the bucket with the API keys, which ingest writes and everybody reads."""
+ROOM = "$KV.access.StoredPlaces."
+"""Subjects of the one part of that bucket that whoever stores for projects writes: claims (core/quota/places.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,8 @@ def publish(name: str) -> list[str]:
     subjects += [f"codegraft.{name}.>", f"audit.{name}.>", f"{API}.STREAM.CREATE.AUDIT", f"{USAGE}{name}"]
     if service.writes_keys:
         subjects.append("$KV.access.>")
+    elif service.writes_objects:
+        subjects.append(f"{ROOM}>")
     for stream in (*own, KEYS, "EVENTS", *(["AUDIT"] if service.reads_audit else [])):
         subjects += [
             # An existing stream is not changed by this request.

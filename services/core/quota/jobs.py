@@ -7,6 +7,7 @@ from typing import Protocol, TypeVar
 
 from google.protobuf.message import Message
 
+from codegraft.access.v1.quota_pb2 import StoredPlaces
 from codegraft.common.v1.job_pb2 import JOB_STATE_QUEUED, JOB_STATE_RUNNING, JobStatus
 from services.core.quota.limits import Kind
 from services.core.quota.places import Places
@@ -48,7 +49,7 @@ def places(quotas: Quotas, kind: Kind, state: StateStore, table: Table[J]) -> Pl
             if job.status.state in (JOB_STATE_QUEUED, JOB_STATE_RUNNING) and (of_project or job.creator == owner)
         ]
 
-    async def used(owner: str) -> Mapping[str, int]:
+    async def used(owner: str, there: StoredPlaces) -> Mapping[str, int]:
         return {job.name: 1 for job in await open_jobs(owner)}
 
     async def retry(owner: str) -> float:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from codegraft.access.v1.quota_pb2 import ProjectStorage, StorageUsage
+from codegraft.access.v1.quota_pb2 import ProjectStorage, StorageUsage, StoredPlaces
 from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest
 from services.core.auth.keyring import BUCKET
 from services.core.errors import QuotaExceeded
 from services.core.quota.limits import Defaults
-from services.core.quota.storage import Stored, kind_of, size_of, sums
+from services.core.quota.storage import Stored, kind_of, size_of
 from services.core.runtime import Runtime
 
 P = "projects/p"
@@ -34,7 +34,7 @@ async def filled(**quota: int) -> Runtime:
     return runtime
 
 
-async def records(owner: str) -> Mapping[str, int]:
+async def records(owner: str, there: StoredPlaces) -> Mapping[str, int]:
     return {f"{owner}/uploads/u": 7, f"{owner}/sources/a": 8, f"{owner}/sources/b": 9}
 
 
@@ -48,7 +48,7 @@ async def test_kinds_add_up_to_what_is_used() -> None:
     stored = Stored(runtime.store, records)
     usage = await stored.usage(P)
     assert usage == StorageUsage(uploads=7, sources=17, snapshots=1, datasets=320, adapters=4000, training_states=50000)
-    assert sum((await stored.used(P)).values()) == sum(size for _, size in usage.ListFields())
+    assert sum((await stored.used(P, StoredPlaces())).values()) == sum(size for _, size in usage.ListFields())
     assert await stored.usage("keys/k") == StorageUsage(uploads=7, sources=17), "artifacts are nobody's own"
     await runtime.store.delete(f"{P}/runs/r/states/8/manifest.json")
     assert (await stored.usage(P)).training_states == 0
@@ -57,7 +57,8 @@ async def test_kinds_add_up_to_what_is_used() -> None:
 async def test_the_other_services_have_ingests_records_as_sums() -> None:
     runtime = await filled(storage_bytes=60_000)
     assert await runtime.storage.used(P) == 54321
-    await sums(runtime.state(BUCKET)).create(ProjectStorage(name=P, uploads=1000, sources=4000))
+    said = StoredPlaces(recorded=ProjectStorage(uploads=1000, sources=4000))
+    await runtime.state(BUCKET).create(f"StoredPlaces/{P}/storage_bytes", said.SerializeToString())
     assert await runtime.storage.used(P) == 59321
     await runtime.storage.check(P)
     async with runtime.storage.claim([P], f"{P}/datasets/new", 679):
