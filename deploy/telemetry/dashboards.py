@@ -76,6 +76,11 @@ RPC = "rpc_server_call_duration_seconds"
 HTTP = "http_server_request_duration_seconds"
 AT_ONCE = (("sum(http_server_active_requests)", "requests"),)
 STATUS = "rpc_response_status_code"
+ALONE = (
+    ("sum(codegraft_quota_alone)", "now"),
+    ("sum by (reason) (increase(codegraft_quota_fallbacks_total[1h]))", "began within the hour: {{reason}}"),
+)
+SINCE_RATES = ("time() - (codegraft_quota_last_received_timestamp_seconds > 0)", "{{instance}}")
 OVERVIEW = (
     Panel("Services that answer", "short", total(f"up{{{OURS}}}", COMPONENT)),
     Panel("Calls", "ops", rates(f"{RPC}_count", "rpc_method")),
@@ -85,6 +90,10 @@ OVERVIEW = (
     Panel("HTTP requests at once", "short", AT_ONCE),
     Panel("Duration of HTTP requests", "s", p95(HTTP, "operation")),
     Panel("Refused by quotas", "ops", rates("codegraft_quota_refusals_total", "quota, owner")),
+    Panel("Messages about used rates", "ops", rates("codegraft_quota_messages_total", "direction")),
+    Panel("Processes that count rates alone", "short", ALONE),
+    Panel("Processes that share rates, as each hears", "short", most("codegraft_quota_peers", "instance")),
+    Panel("Since one heard another's rates", "s", (SINCE_RATES,)),
     Panel("Connected to NATS", "short", (("min by (connection) (codegraft_nats_connected)", "{{connection}}"),)),
     Panel("Failed requests to NATS", "ops", ((rate("codegraft_nats_errors_total"), "failed"),)),
     Panel("Failed requests to the object store", "ops", rates("codegraft_store_errors_total", "reason")),

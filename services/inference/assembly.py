@@ -10,7 +10,9 @@ from codegraft.inference.v1 import completion_pb2_grpc, feedback_pb2_grpc, servi
 from codegraft.inference.v1.feedback_pb2 import FeedbackHour, KeptCompletion
 from codegraft.inference.v1.serving_pb2 import Serving
 from services.core import log
+from services.core.auth import keyring
 from services.core.errors import CodegraftError, NotFound, ServingNotFound
+from services.core.leftovers import Leftovers
 from services.core.models import stored
 from services.core.models.catalogue import ModelSpec
 from services.core.quota.limits import Kind
@@ -116,6 +118,15 @@ class Replica:
         feedback = Feedback(Table(runtime.state("inference"), FeedbackHour, missing=NotFound))
         texts = Kept(Table(runtime.state(kept.BUCKET, kept.BOUNDS), KeptCompletion, missing=NotFound), projects)
         self._forgetting = Forgetting(texts, runtime.events)
+        policies = Policies(table)
+
+        async def forget(project: str, before: float) -> bool:
+            projects.forget(project)  # first: completions would make it another policy
+            await policies.forget(project, before)
+            await feedback.forget(project, before)
+            return True
+
+        self._leftovers = Leftovers(runtime.state(keyring.BUCKET), forget)
         self.services: list[Registration] = [
             (
                 completion_pb2_grpc.add_CompletionServiceServicer_to_server,
@@ -142,7 +153,7 @@ class Replica:
             CodegraftError: the model cannot be loaded; completions that wait get the same error.
         """
         following = asyncio.create_task(self.follower.run())
-        forgetting = asyncio.create_task(self._forgetting.run())
+        forgetting = [asyncio.create_task(each.run()) for each in (self._forgetting, self._leftovers)]
         metrics.register(self._collector)
         try:
             began = asyncio.get_running_loop().time()
@@ -159,8 +170,8 @@ class Replica:
             await following
         finally:
             metrics.unregister(self._collector)
-            following.cancel()
-            forgetting.cancel()
+            for task in (following, *forgetting):
+                task.cancel()
 
     def stop(self) -> None:
         """Ends the engine; what still runs ends as cancelled."""

@@ -78,6 +78,7 @@ class Feedback:
 
         if await self._table.find(name) is None:
             record = FeedbackHour(name=name)
+            record.create_time.GetCurrentTime()
             change(record)
             try:
                 await self._table.create(record)
@@ -98,6 +99,17 @@ class Feedback:
         records = await self._table.all(f"{project}/feedback/")
         first = int(since) // _HOUR
         return _totals(entry for record in records if _hour(record) >= first for entry in record.adapters)
+
+    async def forget(self, project: str, before: float) -> None:
+        """Removes a project's counts from before a moment, in seconds since 1970."""
+        for record in await self._table.all(f"{project}/feedback/"):
+            # Earlier releases did not note the time.
+            known = (
+                record.create_time.ToNanoseconds() / 1e9 if record.HasField("create_time") else _hour(record) * _HOUR
+            )
+            if known < before:
+                with contextlib.suppress(NotFound):  # another replica was faster
+                    await self._table.delete(record.name)
 
     async def _forget(self, project: str) -> None:
         """Removes what no window reaches any more. Called for the first event of an hour."""

@@ -52,6 +52,10 @@ class IngestProjects:
             task.add_done_callback(self._asking.discard)
         return True
 
+    def forget(self, project: str) -> None:
+        """See :class:`services.inference.policy.Projects`."""
+        self._due.pop(project, None)
+
     async def kept_since(self, project: str) -> float | None:
         """See :class:`services.inference.policy.Projects`. It is asked every time: off means off at once."""
         found = await self._get(project)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
@@ -18,7 +19,7 @@ from codegraft.inference.v1.serving_pb2 import (
     ServingMode,
     Split,
 )
-from services.core.errors import EtagMismatch, FailedPrecondition, ResourceExists
+from services.core.errors import EtagMismatch, FailedPrecondition, ResourceExists, ServingNotFound
 from services.core.state import Table
 
 HISTORY = 20
@@ -71,6 +72,10 @@ class Projects(Protocol):
         """Whether there is a project of that name; True when that cannot be found out now."""
         ...
 
+    def forget(self, project: str) -> None:
+        """It was deleted: what is remembered of it is not true any more."""
+        ...
+
     async def kept_since(self, project: str) -> float | None:
         """Since when it wants texts of its completions kept, seconds since 1970; None when it does not want that now,
         or when there is none of that name.
@@ -120,6 +125,17 @@ class Policies:
             except ResourceExists:
                 pass  # another replica was faster: change its record
         return await self._table.mutate(name, stamped, etag=etag)
+
+    async def forget(self, project: str, before: float) -> None:
+        """Deletes a project's policy when it was set before a moment, in seconds since 1970.
+
+        Raises:
+            EtagMismatch: it is being changed.
+        """
+        there = await self.find(project)
+        if there is not None and there.update_time.ToNanoseconds() / 1e9 < before:
+            with suppress(ServingNotFound):  # another replica was faster
+                await self._table.delete(there.name, etag=there.etag)
 
 
 @dataclass(frozen=True, slots=True)

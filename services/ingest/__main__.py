@@ -21,7 +21,12 @@ async def main(settings: IngestSettings) -> None:
             keys=opened.state(keyring.BUCKET),
             audit=opened.audit,
             quotas=opened.quotas,
-            background=[ingest.fetcher.run, ingest.storage.tell, *(mirror.run for mirror in ingest.mirrors)],
+            background=[
+                ingest.fetcher.run,
+                ingest.storage.tell,
+                ingest.deletions.run,
+                *(mirror.run for mirror in ingest.mirrors),
+            ],
         )
 
 

@@ -19,6 +19,7 @@ from services.core.runtime import Runtime
 from services.ingest.collector import Collector
 from services.ingest.config import IngestSettings
 from services.ingest.copies import mirrors
+from services.ingest.deletions import Deletions
 from services.ingest.fetcher import Fetcher
 from services.ingest.keys import Keys
 from services.ingest.quotas import QuotaDesk
@@ -44,6 +45,7 @@ class Ingest:
         services: for services/core/rpc/server.
         fetcher: run it in the background.
         storage: run its telling in the background.
+        deletions: run it in the background.
         mirrors: run them in the background.
         tables: its records.
         keys: the API keys.
@@ -59,11 +61,12 @@ class Ingest:
         collector = Collector(runtime, settings, tables, uploads, workspace)
         self.storage = storage = Storage(runtime, tables)
         self.fetcher = Fetcher(runtime, settings, tables, collector, snapshots, workspace, storage.places)
+        self.deletions = Deletions(runtime, tables)
         self.mirrors = mirrors(tables, runtime.store)
         self.services: Sequence[Registration] = [
             (
                 project_pb2_grpc.add_ProjectServiceServicer_to_server,
-                ProjectServicer(tables, runtime.events),
+                ProjectServicer(tables, runtime.events, self.deletions),
                 "codegraft.ingest.v1.ProjectService",
             ),
             (

@@ -21,6 +21,7 @@ from services.core.errors import DatasetNotFound, ScanNotFound
 from services.core.jobs import JobRunner
 from services.core.jobs.announcer import announce
 from services.core.jobs.parts import PartRunner
+from services.core.leftovers import Leftovers
 from services.core.quota.jobs import places
 from services.core.quota.limits import Kind
 from services.core.quota.usage import usage
@@ -29,6 +30,7 @@ from services.core.runtime import Runtime
 from services.core.state import Table
 from services.scanner import part_worker
 from services.scanner.config import ScannerSettings
+from services.scanner.leftovers import ScanLeftovers
 from services.scanner.part_worker import PartWorker
 from services.scanner.servicer import KIND, ScanServicer
 from services.scanner.worker import ScanWorker
@@ -77,6 +79,7 @@ async def main(settings: ScannerSettings) -> None:
                 *(runner.run for runner in runners),
                 *(runner.run for runner in part_runners),
                 lambda: announce(KIND, scans, opened.events, CHANGED, _changed),
+                Leftovers(opened.state(keyring.BUCKET), ScanLeftovers(scans, datasets, opened.store).forget).run,
             ],
         )
 

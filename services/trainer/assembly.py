@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from codegraft.common.v1.job_pb2 import JobState
 from codegraft.event.v1.events_pb2 import RunChanged
 from codegraft.trainer.v1 import adapter_pb2_grpc, run_pb2_grpc
+from services.core.auth import keyring
 from services.core.jobs import JobRunner
 from services.core.jobs.announcer import announce
+from services.core.leftovers import Leftovers
 from services.core.quota.jobs import places
 from services.core.quota.limits import Kind
 from services.core.quota.usage import usage
@@ -23,6 +25,7 @@ from services.trainer.datasets import Newest
 from services.trainer.launch.elastic import ElasticLauncher
 from services.trainer.launch.launcher import Launcher
 from services.trainer.launch.thread import ThreadLauncher
+from services.trainer.leftovers import RunLeftovers
 from services.trainer.model_servicer import ModelServicer
 from services.trainer.planning import machine
 from services.trainer.records import BUCKET, Tables
@@ -37,7 +40,8 @@ class Trainer:
 
     Attributes:
         services: for services/core/rpc/server.
-        background: likewise: the workers, one a device, and the announcer of runs' states.
+        background: likewise: the workers, one a device, the announcer of runs' states, and what lets go of deleted
+            projects' runs.
         tables: its records.
     """
 
@@ -64,6 +68,7 @@ class Trainer:
         self.background: Sequence[Background] = [
             *(runner.run for runner in runners),
             lambda: announce(KIND, tables.runs, runtime.events, CHANGED, _changed),
+            Leftovers(runtime.state(keyring.BUCKET), RunLeftovers(tables, runtime.store).forget).run,
         ]
         room = places(runtime.quotas, Kind.RUNS, runtime.state(BUCKET), tables.runs)
         self.services: Sequence[Registration] = [

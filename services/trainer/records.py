@@ -92,6 +92,11 @@ class Story:
         else:  # this same attempt tried before, and could not count it
             await self._state.update(key, value, there.revision)
 
+    async def forget(self, run: str) -> None:
+        """Deletes all events of a run."""
+        for key in await self._state.keys(f"{_STORY}{run}/"):
+            await self._state.delete(key)
+
     async def read(self, run: str, after: int, until: int) -> list[RunEvent]:
         """The events with after < sequence <= until."""
         if until <= after:

@@ -52,6 +52,9 @@ class Peers:
     async def exists(self, project: str) -> bool:
         return project != "projects/none"
 
+    def forget(self, project: str) -> None:
+        pass
+
     async def kept_since(self, project: str) -> float | None:
         return 0.0 if self.keeps else None
 

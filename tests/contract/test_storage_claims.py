@@ -158,13 +158,15 @@ async def test_a_killed_process_keeps_its_room_only_for_a_moment(
         sys.executable, "-m", "tests.contract.claim_process", *said, stdout=asyncio.subprocess.PIPE
     )
     assert there.stdout is not None and await there.stdout.readline() == b"holds\n"
-    began = time.monotonic()
-    while time.monotonic() - began < 1.5 * lasts:
-        assert not await house.upload(project, "u", 301)
-        await asyncio.sleep(0.05)
-    assert await house.upload(project, "small", 300)
-    there.kill()
-    await there.wait()
+    try:
+        began = time.monotonic()
+        while time.monotonic() - began < 1.5 * lasts:
+            assert not await house.upload(project, "u", 301)
+            await asyncio.sleep(0.05)
+        assert await house.upload(project, "small", 300)
+    finally:
+        there.kill()
+        await there.wait()
     killed = time.monotonic()
     house.let_in = 0
     while not await house.upload(project, "u", 700):

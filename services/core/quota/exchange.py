@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import Mapping
 
 from google.protobuf.message import DecodeError
@@ -25,6 +26,7 @@ from services.core.errors import StateUnavailable
 from services.core.quota.channel import Channel
 from services.core.quota.limits import Kind
 from services.core.quota.rates import Rates
+from services.core.telemetry import figures
 
 INTERVAL = 0.25
 """Seconds, at most, until the others hear of what was let in."""
@@ -36,6 +38,8 @@ _UNHEARD = 20
 """Messages that did not come back, as all do, after which it is silent for a while: NATS does not let them through."""
 _SILENT = 60.0
 """Seconds of that."""
+_RECENT = 300.0
+"""Seconds for which another process counts as one that is there."""
 logger = log.get(__name__)
 
 
@@ -53,6 +57,9 @@ class Exchange:
         self._unheard = 0
         self._silent_until = 0.0
         """On the loop's clock."""
+        self._peers: dict[str, float] = {}
+        """Other processes, and when something came from them, on the monotonic clock; the newest last."""
+        self._alone = False
         self._wake = asyncio.Event()
 
     async def run(self) -> None:
@@ -70,6 +77,8 @@ class Exchange:
         finally:
             for rates in self._rates.values():
                 rates.hurry = None
+            self._peers.clear()
+            self._tell_peers()
 
     def words(self) -> list[bytes]:
         """What there is to say now."""
@@ -99,7 +108,12 @@ class Exchange:
             return
         if said.process == self._me:
             self._unheard = 0
+            self._count_together()
             return
+        self._peers.pop(said.process, None)
+        self._peers[said.process] = time.monotonic()
+        figures.QUOTA_MESSAGES.labels("received").inc()
+        figures.QUOTA_HEARD.set_to_current_time()
         for amount in said.amounts:
             rates = self._rates.get(Kind(amount.quota)) if amount.quota in _KINDS else None
             if rates is not None and amount.taken:
@@ -112,6 +126,9 @@ class Exchange:
 
     async def _speak(self) -> None:
         now = asyncio.get_running_loop().time()
+        self._tell_peers()
+        if not self._channel.connected:
+            self._count_alone("DISCONNECTED")
         if not self._channel.connected or now < self._silent_until:
             for rates in self._rates.values():
                 rates.untold()  # forgotten: it is in the buckets, and told with them
@@ -121,12 +138,31 @@ class Exchange:
         for word in self.words():
             self._unheard += 1
             await self._channel.send(word)
+            figures.QUOTA_MESSAGES.labels("sent").inc()
         if self._unheard > _UNHEARD:
             self._silent_until = now + _SILENT
+            self._count_alone("UNHEARD")
             logger.error(
                 "other replicas do not hear what is used of quotas: each limits rates for itself",
                 hint="The NATS user needs quota.<service> and quota.* (python -m services.cli.local.permissions).",
             )
+
+    def _count_alone(self, reason: str) -> None:
+        if not self._alone:
+            self._alone = True
+            figures.QUOTA_ALONE.set(1)
+            figures.QUOTA_FALLBACKS.labels(reason).inc()
+
+    def _count_together(self) -> None:
+        """Its own words come back, so the others' do as well."""
+        self._alone = False
+        figures.QUOTA_ALONE.set(0)
+
+    def _tell_peers(self) -> None:
+        oldest = time.monotonic() - _RECENT
+        while self._peers and (first := next(iter(self._peers))) and self._peers[first] < oldest:
+            del self._peers[first]
+        figures.QUOTA_PEERS.set(len(self._peers))
 
     async def _pause(self) -> None:
         try:

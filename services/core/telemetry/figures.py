@@ -24,6 +24,26 @@ QUOTA_REFUSALS = counter(
     "owner",
 )
 
+QUOTA_MESSAGES = counter(
+    "codegraft_quota_messages_total",
+    "Messages about used rates, sent to the other processes and received from them. Who has nothing to tell is silent.",
+    "direction",
+)
+QUOTA_PEERS = gauge(
+    "codegraft_quota_peers", "Other processes from which a message about used rates came within 5 minutes."
+)
+QUOTA_HEARD = gauge(
+    "codegraft_quota_last_received_timestamp_seconds",
+    "When the newest message about used rates came from another process, as Unix time; 0 while none has.",
+)
+QUOTA_ALONE = gauge(
+    "codegraft_quota_alone",
+    "1 while the process counts rates for itself alone, since it is cut off from NATS or that lets nothing through.",
+)
+QUOTA_FALLBACKS = counter(
+    "codegraft_quota_fallbacks_total", "How often the process began to count rates for itself alone, and why.", "reason"
+)
+
 ATTEMPT_SECONDS = histogram(
     "codegraft_job_attempt_seconds",
     "Attempts at jobs by this process, and how long they took, by the state that they brought the job to; LOST where "

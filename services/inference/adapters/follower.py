@@ -39,6 +39,7 @@ from services.inference.adapters.loader import Device, Loaded, Loader
 from services.inference.adapters.manifests import Manifests
 from services.inference.adapters.news import News
 from services.inference.adapters.registry import Registry
+from services.inference.adapters.route import Route
 from services.inference.adapters.standing import Standing, Standings
 from services.inference.adapters.swapper import Swapper
 from services.inference.policy import BASE, Best, BestSource, Choice, Policies, approve, follow_best, named, set_mode
@@ -81,7 +82,7 @@ class Follower:
     ) -> None:
         self._table, self._policies = table, Policies(table)
         self._events, self._manifests, self._loader, self._trainer = events, manifests, loader, bests
-        self._news, self._standings = News(events, replica), Standings()
+        self._registry, self._news, self._standings = registry, News(events, replica), Standings()
         self._swapper = Swapper(loader, registry, self._standings, self._news)
         self._holds = Holds(bests)
         self._bests = Bests(bests, manifests, loader, self._policies, self._standings, self._swapper, self._news)
@@ -240,6 +241,8 @@ class Follower:
         async for change in self._table.follow():
             if change.message is not None:
                 self._spawn(self._policy_changed(change.message, time.monotonic(), change.traceparent))
+            else:
+                self._spawn(self._policy_gone(names.project_of(change.name)))
 
     async def _policy_changed(self, serving: Serving, began: float, traceparent: str) -> None:
         project = names.project_of(serving.name)
@@ -249,6 +252,13 @@ class Follower:
             async with self._locks[project]:
                 self._standings.see(serving, project)
                 await self._converge(project, began)
+
+    async def _policy_gone(self, project: str) -> None:
+        """Lets a deleted project's versions go; streams that run on them finish."""
+        async with self._locks[project]:
+            if project in self._standings and await self._policies.find(project) is None:
+                self._registry.flip(project, Route())
+                self._standings.forget(project)
 
     async def _follow_bests(self) -> None:
         async for event in self._events.subscribe(BEST):

@@ -63,6 +63,11 @@ class Standings:
         self.notify(project)
         return True
 
+    def forget(self, project: str) -> None:
+        """Its policy is gone: whoever asks for the project next finds it as one that nobody asked for yet."""
+        self._standings.pop(project, None)
+        self.notify(project)
+
     def notify(self, project: str) -> None:
         """Something about the project has changed."""
         for watcher in self._watchers[project]:

@@ -14,7 +14,6 @@ from services.core import names
 from services.core.auth.caller import Role, current
 from services.core.errors import (
     InvalidArgument,
-    NotFound,
     PermissionDenied,
     ProjectNotEmpty,
     ResourceExists,
@@ -22,6 +21,7 @@ from services.core.errors import (
 )
 from services.core.events import EventBus
 from services.core.masks import Masks
+from services.ingest.deletions import Deletions
 from services.ingest.records import Tables, same_request
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -31,8 +31,8 @@ CHANGED = "codegraft.ingest.project.changed.v1"
 class ProjectServicer(ProjectServiceServicer):
     """See the proto for what every call does and which errors it has."""
 
-    def __init__(self, tables: Tables, events: EventBus) -> None:
-        self._tables, self._events = tables, events
+    def __init__(self, tables: Tables, events: EventBus, deletions: Deletions) -> None:
+        self._tables, self._events, self._deletions = tables, events, deletions
 
     async def CreateProject(self, request: pb.CreateProjectRequest, context: Context) -> pb.CreateProjectResponse:
         names.check_id(request.project_id, "project_id")
@@ -52,7 +52,9 @@ class ProjectServicer(ProjectServiceServicer):
         if wanted.keep_completions:
             wanted.keep_completions_time.CopyFrom(wanted.create_time)
         try:
+            await self._deletions.clear(wanted.name)
             made = await self._tables.projects.create(wanted)
+            await self._deletions.note(made.name)
             await self._tell(made)
             return pb.CreateProjectResponse(project=made)
         except ResourceExists:
@@ -109,11 +111,9 @@ class ProjectServicer(ProjectServiceServicer):
             )
         # The project goes first: what refers to it is refused from then on, and what is left is out of reach.
         await self._tables.projects.delete(request.name, etag=request.etag)
+        await self._deletions.note(request.name, deleted=True)
         await self._tell(project, deleted=True)
-        for table in self._tables.of_project:
-            for record in await table.all(request.name + "/"):
-                with contextlib.suppress(NotFound):
-                    await table.delete(record.name)
+        await self._deletions.clear(request.name)
         return pb.DeleteProjectResponse()
 
     async def _tell(self, project: pb.Project, *, deleted: bool = False) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -18,6 +19,7 @@ from services.core.quota.channel import MemoryChannel, Wire
 from services.core.quota.exchange import Exchange
 from services.core.quota.limits import Kind
 from services.core.quota.rates import MUCH, Rates
+from services.core.telemetry import figures
 from tests.unit.core.test_quota_rates import Clock, passes, rate
 
 LIMITS = st.integers(min_value=20, max_value=2000)
@@ -293,3 +295,43 @@ async def test_who_hears_nothing_of_itself_says_so_once_and_is_silent(monkeypatc
         await asyncio.sleep(0.15)
         assert mute.channel.sent == 7, "it asks again after a while"
         await mute.stop()
+
+
+async def test_what_is_exchanged_is_counted_and_so_is_who_counts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("INTERVAL", 0.005), ("_SOONEST", 0.001), ("_RECENT", 0.2), ("_SILENT", 0.05)):
+        monkeypatch.setattr(exchange, name, value)
+    wire, clock = Wire(), Clock()
+    channels = [MemoryChannel(wire), MemoryChannel(wire)]
+    here, there = (rate({"keys/k": 1000}, clock) for _ in channels)
+    running = [
+        asyncio.create_task(Exchange(channel, {Kind.TOKENS: rates}).run())
+        for channel, rates in zip(channels, (here, there), strict=True)
+    ]
+
+    async def until(true: Callable[[], bool]) -> None:
+        async with asyncio.timeout(5):
+            while not true():
+                here.take(["keys/k"])
+                await asyncio.sleep(0.002)
+
+    sent, received = (figures.QUOTA_MESSAGES.labels(each)._value for each in ("sent", "received"))
+    began = sent.get(), received.get()
+    await until(lambda: received.get() > began[1] and sent.get() > began[0])
+    assert abs(figures.QUOTA_HEARD._value.get() - time.time()) < 5
+    assert figures.QUOTA_PEERS._value.get() == 1 and figures.QUOTA_ALONE._value.get() == 0
+    cut, unheard = (figures.QUOTA_FALLBACKS.labels(each)._value for each in ("DISCONNECTED", "UNHEARD"))
+    before = cut.get(), unheard.get()
+    channels[0].cut()
+    await until(lambda: cut.get() == before[0] + 1)
+    channels[0].mend()
+    await until(lambda: figures.QUOTA_ALONE._value.get() == 0)
+    running[1].cancel()
+    await asyncio.gather(running[1], return_exceptions=True)
+    await until(lambda: figures.QUOTA_PEERS._value.get() == 0)
+    channels[0]._hear = None  # a user that may speak and is not heard
+    await until(lambda: unheard.get() == before[1] + 1)
+    assert figures.QUOTA_ALONE._value.get() == 1
+    running[0].cancel()
+    await asyncio.gather(running[0], return_exceptions=True)
+    assert cut.get() == before[0] + 1, "each time counts once"
+    figures.QUOTA_ALONE.set(0)

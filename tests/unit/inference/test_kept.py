@@ -43,6 +43,9 @@ class Projects:
     async def exists(self, project: str) -> bool:
         return True
 
+    def forget(self, project: str) -> None:
+        pass
+
     async def kept_since(self, project: str) -> float | None:
         if self.away:
             self.away -= 1
