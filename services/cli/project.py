@@ -140,8 +140,8 @@ def delete(
 ) -> None:
     """Delete a project with its datasets, runs and adapters; one with sources only with --force.
 
-    Jobs that run are cancelled, completions of the project end with PROJECT_NOT_FOUND. It cannot be undone; the bytes go with
-    the next codegraft snapshot gc. API keys and quotas that name the project stay.
+    Jobs that run are cancelled, completions of the project end with PROJECT_NOT_FOUND. It cannot be undone; the bytes
+    go with the next codegraft snapshot gc. API keys and quotas that name the project stay.
     """
     with connect() as client:
         client.projects.delete(project, force=force)
