@@ -96,7 +96,7 @@ class Ingest:
             ),
             (
                 audit_pb2_grpc.add_AuditServiceServicer_to_server,
-                AuditServicer(runtime.audit),
+                AuditServicer(runtime.audit, self.deletions),
                 "codegraft.access.v1.AuditService",
             ),
             (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from datetime import UTC, datetime
 
 from codegraft.common.v1.deleted_pb2 import DeletedProject
 from codegraft.ingest.v1.project_pb2 import Project
@@ -62,6 +63,13 @@ class Deletions:
                     await self._deleted.mutate(project, lambda record, now=now: _become(record, now), etag=there.etag)  # type: ignore[misc]
                 return
         raise Aborted(f"{project} is made and deleted by many at once", hint="Try again.", retry_after=1.0)
+
+    async def began_anew(self, project: str) -> datetime | None:
+        """When a project was made whose name had been another one's; None when the name never was."""
+        record = await self._deleted.find(project)
+        if record is None or not record.HasField("successor_create_time"):
+            return None
+        return record.successor_create_time.ToDatetime(UTC)
 
     async def clear(self, project: str) -> None:
         """Deletes what ingest keeps of a project that is not there: of one before that was deleted."""

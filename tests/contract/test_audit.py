@@ -160,6 +160,20 @@ async def test_a_change_is_recorded_with_before_and_after(ingest: tuple[AsyncCod
     assert [each async for each in client.audit.list()] == log.records
 
 
+async def test_a_new_project_does_not_read_what_was_done_to_the_one_before(
+    ingest: tuple[AsyncCodegraft, MemoryAudit],
+) -> None:
+    client, log = ingest
+    await client.projects.create("a", title="before")
+    await client.projects.delete("a")
+    await client.projects.create("a", title="after")
+    theirs = client.with_key((await client.keys.create(ROLE_OPERATOR, projects=["a"], key_id="theirs"))[1])
+    seen = [each async for each in theirs.audit.list("a")]
+    assert [each.method.rpartition("/")[2] for each in seen] == ["CreateProject", "CreateKey"], seen
+    assert seen[0].changes[0].after["title"] == "after"
+    assert [each async for each in client.audit.list("a")] == log.records, "who is of all projects reads on"
+
+
 async def test_denied_and_failed_calls_are_recorded_and_strangers_are_not(
     ingest: tuple[AsyncCodegraft, MemoryAudit],
 ) -> None:

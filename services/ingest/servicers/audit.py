@@ -12,6 +12,7 @@ from codegraft.access.v1.audit_pb2_grpc import AuditServiceServicer
 from services.core import names
 from services.core.audit.log import AuditLog
 from services.core.auth.caller import current
+from services.ingest.deletions import Deletions
 
 Context = grpc.aio.ServicerContext[Any, Any]
 EVERYTHING = "projects/-"
@@ -20,8 +21,8 @@ EVERYTHING = "projects/-"
 class AuditServicer(AuditServiceServicer):
     """See the proto for what every call does and which errors it has."""
 
-    def __init__(self, audit: AuditLog) -> None:
-        self._audit = audit
+    def __init__(self, audit: AuditLog, deletions: Deletions) -> None:
+        self._audit, self._deletions = audit, deletions
 
     async def ListAuditRecords(
         self, request: pb.ListAuditRecordsRequest, context: Context
@@ -30,5 +31,8 @@ class AuditServicer(AuditServiceServicer):
         if request.parent != EVERYTHING:
             names.parse(names.PROJECT, project, field="parent")
         since = request.start_time.ToDatetime(UTC) if request.HasField("start_time") else None
-        found, token = await self._audit.page(project, request.page_size, request.page_token, since, current().projects)
+        projects = current().projects
+        if projects is not None and (began := await self._deletions.began_anew(project)) is not None:
+            since = max(since or began, began)  # before that it was another project of this name
+        found, token = await self._audit.page(project, request.page_size, request.page_token, since, projects)
         return pb.ListAuditRecordsResponse(records=found, next_page_token=token)
