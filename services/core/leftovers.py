@@ -7,8 +7,8 @@ away at that moment reads it when it is back. Every replica lets go, and comes t
 from __future__ import annotations
 
 import asyncio
-import math
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Collection
 from datetime import timedelta
 from typing import TypeVar
 
@@ -23,7 +23,7 @@ from services.core.state import StateStore, Table
 from services.core.store import ObjectStore
 
 Forget = Callable[[str, float], Awaitable[bool]]
-"""Lets go what is older than a moment (seconds since 1970, infinite for all) of a project; whether that was all."""
+"""Lets go what is older than a moment (seconds since 1970) of a project; whether that was all."""
 _APART = 60.0
 """Seconds by which clocks of machines may differ: a new project's own must never go."""
 _WAITS = Backoff(first=timedelta(milliseconds=500), longest=timedelta(seconds=30))
@@ -45,7 +45,8 @@ class Leftovers:
 
     def __init__(self, state: StateStore, forget: Forget) -> None:
         self._table, self._forget = deleted_projects(state), forget
-        self._due: dict[str, None] = {}
+        self._due: dict[str, float] = {}
+        """By project: what is older has to go."""
         self._news = asyncio.Event()
 
     async def run(self) -> None:
@@ -60,8 +61,9 @@ class Leftovers:
             try:
                 async for change in self._table.follow():
                     failures = 0
-                    self._due[change.name] = None
-                    self._news.set()
+                    if change.message is not None:
+                        self._owe(change.name, _before(change.message))
+                        self._news.set()
             except StateUnavailable as error:
                 logger.warning("deleted projects cannot be followed", error=error.message)
             await asyncio.sleep(waits.delay(failures))
@@ -70,29 +72,34 @@ class Leftovers:
     async def _work(self) -> None:
         failures = 0
         while True:
-            left = list(self._due)
-            self._due.clear()
+            due, self._due = self._due, {}
             self._news.clear()
-            again = [project for project in left if not await self._try(project)]
-            self._due |= dict.fromkeys(again)
-            failures = failures + 1 if again else 0
+            for project, before in due.items():
+                if not await self._try(project, before):
+                    self._owe(project, before)
+            failures = failures + 1 if self._due else 0
             try:
-                async with asyncio.timeout(_WAITS.delay(failures - 1) if again else None):
+                async with asyncio.timeout(_WAITS.delay(failures - 1) if self._due else None):
                     await self._news.wait()
             except TimeoutError:
                 pass
 
-    async def _try(self, project: str) -> bool:
+    def _owe(self, project: str, before: float) -> None:
+        self._due[project] = max(before, self._due.get(project, before))
+
+    async def _try(self, project: str, before: float) -> bool:
         try:
-            record = await self._table.find(project)  # as it is now: there may be a new project meanwhile
-            if record is None:
-                return True
-            alive = record.HasField("successor_create_time")
-            before = record.successor_create_time.ToNanoseconds() / 1e9 - _APART if alive else math.inf
             return await self._forget(project, before)
         except CodegraftError as error:
             logger.warning("what is left of a deleted project has to go", project=project, error=error.message)
             return False
+
+
+def _before(record: DeletedProject) -> float:
+    """What is older is of a project that was deleted: all until now, or until there is another one."""
+    if record.HasField("successor_create_time"):
+        return record.successor_create_time.ToNanoseconds() / 1e9 - _APART
+    return time.time()
 
 
 async def ended_jobs(jobs: Table[M], project: str, before: float) -> tuple[list[str], bool]:
@@ -112,6 +119,19 @@ async def ended_jobs(jobs: Table[M], project: str, before: float) -> tuple[list[
         else:
             all_of_them = False
     return ended, all_of_them
+
+
+async def remove_orphans(store: ObjectStore, prefix: str, owners: Collection[str], before: float) -> None:
+    """Removes objects from before a moment whose owner has no record: of an attempt that ended before it had one.
+
+    Args:
+        prefix: of all owners' names, with a slash at the end.
+        owners: those that have a record.
+    """
+    for found in [found async for found in store.objects(prefix)]:
+        owner = prefix + found.key.removeprefix(prefix).partition("/")[0]
+        if owner not in owners and found.modified.timestamp() < before:
+            await store.delete(found.key)
 
 
 async def remove(store: ObjectStore, prefix: str) -> None:

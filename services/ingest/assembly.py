@@ -45,7 +45,6 @@ class Ingest:
         services: for services/core/rpc/server.
         fetcher: run it in the background.
         storage: run its telling in the background.
-        deletions: run it in the background.
         mirrors: run them in the background.
         tables: its records.
         keys: the API keys.
@@ -61,12 +60,12 @@ class Ingest:
         collector = Collector(runtime, settings, tables, uploads, workspace)
         self.storage = storage = Storage(runtime, tables)
         self.fetcher = Fetcher(runtime, settings, tables, collector, snapshots, workspace, storage.places)
-        self.deletions = Deletions(runtime, tables)
+        deletions = Deletions(runtime, tables)
         self.mirrors = mirrors(tables, runtime.store)
         self.services: Sequence[Registration] = [
             (
                 project_pb2_grpc.add_ProjectServiceServicer_to_server,
-                ProjectServicer(tables, runtime.events, self.deletions),
+                ProjectServicer(tables, runtime.events, deletions),
                 "codegraft.ingest.v1.ProjectService",
             ),
             (
@@ -96,7 +95,7 @@ class Ingest:
             ),
             (
                 audit_pb2_grpc.add_AuditServiceServicer_to_server,
-                AuditServicer(runtime.audit, self.deletions),
+                AuditServicer(runtime.audit, deletions),
                 "codegraft.access.v1.AuditService",
             ),
             (

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import math
 
 from codegraft.scanner.v1.dataset_pb2 import Dataset
 from codegraft.scanner.v1.scan_pb2 import Scan
 from services.core.errors import NotFound
-from services.core.leftovers import ended_jobs, remove
+from services.core.leftovers import ended_jobs, remove, remove_orphans
 from services.core.state import Table
 from services.core.store import ObjectStore
 
@@ -31,7 +30,7 @@ class ScanLeftovers:
             await remove(self._store, f"{scan}/")
             with contextlib.suppress(NotFound):
                 await self._scans.delete(scan)
-        if before == math.inf and all_of_them:  # of attempts that ended before there was a record
-            await remove(self._store, f"{project}/datasets/")
-            await remove(self._store, f"{project}/scans/")
+        for table, kind in ((self._scans, "scans"), (self._datasets, "datasets")):
+            left = await table.names(f"{project}/{kind}/")
+            await remove_orphans(self._store, f"{project}/{kind}/", left, before)
         return all_of_them

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import math
 
 from services.core.errors import NotFound
-from services.core.leftovers import ended_jobs, remove
+from services.core.leftovers import ended_jobs, remove, remove_orphans
 from services.core.store import ObjectStore
 from services.trainer.records import Tables
 
@@ -28,6 +27,6 @@ class RunLeftovers:
                     await self._tables.checkpoints.delete(checkpoint)
             with contextlib.suppress(NotFound):
                 await self._tables.runs.delete(run)
-        if before == math.inf and all_of_them:  # artifacts of attempts that ended before there was a record
-            await remove(self._store, f"{project}/runs/")
+        left = await self._tables.runs.names(f"{project}/")
+        await remove_orphans(self._store, f"{project}/runs/", left, before)
         return all_of_them

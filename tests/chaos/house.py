@@ -40,6 +40,7 @@ from services.core.models import adapter_files, weights
 from services.core.rpc.interceptors import CallInterceptor
 from services.core.runtime import Runtime
 from services.ingest import records as ingest_records
+from services.ingest.deletions import Deletions
 from services.ingest.servicers.projects import ProjectServicer
 from services.trainer.assembly import Trainer
 from services.trainer.config import TrainerSettings
@@ -233,7 +234,8 @@ async def _peers(runtime: Runtime, base: Path, folder: Path, port: int, *project
     server = grpc.aio.server(interceptors=[CallInterceptor()])
     for add, servicer, _ in Trainer(runtime, settings, newest=None).services:  # type: ignore[arg-type]
         add(servicer, server)
-    project_pb2_grpc.add_ProjectServiceServicer_to_server(ProjectServicer(tables, runtime.events), server)
+    ingest = ProjectServicer(tables, runtime.events, Deletions(runtime, tables))
+    project_pb2_grpc.add_ProjectServiceServicer_to_server(ingest, server)
     server.add_insecure_port(f"{ports.HOST}:{port}")
     await server.start()
     return server

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from cryptography.fernet import Fernet
 
+from codegraft.common.v1.deleted_pb2 import DeletedProject
 from codegraft.inference.v1.serving_pb2 import Serving
 from codegraft.ingest.v1.project_pb2 import Project
 from codegraft.ingest.v1.snapshot_pb2 import Snapshot, SnapshotManifest
@@ -69,8 +70,11 @@ async def test_a_full_installation_is_only_replaced_by_force(
     with pytest.raises(errors.FailedPrecondition, match="has 9 records already, in inference, trainer") as refused:
         await restore._restore(place, parts, "", force=False)
     assert "--force" in refused.value.hint
+    # Deleted since: services would let what comes back go once more.
+    await table(control, "access", DeletedProject).create(DeletedProject(name=P))
     done = await restore._restore(place, parts, "", force=True)
     assert done.removed == 1 and not done.keys_left and await everything(control) == before
+    assert await table(control, "access", DeletedProject).find(P) is None
 
 
 async def test_objects_that_the_store_lost_are_told(control: Control, place: Installation, tmp_path: Path) -> None:

@@ -99,6 +99,10 @@ async def _restore(installation: Installation, parts: Mapping[str, bytes], key: 
                 f"the installation has {count} records already, in {', '.join(full)}",
                 hint="Restore into an empty one, or replace its control state with --force.",
             )
+        # Of projects that were deleted since: services would let what comes back go once more.
+        for deleted in await control.state(KEYS).keys("DeletedProject/") if await control.has_bucket(KEYS) else []:
+            await control.state(KEYS).delete(deleted)
+        keys = [record for record in keys if not record.key.startswith("DeletedProject/")]
         for bucket in reversed(BUCKETS):  # what is named comes before what names it
             done.removed += await _put(control, bucket, wanted[bucket], replace=True)
             done.written[f"kv/{bucket}"] = len(wanted[bucket])

@@ -52,9 +52,8 @@ class ProjectServicer(ProjectServiceServicer):
         if wanted.keep_completions:
             wanted.keep_completions_time.CopyFrom(wanted.create_time)
         try:
-            await self._deletions.clear(wanted.name)
+            await self._deletions.begins(wanted)
             made = await self._tables.projects.create(wanted)
-            await self._deletions.note(made.name)
             await self._tell(made)
             return pb.CreateProjectResponse(project=made)
         except ResourceExists:
@@ -111,9 +110,8 @@ class ProjectServicer(ProjectServiceServicer):
             )
         # The project goes first: what refers to it is refused from then on, and what is left is out of reach.
         await self._tables.projects.delete(request.name, etag=request.etag)
-        await self._deletions.note(request.name, deleted=True)
         await self._tell(project, deleted=True)
-        await self._deletions.clear(request.name)
+        await self._deletions.ended(request.name)
         return pb.DeleteProjectResponse()
 
     async def _tell(self, project: pb.Project, *, deleted: bool = False) -> None:

@@ -89,16 +89,14 @@ class House:
     async def delete(self, project: str) -> None:
         """As DeleteProject does."""
         await self.ingest.projects.delete(project)
-        await self.deletions.note(project, deleted=True)
-        await self.deletions.clear(project)
+        await self.deletions.ended(project)
 
     async def create(self, project: str, when: float) -> None:
         """As CreateProject does."""
         made = Project(name=project)
         made.create_time.FromNanoseconds(int(when * 1e9))
-        await self.deletions.clear(project)
+        await self.deletions.begins(made)
         await self.ingest.projects.create(made)
-        await self.deletions.note(project)
 
 
 @pytest.fixture
@@ -180,25 +178,14 @@ async def test_a_store_that_is_away_is_waited_for(house: House, monkeypatch: pyt
             await until(lambda: gone(house, P))
 
 
-async def test_a_deletion_that_was_cut_short_is_made_up_for_and_lost_state_is_no_deletion(house: House) -> None:
+async def test_a_deletion_that_was_cut_short_is_made_up_for_by_the_next_of_its_name(house: House) -> None:
     deleted = deleted_projects(house.runtime.state(BUCKET))
-    await house.ingest.projects.delete(P)  # and then ingest was killed
     await house.ingest.sources.create(Source(name=f"{P}/sources/s"))
-    following = asyncio.create_task(house.deletions.run())
-    await until(lambda: known(house, P))
-    await house.create(P, time.time())
-    assert await house.ingest.sources.find(f"{P}/sources/s") is None, "a new project begins with nothing"
-    assert (await deleted.get(P)).HasField("successor_create_time")
-    await asyncio.sleep(0.05)
+    await house.ingest.projects.delete(P)  # and then ingest was killed
+    async with house.services():
+        await asyncio.sleep(0.05)
+        assert await house.trainer.runs.find(f"{P}/runs/1") is not None, "what is missing may be lost"
+        await house.create(P, time.time())
+        assert await house.ingest.sources.find(f"{P}/sources/s") is None
+        await until(lambda: lacks(house, f"{P}/datasets/1", f"{P}/runs/1", f"{P}/scans/1"))
     assert (await deleted.get(P)).HasField("successor_create_time") and await deleted.find(OTHER) is None
-    following.cancel()
-    fresh = House()  # whose NATS has lost everything
-    following = asyncio.create_task(fresh.deletions.run())
-    await asyncio.sleep(0.05)
-    assert not await deleted_projects(fresh.runtime.state(BUCKET)).all()
-    following.cancel()
-    await asyncio.gather(following, return_exceptions=True)
-
-
-async def known(house: House, project: str) -> bool:
-    return await deleted_projects(house.runtime.state(BUCKET)).find(project) is not None
