@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import copy
 import threading
 import time
@@ -196,7 +197,8 @@ async def test_several_completions_of_one_prompt(world: World) -> None:
                 ends[response.finished.index] = response.finished.usage.completion_tokens
     assert started == 1 and sorted(ends) == [0, 1, 2]
     assert len(set(texts)) == 3
-    assert [data.decode(errors="replace") for data in spelled] == texts
+    # The last character may be half there: of a text it is not told.
+    assert [codecs.getincrementaldecoder("utf-8")("replace").decode(data) for data in spelled] == texts
     for index, text in enumerate(texts):
         alone = await world.complete("def main():\n" * 4, 20, sampling=sampling(seed=5 + index)).end()
         assert alone.text == text and alone.finished.usage.completion_tokens == ends[index]

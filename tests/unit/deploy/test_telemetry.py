@@ -52,7 +52,7 @@ MODULES = (
     services.gateway.figures,
 )
 _TITLES = ("Every service", "Every process", "Ingest", "Scanner", "Trainer", "Inference", "Gateway")
-_WORDS = {"by", "on", "sum", "max", "min", "rate", "increase", "changes", "time", "le", "histogram_quantile"}
+_WORDS = {"and", "by", "on", "sum", "max", "min", "rate", "increase", "changes", "time", "le", "histogram_quantile"}
 
 
 def series(family: Family) -> set[str]:
