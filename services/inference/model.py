@@ -26,6 +26,10 @@ from services.inference.engine.runner import Runner
 from services.inference.engine.sampler import Sampler
 from services.inference.engine.scheduler import Limits
 
+_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+"""How many sizes of products oneDNN, and torch's layer over it, keep code for; they say 1,024, which a service that
+reads prompts of all lengths comes to fill for hours."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
@@ -122,6 +126,8 @@ def load(
     Raises:
         ModelNotFound, StoreUnavailable …: as :func:`services.core.models.weights.ensure_weights`.
     """
+    for setting in _CACHES:
+        os.environ.setdefault(setting, "256")
     torch.set_num_threads(1)  # this thread's: see engine/cores.py
     folder = weights.ensure_weights(spec, cache_dir)
     model = weights.load_model(folder, device="cuda" if torch.cuda.is_available() else "cpu")

@@ -133,6 +133,11 @@ class Packed8:
         return product if self._bias is None else product.add_(self._bias)
 
 
+_EXACTLY, _ROUNDED = 32, 16
+"""Tokens up to which a product is of their number; of more, it is of the next multiple. oneDNN keeps code for each
+number that it has seen, half a megabyte for each of a layer's products: 256 numbers of tokens are 500 MB."""
+
+
 class Blocked:
     """bfloat16 weights in oneDNN's order; activations are float32 outside and bfloat16 within."""
 
@@ -141,8 +146,13 @@ class Blocked:
         self._bias = None if bias is None else bias.bfloat16()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        product = torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self._weight, self._bias, "none", [], "")
-        return product.float()  # type: ignore[no-any-return]
+        count = x.shape[0]
+        rounded = count if count <= _EXACTLY else -(-count // _ROUNDED) * _ROUNDED
+        inputs = x.bfloat16() if count == rounded else x.new_zeros(rounded, x.shape[1], dtype=torch.bfloat16)
+        if count < rounded:
+            inputs[:count] = x
+        product = torch.ops.mkldnn._linear_pointwise(inputs, self._weight, self._bias, "none", [], "")
+        return product[:count].float()  # type: ignore[no-any-return]
 
 
 class Fast:
