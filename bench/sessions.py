@@ -99,6 +99,10 @@ def main() -> int:
         logs = {log.stem: log.read_text() for log in (Path(folder) / "logs").glob("*.log")}
     errors = {name: count for name, text in logs.items() if (count := text.count('"level": "error"'))}
     row("  errors in logs", str(errors or "none"), "none")
+    for text in logs.values():
+        for line in text.splitlines():
+            if '"level": "error"' in line:
+                print(f"    {line}")
     return int(not is_right or bool(errors))
 
 
