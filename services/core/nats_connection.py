@@ -88,7 +88,22 @@ class NatsConnection:
         if self.client.is_connected:
             with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
                 await self.client.flush(timeout=2)
-        await self.client.close()
+        await close_client(self.client)
+
+
+async def close_client(client: Client) -> None:
+    """Closes the client, also one that is just noticing that its connection is gone.
+
+    Its reconnection is then waiting for the socket's end; the client cancels it, waits for the same future, which was
+    cancelled with it, and so raises a cancellation that nobody asked for.
+    """
+    task = asyncio.current_task()
+    cancellations = task.cancelling() if task is not None else 0
+    try:
+        await client.close()
+    except asyncio.CancelledError:
+        if task is None or task.cancelling() > cancellations:
+            raise
 
 
 async def connect(
@@ -185,7 +200,7 @@ async def connect(
             connecting.cancel()
             await asyncio.wait({connecting}, timeout=1)  # bounded: the client may swallow the cancellation
             with contextlib.suppress(Exception):  # a half-open client fails in many ways, none of interest
-                await client.close()
+                await close_client(client)
     raise errors.StateUnavailable(
         f"cannot connect to NATS at {log.scrub(url)}: "
         + (describe(cause) if cause else f"no answer within {patience.total_seconds():g} s"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
+import nats.errors
 import pytest
 from pydantic import SecretStr
 
@@ -12,6 +14,7 @@ from codegraft.ingest.v1.snapshot_pb2 import SnapshotManifest
 from services.core import errors
 from services.core.config import CoreSettings
 from services.core.names import new_id
+from services.core.nats_connection import connect
 from services.core.runtime import Runtime
 from services.core.store.s3 import S3Address
 
@@ -56,6 +59,17 @@ async def test_everything_opens_and_works(own_nats_server: Any, s3_server: S3Add
             for _ in range(200):
                 await again.check()
         own_nats_server.start()
+
+
+@pytest.mark.parametrize("turns", range(5))
+async def test_a_connection_that_was_just_lost_is_closed_in_peace(nats_server: Any, turns: int) -> None:
+    """However many turns of the event loop ago the client noticed, closing is no cancellation of who closes."""
+    connection = await connect(nats_server.url, user=nats_server.user, password=nats_server.password)
+    await connection.client._process_op_err(nats.errors.UnexpectedEOF())
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    await connection.close()
+    assert connection.client.is_closed
 
 
 async def test_wrong_store_credentials_are_named(own_nats_server: Any, s3_server: S3Address, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from services.cli.doctor.check import Check, failed, ok
 from services.cli.local.files import ServiceCredentials
 from services.cli.local.permissions import KEYS, ROOM, SERVICES
 from services.core.config import CoreSettings
+from services.core.nats_connection import close_client
 from services.core.quota.nats import PREFIX as USAGE
 from services.core.runtime import nats_tls
 from services.core.state import mirror
@@ -99,7 +100,7 @@ async def _try_nats(settings: CoreSettings, user: str, password: str, own: list[
     except (nats.errors.Error, OSError, TimeoutError) as error:
         return f"it does not answer: {error or type(error).__name__}"
     finally:
-        await client.close()
+        await close_client(client)
 
 
 async def _silenced(client: Client, user: str, refused: list[str]) -> str:
