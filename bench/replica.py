@@ -29,6 +29,7 @@ from codegraft.trainer.v1 import run_pb2, run_pb2_grpc
 from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest, Checkpoint
 from services.cli.local import ports
 from services.cli.local.process import Child, tail
+from services.cli.local.stack import waiting
 from services.core import errors, log
 from services.core.config import CoreSettings
 from services.core.models import catalogue, weights
@@ -185,8 +186,7 @@ async def replica(module: str = "services.inference", **settings: str) -> AsyncI
         chosen = ports.choose(["inference", "peers"], {})
         address, beside = (f"{ports.HOST}:{chosen[one]}" for one in ("inference", "peers"))
         environment = {
-            # As `codegraft up` sets it: threads that spin while they wait would stall the benchmark.
-            "OMP_WAIT_POLICY": "PASSIVE",
+            **waiting("inference"),
             **found,
             "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
             "CODEGRAFT_LISTEN": address,

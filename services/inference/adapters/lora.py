@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -30,17 +30,20 @@ class Weights:
     """One adapter version, ready to run."""
 
     layers: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-    """By module path: A ``[rank, in]`` and B ``[out, rank]`` with the scale in it. They lie in memory transposed, which
-    their products with few tokens want."""
+    """By module path: A ``[rank, in]`` and B ``[out, rank]``. On a CPU as they were read: steps compute with a stack's
+    copy. On a GPU they lie in memory transposed, which their products with few tokens want."""
     joints: Mapping[Paths, torch.Tensor]
-    """Of layers with the same input: their A side by side, ``[in, sum of ranks]``; those of ``layers`` lie in it."""
+    """On a GPU, of layers with the same input: their A side by side, ``[in, sum of ranks]``; those of ``layers`` lie in
+    it."""
     rank: int
     size: int
     """Bytes."""
     digest: str
     """Names what is computed with them: two of the same digest give the same keys and values."""
     dtype: torch.dtype
-    """Holds every number exactly; on a CPU they lie in ``layers`` as float32 nevertheless."""
+    """That a stack rounds them to."""
+    scale: float = 1.0
+    """What the products with B are still to be multiplied with."""
 
     @property
     def on_cpu(self) -> bool:
@@ -80,16 +83,15 @@ class Active(threading.local):
         return self._mixer.index(segments)
 
     @contextmanager
-    def use(self, segments: list[Segment], *, beside: bool = False) -> Iterator[None]:
-        """Sets the segments for one forward pass; tokens in none of them run on the base model.
+    def use(self, segments: list[Segment]) -> Iterator[None]:
+        """Sets the segments for one forward pass of a step; tokens in none of them run on the base model."""
+        with self.mixed(self._mixer.mix(segments) if segments else None):
+            yield
 
-        Args:
-            beside: the engine's steps go on meanwhile: nothing of theirs is used.
-        """
-        mix = None
-        if segments:
-            mix = Mix(alone=segments) if beside else self._mixer.mix(segments)
-        with self.mixed(mix):
+    @contextmanager
+    def beside(self, segment: Segment) -> Iterator[None]:
+        """Sets one for a forward pass while the engine's steps go on, in any other thread."""
+        with self._mixer.beside(segment) as mix, self.mixed(mix):
             yield
 
     @contextmanager
@@ -211,27 +213,25 @@ def prepare(
 ) -> Weights:
     """Verified A and B matrices, ready to run: the scale goes into B before it is rounded.
 
-    On a CPU they lie in memory as float32, rounded or not: torch's products of few tokens with few ranks take 2
-    microseconds there, in bfloat16 17.
-
     Args:
         dtype: that they are rounded to, the model's.
         sha256: of the file that they are from.
     """
-    memory = torch.float32 if device.type == "cpu" else dtype
+    made = Weights(
+        layers=pairs,
+        joints={},
+        rank=max((a.shape[0] for a, _ in pairs.values()), default=0),
+        size=sum(t.numel() * dtype.itemsize for pair in pairs.values() for t in pair),
+        digest=f"{sha256} x {scale!r}",  # the scale is not in the file
+        dtype=dtype,
+        scale=scale,
+    )
+    if device.type == "cpu":
+        return made
     layers, joints = dict[str, tuple[torch.Tensor, torch.Tensor]](), dict[Paths, torch.Tensor]()
     for paths in siblings(pairs):
         ranks = [pairs[path][0].shape[0] for path in paths]
-        joints[paths] = torch.cat([pairs[path][0].to(device, dtype).to(memory).T for path in paths], 1)
+        joints[paths] = torch.cat([pairs[path][0].to(device, dtype).T for path in paths], 1)
         for path, a in zip(paths, torch.split_with_sizes(joints[paths], ranks, 1), strict=True):
-            b = (pairs[path][1].float() * scale).to(device, dtype).to(memory)
-            layers[path] = a.T, b.T.contiguous().T
-    size = sum(t.numel() * t.element_size() for pair in layers.values() for t in pair)
-    return Weights(
-        layers=layers,
-        joints=joints,
-        rank=max((a.shape[0] for a, _ in layers.values()), default=0),
-        size=size,
-        digest=f"{sha256} x {scale!r}",  # the scale is not in the file
-        dtype=dtype,
-    )
+            layers[path] = a.T, (pairs[path][1].float() * scale).to(device, dtype).T.contiguous().T
+    return replace(made, layers=layers, joints=joints, scale=1.0)

@@ -7,7 +7,8 @@ on a CPU a compiled one, which is also quicker than torch's for one adapter and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -69,12 +70,14 @@ class Placed:
     stack: Stack
     slots: Any
     """Each token's up to the last of these, int64; -1 for those whose adapters lie elsewhere."""
+    threads: bool = True
+    """Whether to compute in several, where there are more tokens than one."""
 
     def add(self, paths: Paths, x: torch.Tensor, y: torch.Tensor) -> None:
         """See :meth:`Mix.add`."""
         a, b, owners = self.stack.arrays[paths]
         inputs, out = x.float().contiguous().numpy(), y.float()  # mostly x and y themselves
-        if len(self.slots) > 1 and kernels.in_threads():
+        if self.threads and len(self.slots) > 1 and kernels.in_threads():
             kernels.adapt_in_threads(inputs, out.numpy(), a, b, owners, self.slots, get_num_threads())
         else:
             kernels.adapt(inputs, out.numpy(), a, b, owners, self.slots)
@@ -115,9 +118,9 @@ def add_one(weights: Weights, paths: Paths, x: torch.Tensor, y: torch.Tensor, ou
         if pair is not None:
             h, b, part = ranks.pop(0), pair[1].T, y[:, begin : begin + out]
             if part.dtype == b.dtype:
-                part.addmm_(h, b)
+                part.addmm_(h, b, alpha=weights.scale)
             else:
-                part += h @ b
+                part += (h @ b) * weights.scale
         begin += out
 
 
@@ -136,7 +139,7 @@ class Mixer:
 
     def mix(self, segments: list[Segment]) -> Mix:
         """What a step with these segments needs."""
-        compiled = self._compiled and segments[0].weights.on_cpu
+        compiled = self._is_compiled(segments[0].weights)
         alone: list[Segment] = []
         by_rank: dict[int, list[Segment]] = {}
         for segment in segments:
@@ -146,12 +149,25 @@ class Mixer:
                 by_rank.setdefault(_stack_rank(segment.weights), []).append(segment)
         stacked = list[Stacked | Placed]()
         for rank, mine in by_rank.items():
-            made = (_placed if compiled else _stacked)(self._stack(rank), mine)
-            if made is None:
-                alone += mine
-            else:
+            if compiled:
+                stacked.append(_placed(self._stack(rank), mine))
+            elif (made := _stacked(self._stack(rank), mine)) is not None:
                 stacked.append(made)
+            else:
+                alone += mine
         return Mix(alone, stacked)
+
+    @contextmanager
+    def beside(self, segment: Segment) -> Iterator[Mix]:
+        """What one adapter needs from any thread, beside the steps: as a step would have it, in this thread alone."""
+        if not self._is_compiled(segment.weights):
+            yield Mix(alone=[segment])
+            return
+        stack = self._stack(_stack_rank(segment.weights))
+        with stack.held(segment.weights) as slot:
+            slots = np.full(segment.end, -1, np.int64)
+            slots[segment.begin :] = slot
+            yield Mix(stacked=[Placed(stack, slots, threads=False)])
 
     def index(self, segments: list[Segment]) -> list[tuple[Memory, list[int]]]:
         """The stacks of a recorded step's adapters, and in each the slot of every segment, -1 for those of others."""
@@ -176,14 +192,14 @@ class Mixer:
         slot = self._stacks[rank].slot(weights) if rank in self._stacks else None
         return rank, slot if slot is not None else 2**31, id(weights)
 
+    def _is_compiled(self, weights: Weights) -> bool:
+        return self._compiled and weights.on_cpu
+
     def _stack(self, rank: int) -> Stack:
         return self._stacks.setdefault(rank, Stack(rank, self._groups))
 
 
-def _placed(stack: Stack, segments: list[Segment]) -> Placed | None:
-    """The segments on a stack; None for one that does not lie there: a copy takes longer than torch's calls."""
-    if len(segments) == 1 and stack.slot(segments[0].weights) is None:
-        return None
+def _placed(stack: Stack, segments: list[Segment]) -> Placed:
     slots = np.full(segments[-1].end, -1, np.int64)
     for segment, slot in zip(segments, stack.place([segment.weights for segment in segments]), strict=True):
         slots[segment.begin : segment.end] = slot

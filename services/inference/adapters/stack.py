@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import gcd
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,9 @@ from services.inference.adapters.indexed import Memory
 
 if TYPE_CHECKING:
     from services.inference.adapters.lora import Weights
+
+_ON_CPU, _ON_DEVICE = 16, 8
+"""Slots of a new stack. On a CPU memory is only taken when one is filled, so that all versions in use have theirs."""
 
 Paths = tuple[str, ...]
 """Layers with the same input, by module path."""
@@ -62,6 +66,8 @@ class Stack:
         self._size = 0
         self._mixed: set[str] = set()
         """Those of the step in progress, which may read them at any time."""
+        self._held: list[str] = []
+        """Those that are read beside the steps."""
         self._filling: int | None = None
         """The slot that is being filled beside the steps."""
         self._lock = threading.Lock()
@@ -81,15 +87,29 @@ class Stack:
 
     def stage(self, weights: Weights) -> None:
         """Copies an adapter into a slot that no step reads; from any thread, beside the steps."""
-        with self._one_at_a_time:
-            while not self._try_to_stage(weights):
-                pass
+        with self.held(weights):
+            pass
 
-    def _try_to_stage(self, weights: Weights) -> bool:
-        """Whether it lies in a slot now; not when a step needed more slots meanwhile, whose memory is another one."""
+    @contextmanager
+    def held(self, weights: Weights) -> Iterator[int]:
+        """The slot that an adapter lies in, copied there if need be, and no other's until the end of the context; from
+        any thread, beside the steps."""
+        with self._one_at_a_time:
+            while (slot := self._try_to_stage(weights)) is None:
+                pass
+        try:
+            yield slot
+        finally:
+            with self._lock:
+                self._held.remove(weights.digest)
+
+    def _try_to_stage(self, weights: Weights) -> int | None:
+        """The slot that it lies in now and is held in; None when a step needed more slots meanwhile, whose memory is
+        another one."""
         with self._lock:
-            if weights.digest in self._slots:
-                return True
+            if (slot := self._slots.get(weights.digest)) is not None:
+                self._held.append(weights.digest)
+                return slot
             slot = self._filling = self._free(weights)
             a, b = self.a, self.b
         try:
@@ -101,9 +121,10 @@ class Stack:
         with self._lock:
             self._filling = None
             if self.a is not a:
-                return False
+                return None
             self._slots[weights.digest] = slot
-            return True
+            self._held.append(weights.digest)
+            return slot
 
     def memory(self) -> Memory:
         """What the slots lie in now: those that :meth:`place` gave lie there in any that comes after it."""
@@ -118,16 +139,18 @@ class Stack:
         """A slot for one more. The caller holds the lock."""
         taken = set(self._slots.values()) | ({self._filling} - {None})
         if len(taken) == self._size:
-            oldest = next((digest for digest in self._slots if digest not in self._mixed), None)
+            used = {*self._mixed, *self._held}
+            oldest = next((digest for digest in self._slots if digest not in used), None)
             if oldest is not None:
                 return self._slots.pop(oldest)
             self._grow(like)
         return min(set(range(self._size)) - taken)
 
     def _grow(self, like: Weights) -> None:
-        """Twice the slots; memory is only taken when one is filled. The step in progress goes on with the old ones."""
+        """Twice the slots. The step in progress goes on with the old ones."""
         first = next(iter(like.layers.values()))[0]
-        before, self._size = self._size, max(8, 2 * self._size)
+        least = _ON_CPU if like.on_cpu else _ON_DEVICE
+        before, self._size = self._size, max(least, 2 * self._size)
         grown_a, grown_b = dict[Paths, torch.Tensor](), dict[Paths, torch.Tensor]()
         owned = dict[Paths, torch.Tensor | None]()
         for paths, shape in self._groups.items():
@@ -164,6 +187,6 @@ def _fill(
             if (pair := weights.layers.get(path)) is not None:
                 rank = pair[0].shape[0]
                 to_a[:rank] = pair[0]
-                to_b[:, :rank] = pair[1].T.view(rank, -1, shape.piece).transpose(0, 1)
+                torch.mul(pair[1].view(-1, shape.piece, rank).mT, weights.scale, out=to_b[:, :rank])
             if rank < stack_rank:
                 to_a[rank:], to_b[:, rank:] = 0.0, 0.0

@@ -105,7 +105,7 @@ class Compiled:
         first, hidden = self._layers[0], self._table.shape[1]
         both, seen = sum(first.gate_up.outs), first.qkv.outs[0]
         widths = (hidden, hidden, sum(first.qkv.outs), seen, both, both // 2)
-        self._all = [torch.empty(MOST, width) for width in widths]
+        self._all = [torch.empty(MOST, width, dtype=torch.float32) for width in widths]
         self._desks: dict[int, Desk] = {}
 
     def logits(self, ids: list[int], positions: list[int], last: list[int], step: Step) -> torch.Tensor:

@@ -6,10 +6,12 @@ from the engine's thread only.
 
 from __future__ import annotations
 
+import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -20,9 +22,10 @@ from services.inference.engine.block import simplify
 from services.inference.engine.blocks import BLOCK, blocks_for
 from services.inference.engine.compiled import Compiled, fits
 from services.inference.engine.cores import reserve
-from services.inference.engine.few import MOST, bits, few
+from services.inference.engine.few import MOST, Few, bits, few
 from services.inference.engine.graphs import CudaGraphs, Graphs, Record
 from services.inference.engine.layout import Layout, lay_out
+from services.inference.engine.pace import Pace
 from services.inference.engine.rows import Row, batches
 from services.inference.engine.sampler import Sampler
 from services.inference.engine.scheduler import Work
@@ -36,7 +39,7 @@ class Runner:
         model: a causal LM in eval mode; its linear layers are made to take adapters.
         sampler: chooses the tokens.
         blocks: of the KV cache; on a CPU memory is taken when one is first used.
-        threads: of a step's arithmetic; None leaves them as they are.
+        threads: most of a step's arithmetic, see engine/pace.py; None leaves them as they are.
         record: makes recordings of steps, see engine/graphs.py; None is CUDA's on a GPU, and nothing elsewhere.
     """
 
@@ -50,6 +53,7 @@ class Runner:
     ) -> None:
         config = model.config
         self._model, self._sampler, self._threads = model, sampler, threads
+        self._pace = Pace(threads) if threads is not None and threads > 1 and model.device.type == "cpu" else None
         self._active = install(model)
         simplify(model)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -86,9 +90,20 @@ class Runner:
         layout = lay_out(work[index] for index in order)
         logits = self._graphs.logits(layout) if self._graphs is not None else None
         if logits is None:
-            logits = self._logits(layout)
+            logits = self._logits(layout) if self._pace is None else self._paced(self._pace, layout)
         outputs = torch.split_with_sizes(logits, [work[index].outputs for index in order])
         return self._results(work, dict(zip(order, outputs, strict=True)))
+
+    def _paced(self, pace: Pace, layout: Layout) -> torch.Tensor:
+        """As :meth:`_logits`, with as many threads as are quickest."""
+        if pace.threads != self._threads:
+            self._threads = pace.threads
+            reserve(pace.threads)
+            kernels.use(pace.threads)
+        began = time.perf_counter()
+        logits = self._logits(layout)
+        pace.took(len(layout.ids), time.perf_counter() - began)
+        return logits
 
     def _logits(self, layout: Layout) -> torch.Tensor:
         """Of the tokens whose outputs are wanted, ``[last, embeddings]``."""
@@ -143,7 +158,11 @@ class Runner:
         # Memory of its own, so that the engine's is not touched.
         kv = [torch.zeros_like(layer[:, :, : len(row.blocks) * BLOCK]) for layer in self._kv]
         step = Step(batches=[], rows=[row], slots=torch.tensor(row.written(), device=device), begun=None, kv=kv)
-        with self.beside, self._active.use([Segment(0, count, weights)], beside=True):
+        with self.beside, self._active.beside(Segment(0, count, weights)):
+            if self._compiled is not None and count <= MOST and (own := bits(kv)) is not None:
+                step = replace(step, few=Few(own, step.slots.numpy(), np.empty(0, np.int64)))
+                compiled = Compiled(self._model, self._active)  # with memory of its own for what is in between
+                return compiled.logits(ids, list(range(count)), list(range(count)), step)
             logits: torch.Tensor = self._model(
                 input_ids=torch.tensor([ids], device=device),
                 position_ids=torch.arange(count, device=device)[None],

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from services.inference.engine import runner
 from services.inference.engine.cores import reserve
 from services.inference.engine.engine import Engine
+from services.inference.engine.layout import Layout
 from services.inference.engine.scheduler import Limits, Work
 from services.inference.engine.sequence import Result
 from tests.unit.inference.tiny import Bench
@@ -29,7 +32,7 @@ def test_only_who_reserves_them_computes_with_several_threads() -> None:
     assert threads_of_another() == 1
 
 
-def test_the_engines_thread_has_what_its_runner_was_given(
+def test_the_engines_thread_has_at_first_what_its_runner_was_given(
     reference: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     bench, found = Bench(reference, tokenizer, Limits(), threads=2), list[int]()
@@ -42,6 +45,26 @@ def test_the_engines_thread_has_what_its_runner_was_given(
     for _ in range(2):  # a runner may outlive its engine, and then computes in another thread
         bench.engine = Engine(bench.runner, Limits())
         bench.engine.start()
-        bench.submit([1, 2, 3], 2).wait()
+        bench.submit([1, 2, 3], 1).wait()
         bench.engine.stop()
-    assert set(found) == {2} and threads_of_another() == 1
+    assert found == [2, 2] and threads_of_another() == 1
+
+
+def test_steps_are_computed_with_as_many_threads_as_are_quickest(
+    reference: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, found = Bench(reference, tokenizer, Limits(draft_tokens=0), threads=2), list[int]()
+    compute = bench.runner._logits
+
+    def logits(layout: Layout) -> torch.Tensor:
+        found.append(torch.get_num_threads())
+        clock[0] += 0.3 if found[-1] == 2 else 0.1  # as beside another process
+        return compute(layout)
+
+    clock = [0.0]
+    monkeypatch.setattr(runner.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(bench.runner, "_logits", logits)
+    bench.engine.start()
+    bench.submit([1, 2, 3], 40).wait()
+    bench.engine.stop()
+    assert found[:4] == [2, 2, 1, 1] and found.count(2) <= 4, "each is tried, and then the quicker one stays"

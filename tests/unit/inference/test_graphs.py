@@ -112,8 +112,8 @@ def test_an_adapter_that_comes_or_goes_wants_no_new_recording(
 ) -> None:
     bench = Bench(reference, tokenizer, LIMITS)
     bench.engine.start()
-    versions = [marker(recorded.model, seed) for seed in range(12)]
-    for adapter in versions[:8]:  # as many as have slots
+    versions = [marker(recorded.model, seed) for seed in range(19)]
+    for adapter in versions[:16]:  # as many as have slots
         recorded.runner.stage(adapter)
     told, made = list[list[int]](), list[int]()
     for adapter in versions:  # the last ones take slots of the first
@@ -122,7 +122,7 @@ def test_an_adapter_that_comes_or_goes_wants_no_new_recording(
         made.append(recorder.made)
         assert told[-1] == bench.submit(PROMPTS[3], 12, adapter=adapter).wait().new
     assert len({tuple(tokens) for tokens in told}) == len(versions)
-    assert made[-1] == made[7] and {b.stacks[0][1] for b in kept(recorded)} == {8}
+    assert made[-1] == made[15] and {b.stacks[0][1] for b in kept(recorded)} == {16}
     bench.engine.stop()
 
 

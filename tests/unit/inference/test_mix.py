@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from services.inference.adapters import mix, stack
+from services.inference.adapters import stack
 from services.inference.adapters.lora import Active, Segment, Weights, prepare, siblings
 from services.inference.adapters.mix import Mixer
 from services.inference.adapters.stack import Shape
@@ -43,7 +43,7 @@ def check(mixer: Mixer, segments: list[Segment], tokens: int) -> None:
             begin = 0
             for path, out in zip(paths, shape.outs, strict=True):
                 if path in segment.weights.layers:
-                    a, b = segment.weights.layers[path]
+                    a, b = (part.to(segment.weights.dtype).float() for part in segment.weights.layers[path])
                     span = slice(segment.begin, segment.end)
                     wanted[span, begin : begin + out] += x[span] @ a.T @ b.T
                 begin += out
@@ -89,12 +89,12 @@ def test_on_a_cpu_all_that_lie_in_stacks_are_placed() -> None:
     assert not mixed.alone and [placed.slots.tolist().count(-1) for placed in mixed.stacked] == [0, 20]
 
 
-def test_no_step_copies_an_adapter_that_is_mixed_with_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    mixer, known = Mixer(GROUPS), [adapter(seed, 16) for seed in range(2)]
-    mixer.stage(known[0])
+def test_steps_on_one_of_sixteen_staged_adapters_each_copy_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer, known = Mixer(GROUPS), [adapter(seed, 16) for seed in range(16)]
+    for weights in known:
+        mixer.stage(weights)
     monkeypatch.setattr(stack, "_fill", lambda *_: pytest.fail("a step has copied an adapter"))
-    for weights, alone in zip(known, (0, 1), strict=True):
-        assert len(mixer.mix([Segment(0, 2, weights)]).alone) == alone
+    for weights in known:
         check(mixer, [Segment(0, 2, weights)], 3)
 
 
@@ -139,12 +139,20 @@ def test_steps_stay_right_while_other_adapters_are_staged(compiled: bool) -> Non
     assert len(staged) > 2
 
 
-def test_what_is_tried_beside_the_steps_takes_no_slot() -> None:
-    groups = {PATHS: GROUPS[PATHS]}
-    active, weights = Active(Mixer(groups)), adapter(1, 16)
-    with active.use([Segment(0, 3, weights)], beside=True):
-        assert active.mix == mix.Mix(alone=[Segment(0, 3, weights)])
-        assert active.order(weights)[1] == active.order(adapter(2, 16))[1], "it lies in a slot"
+def test_what_is_tried_beside_the_steps_keeps_its_slot_whatever_they_mix() -> None:
+    mixer, tried = Mixer(GROUPS), adapter(99, 16)
+    active = Active(mixer)
+    with active.beside(Segment(1, 3, tried)):
+        for seed in range(0, 40, 8):  # each would take the slot of the one unmixed for longest
+            check(mixer, [Segment(n, n + 1, adapter(seed + n, 16)) for n in range(8)], 8)
+        for paths, shape in GROUPS.items():
+            x, y = torch.randn(4, shape.width), torch.zeros(4, sum(shape.outs))
+            assert active.mix is not None
+            active.mix.add(paths, x, y, shape.outs)
+            wanted = [x[1:3] @ a.T @ b.T for a, b in (tried.layers[path] for path in paths)]
+            torch.testing.assert_close(y[1:3], torch.cat(wanted, 1), rtol=1e-4, atol=1e-4)
+            assert not y[0].any() and not y[3].any(), "tokens of the base model"
+    assert active.mix is None
 
 
 def test_layers_with_the_same_input_are_found_by_their_names() -> None:

@@ -78,7 +78,7 @@ def merged(model: LlamaForCausalLM, weights: lora.Weights) -> LlamaForCausalLM:
         for path, (a, b) in weights.layers.items():
             layer = model.get_submodule(path)
             assert isinstance(layer, torch.nn.Linear)
-            layer.weight += b @ a
+            layer.weight += b @ a * weights.scale
     return model
 
 
