@@ -15,7 +15,7 @@ from services.inference.engine.few import MOST
 from services.inference.engine.speculate import FREE
 
 _TRIED = 2
-"""Steps of which the quickest says what a number of threads costs: one alone may have waited for code to be compiled."""
+"""Steps of which the quicker says what a number of threads costs: one alone may have waited for code to be compiled."""
 _WASTE = 0.02
 """Share of the time that may go into trying again what is slower."""
 _FEWEST, _MOST = 32, 512
