@@ -20,16 +20,27 @@ from services.inference import kept
 from tools import contract
 
 RECORDS: dict[str, tuple[str, ...]] = {
-    "access": ("codegraft.access.v1.StoredKey",),
+    "access": (
+        "codegraft.access.v1.StoredKey",
+        "codegraft.access.v1.Quota",
+        "codegraft.access.v1.StoredPlaces",
+        "codegraft.common.v1.DeletedProject",
+    ),
     "ingest": (
         "codegraft.ingest.v1.Project",
         "codegraft.ingest.v1.Source",
         "codegraft.ingest.v1.Upload",
         "codegraft.ingest.v1.Snapshot",
         "codegraft.ingest.v1.StoredCredential",
+        "codegraft.ingest.v1.ProjectDeletion",
     ),
-    "scanner": ("codegraft.scanner.v1.Scan", "codegraft.scanner.v1.Dataset"),
-    "trainer": ("codegraft.trainer.v1.Run", "codegraft.trainer.v1.Checkpoint", "codegraft.trainer.v1.RunEvent"),
+    "scanner": ("codegraft.scanner.v1.Scan", "codegraft.scanner.v1.Dataset", "codegraft.access.v1.StoredPlaces"),
+    "trainer": (
+        "codegraft.trainer.v1.Run",
+        "codegraft.trainer.v1.Checkpoint",
+        "codegraft.trainer.v1.RunEvent",
+        "codegraft.access.v1.StoredPlaces",
+    ),
     "inference": ("codegraft.inference.v1.Serving", "codegraft.inference.v1.FeedbackHour"),
     kept.BUCKET: ("codegraft.inference.v1.KeptCompletion",),
 }

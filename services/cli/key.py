@@ -125,7 +125,7 @@ def _role(role: int) -> str:
 
 
 def _projects(of: access_pb2.Key | access_pb2.GetCallerResponse) -> str:
-    return "all projects" if of.all_projects else ", ".join(map(id_of, of.projects))
+    return "all projects" if of.all_projects else ", ".join(map(id_of, of.projects)) or "deleted projects"
 
 
 def _state(key: access_pb2.Key) -> str:

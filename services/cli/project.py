@@ -141,7 +141,8 @@ def delete(
     """Delete a project with its datasets, runs and adapters; one with sources only with --force.
 
     Jobs that run are cancelled, completions of the project end with PROJECT_NOT_FOUND. It cannot be undone; the bytes
-    go with the next codegraft snapshot gc. API keys and quotas that name the project stay.
+    go with the next codegraft snapshot gc. Its quota goes; keys of it alone are revoked, yours too, and keys of several
+    projects lose it.
     """
     with connect() as client:
         client.projects.delete(project, force=force)

@@ -24,6 +24,7 @@ async def main(settings: IngestSettings) -> None:
             background=[
                 ingest.fetcher.run,
                 ingest.storage.tell,
+                ingest.deletions.run,
                 *(mirror.run for mirror in ingest.mirrors),
             ],
         )

@@ -46,6 +46,7 @@ class Ingest:
         fetcher: run it in the background.
         storage: run its telling in the background.
         mirrors: run them in the background.
+        deletions: run them in the background.
         tables: its records.
         keys: the API keys.
     """
@@ -60,7 +61,7 @@ class Ingest:
         collector = Collector(runtime, settings, tables, uploads, workspace)
         self.storage = storage = Storage(runtime, tables)
         self.fetcher = Fetcher(runtime, settings, tables, collector, snapshots, workspace, storage.places)
-        deletions = Deletions(runtime, tables)
+        self.deletions = deletions = Deletions(runtime, tables)
         self.mirrors = mirrors(tables, runtime.store)
         self.services: Sequence[Registration] = [
             (

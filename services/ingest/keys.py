@@ -278,7 +278,8 @@ def _check_name(name: str) -> None:
 
 
 def _projects(key: Key) -> frozenset[str] | None:
-    return None if key.all_projects else frozenset(key.projects)
+    # One that has no project left, because they were deleted, is for those to see who see all keys.
+    return None if key.all_projects or not key.projects else frozenset(key.projects)
 
 
 def _choices(key: Key) -> tuple[object, ...]:

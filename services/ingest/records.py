@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from codegraft.ingest.v1.credential_pb2 import StoredCredential
-from codegraft.ingest.v1.project_pb2 import Project
+from codegraft.ingest.v1.project_pb2 import Project, ProjectDeletion
 from codegraft.ingest.v1.snapshot_pb2 import Snapshot
 from codegraft.ingest.v1.source_pb2 import Source
 from codegraft.ingest.v1.upload_pb2 import Upload
@@ -34,6 +34,7 @@ class Tables:
     uploads: Table[Upload]
     snapshots: Table[Snapshot]
     credentials: Table[StoredCredential]
+    deletions: Table[ProjectDeletion]
 
     @classmethod
     def of(cls, state: StateStore) -> Tables:
@@ -44,6 +45,7 @@ class Tables:
             Table(state, Upload, missing=UploadNotFound),
             Table(state, Snapshot, missing=SnapshotNotFound),
             Table(state, StoredCredential, missing=CredentialNotFound),
+            Table(state, ProjectDeletion, missing=ProjectNotFound),
         )
 
     @property

@@ -37,7 +37,8 @@ async def serving(
         add(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    background = [asyncio.create_task(make()) for make in (ingest.fetcher.run, *(one.run for one in ingest.mirrors))]
+    runs = ingest.fetcher.run, ingest.deletions.run, *(one.run for one in ingest.mirrors)
+    background = [asyncio.create_task(make()) for make in runs]
     address = f"127.0.0.1:{port}"
     try:
         async with AsyncCodegraft(Addresses(address, address, address, address)) as client:

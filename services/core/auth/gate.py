@@ -15,7 +15,7 @@ from services.core.auth.jwt import Tokens
 from services.core.auth.keyring import Keyring
 from services.core.auth.keys import PREFIX
 from services.core.config import CoreSettings
-from services.core.errors import InvalidArgument, KeyExpired, Unauthenticated
+from services.core.errors import InvalidArgument, KeyExpired, PermissionDenied, Unauthenticated
 from services.core.rpc.client import AUTHORIZATION
 from services.core.state import StateStore
 
@@ -143,7 +143,7 @@ class Gate:
                 stack.callback(timer.cancel)
             yield
 
-    def why_ended(self, caller: Caller) -> Unauthenticated | None:
+    def why_ended(self, caller: Caller) -> Unauthenticated | PermissionDenied | None:
         """Why the caller's credentials are not good any more; None while they are."""
         if caller.expires is not None and caller.expires <= time.time():
             return KeyExpired(f"what {caller.subject} authenticated with has expired", hint="Use a new one.")

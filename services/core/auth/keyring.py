@@ -19,7 +19,7 @@ from services.core import log
 from services.core.auth.caller import Caller, Role
 from services.core.auth.keys import ApiKey
 from services.core.backoff import Backoff
-from services.core.errors import KeyExpired, KeyRevoked, StateUnavailable, Unauthenticated
+from services.core.errors import KeyExpired, KeyRevoked, PermissionDenied, StateUnavailable, Unauthenticated
 from services.core.state import Entry, StateStore
 
 BUCKET = "access"
@@ -106,7 +106,7 @@ class Keyring:
         self._keys: dict[str, KnownKey] = {}
         self._loaded = asyncio.Event()
         self._news = asyncio.Event()
-        self._held: dict[str, dict[object, tuple[bytes, Callable[[], object]]]] = {}
+        self._held: dict[str, dict[object, tuple[Caller, Callable[[], object]]]] = {}
 
     async def run(self) -> None:
         """Follows the bucket until cancelled."""
@@ -143,9 +143,10 @@ class Keyring:
         return known.caller(key.digest, time.time())
 
     def hold(self, caller: Caller, end: Callable[[], object]) -> Callable[[], None]:
-        """Calls ``end`` once the caller's key is revoked or replaced; what it returns makes it forget that."""
+        """Calls ``end`` once the caller's key is revoked, replaced, or of one of its projects no more; what it returns
+        makes it forget that."""
         mark = object()
-        self._held.setdefault(caller.subject, {})[mark] = (caller.digest, end)
+        self._held.setdefault(caller.subject, {})[mark] = (caller, end)
 
         def release() -> None:
             held = self._held.get(caller.subject, {})
@@ -155,15 +156,20 @@ class Keyring:
 
         return release
 
-    def why_ended(self, caller: Caller) -> Unauthenticated | None:
-        """Why the caller's key is not good any more; None while it is."""
+    def why_ended(self, caller: Caller) -> Unauthenticated | PermissionDenied | None:
+        """Why the caller's key is not good any more for its projects; None while it is."""
         known = self._keys.get(caller.subject)
         if known is None:
             return KeyRevoked(f"{caller.subject} is gone", hint="Ask an operator for another key.")
         try:
-            known.caller(caller.digest, time.time())
+            now = known.caller(caller.digest, time.time())
         except Unauthenticated as error:
             return error
+        if not now.covers(caller.projects):
+            gone = ", ".join(sorted((caller.projects or frozenset()) - (now.projects or frozenset())))
+            return PermissionDenied(
+                f"{caller.subject} may not use {gone} any more: it was deleted", hint="Use a key of that project."
+            )
         return None
 
     async def _load(self) -> None:
@@ -195,8 +201,8 @@ class Keyring:
                 self._keys.pop(name, None)
         self._news.set()
         self._news = asyncio.Event()
-        for digest, end in list(self._held.get(name, {}).values()):
-            if self.why_ended(Caller(name, Role.READER, None, digest=digest)) is not None:
+        for caller, end in list(self._held.get(name, {}).values()):
+            if self.why_ended(caller) is not None:
                 end()
 
 

@@ -8,7 +8,7 @@ empty. A caller of all projects is not asked for names.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from services.core import names
@@ -197,6 +197,14 @@ def resources(method: str, request: Any) -> list[str]:
     """The resource names in the request that the rule looks at."""
     rule = rule_of(method)
     return [name for path in (rule.fields if rule else ()) for name in _values(request, path) if name]
+
+
+def about(caller: Caller, method: str, request: Any) -> Caller:
+    """The caller as far as this call goes: of those of its projects that the request names."""
+    if caller.projects is None:
+        return caller
+    named = {names.project_of(name) for name in resources(method, request) if name.startswith("projects/")}
+    return replace(caller, projects=caller.projects & named)
 
 
 def check(caller: Caller, method: str, request: Any) -> None:

@@ -17,6 +17,7 @@ from opentelemetry.trace import SpanKind
 from services.core import disk, log
 from services.core.audit.calls import Audit
 from services.core.audit.log import AuditLog
+from services.core.auth import policy
 from services.core.auth.caller import ANYBODY, set_current
 from services.core.auth.gate import Gate
 from services.core.errors import CodegraftError, InternalError, ShuttingDown
@@ -117,7 +118,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 request = await call.admit(request)
                 with call.gathering(), contextlib.ExitStack() as while_streaming:
                     if task is not None:
-                        while_streaming.enter_context(self._gate.holding(call.caller, task.cancel))
+                        while_streaming.enter_context(self._gate.holding(call.about, task.cancel))
                     responses = inner(request, context)
                     if hasattr(responses, "__aiter__"):
                         async for response in responses:
@@ -127,7 +128,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             except asyncio.CancelledError:
                 if is_watch and self._draining:
                     await call.failed(ShuttingDown("this replica is shutting down", hint="Watch again."))
-                if (ended := self._gate.why_ended(call.caller)) is not None:
+                if (ended := self._gate.why_ended(call.about)) is not None:
                     await call.failed(ended)
                 call.cancelled()
                 raise
@@ -149,10 +150,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 request = await call.admit(request)
                 with call.gathering(), contextlib.ExitStack() as while_streaming:
                     if takes_stream and task is not None:
-                        while_streaming.enter_context(self._gate.holding(call.caller, task.cancel))
+                        while_streaming.enter_context(self._gate.holding(call.about, task.cancel))
                     response = await inner(request, context)
             except asyncio.CancelledError:
-                if takes_stream and (ended := self._gate.why_ended(call.caller)) is not None:
+                if takes_stream and (ended := self._gate.why_ended(call.about)) is not None:
                     await call.failed(ended)
                 call.cancelled()
                 raise
@@ -179,7 +180,7 @@ class _Call:
     ) -> None:
         self.method = method
         self.context = context
-        self.caller = ANYBODY
+        self.caller = self.about = ANYBODY
         self._gate, self._quotas = gate, quotas
         self._entry = audit.entry(method)
         self._metadata = metadata
@@ -217,6 +218,7 @@ class _Call:
             self._entry.requested(first)
 
         admitted = await self._gate.admit(self.caller, self.method, request, see)
+        self.about = policy.about(self.caller, self.method, seen[0]) if seen else self.caller
         if self._quotas is not None:  # after the gate: what was denied is no use that its project made
             self._quotas.count(self.caller, self.method, seen[0] if seen else None)
         return admitted

@@ -109,9 +109,9 @@ class ProjectServicer(ProjectServiceServicer):
                 hint="Remove them first, or delete the project with force.",
             )
         # The project goes first: what refers to it is refused from then on, and what is left is out of reach.
-        await self._tables.projects.delete(request.name, etag=request.etag)
-        await self._tell(project, deleted=True)
-        await self._deletions.ended(request.name)
+        async with self._deletions.deleting(request.name):
+            await self._tables.projects.delete(request.name, etag=request.etag)
+            await self._tell(project, deleted=True)
         return pb.DeleteProjectResponse()
 
     async def _tell(self, project: pb.Project, *, deleted: bool = False) -> None:

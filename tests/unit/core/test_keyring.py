@@ -13,9 +13,11 @@ import pytest
 from grpc_reflection.v1alpha import reflection_pb2
 
 from codegraft.access.v1.access_pb2 import ROLE_CONTRIBUTOR, ROLE_READER, StoredKey
+from codegraft.ingest.v1.project_pb2 import GetProjectRequest
 from codegraft.ingest.v1.upload_pb2 import UploadContentRequest
 from services.cli.local import permissions
 from services.core import errors
+from services.core.auth import policy
 from services.core.auth.caller import ANYBODY, Caller, Role
 from services.core.auth.gate import Gate
 from services.core.auth.keyring import BUCKET, Keyring
@@ -148,6 +150,16 @@ async def test_another_change_of_a_key_ends_no_stream(world: World) -> None:
     await world.change("k", lambda stored: stored.key.revoke_time.GetCurrentTime())
     assert not ended.is_set(), "the stream had ended before"
     assert world.ring._held == {}
+
+
+async def test_a_stream_ends_when_its_key_loses_the_project_that_it_is_about(world: World) -> None:
+    caller = await world.identify(f"Bearer {await world.make(projects=('projects/p', 'projects/q'))}")
+    about = [policy.about(caller, GET, GetProjectRequest(name=f"projects/{id}")) for id in "pq"]
+    ended = [asyncio.Event(), asyncio.Event()]
+    with world.gate.holding(about[0], ended[0].set), world.gate.holding(about[1], ended[1].set):
+        await world.change("k", lambda stored: stored.key.projects.remove("projects/p"))
+        assert [each.is_set() for each in ended] == [True, False]
+    assert isinstance(world.gate.why_ended(about[0]), PermissionDenied) and world.gate.why_ended(about[1]) is None
 
 
 async def test_a_deleted_key_is_forgotten(world: World, hasty: None) -> None:

@@ -88,8 +88,8 @@ class House:
 
     async def delete(self, project: str) -> None:
         """As DeleteProject does."""
-        await self.ingest.projects.delete(project)
-        await self.deletions.ended(project)
+        async with self.deletions.deleting(project):
+            await self.ingest.projects.delete(project)
 
     async def create(self, project: str, when: float) -> None:
         """As CreateProject does."""
