@@ -121,7 +121,8 @@ class Replica:
         policies = Policies(table)
 
         async def forget(project: str, before: float) -> bool:
-            projects.forget(project)  # first: completions would make it another policy
+            completions.forget(project)
+            projects.forget(project)  # before the policy: completions would make it another policy
             await policies.forget(project, before)
             await feedback.forget(project, before)
             return True

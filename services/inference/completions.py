@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -148,6 +149,13 @@ class Completions:
         self._model, self._registry, self._follower, self._loader = model, registry, follower, loader
         self._projects, self.prompter, self._load_wait = projects, prompter, load_wait
         self.post = Post()
+        self.generations: Counter[str] = Counter()
+        """By project, how often one of that name was deleted while this process ran: of the one before, a new one finds
+        no keys and values."""
+
+    def forget(self, project: str) -> None:
+        """A project was deleted."""
+        self.generations[project] += 1
 
     @property
     def loaded(self) -> LoadedModel | None:
@@ -300,6 +308,7 @@ class Completions:
                 stop_ids=frozenset(fmt.stop_ids),
                 deadline=request.deadline,
                 project=request.project,
+                generation=self.generations[request.project],
                 session=session,
                 after=sequences[0] if sequences else None,
             )

@@ -54,6 +54,7 @@ async def score(completions: Completions, request: Request, code: Code, continua
             adapter=pin.weights,
             deadline=request.deadline,
             project=request.project,
+            generation=completions.generations[request.project],
             targets=tuple(ids[before:]),
         )
         most = len(prompt.ids) + len(ids)

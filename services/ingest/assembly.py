@@ -35,7 +35,7 @@ from services.ingest.servicers.uploads import UploadServicer
 from services.ingest.snapshots import Snapshots
 from services.ingest.storage import Storage
 from services.ingest.uploads import Uploads
-from services.ingest.workspace import Workspace
+from services.ingest.workspace import UPLOADS, Workspace
 
 
 class Ingest:
@@ -53,7 +53,7 @@ class Ingest:
 
     def __init__(self, runtime: Runtime, settings: IngestSettings) -> None:
         self.tables = tables = Tables.of(runtime.state(BUCKET))
-        spool = settings.cache_dir / "ingest" / "uploads"
+        spool = settings.cache_dir / "ingest" / UPLOADS
         self.keys = Keys(runtime.state(keyring.BUCKET))
         uploads = Uploads(tables.uploads, runtime.blobs, spool, settings.ingest_max_upload_bytes)
         snapshots = Snapshots(runtime, tables)

@@ -63,7 +63,9 @@ class Deletions:
         Raises:
             Aborted, StateUnavailable: it is not deleted, or not all of it is gone yet; that goes soon.
         """
-        begun = ProjectDeletion(name=project, caller=current().subject, request_id=request_id.get())
+        caller = current()
+        by_token = caller.projects is not None and not caller.digest
+        begun = ProjectDeletion(name=project, caller=caller.subject, request_id=request_id.get(), keeps_quota=by_token)
         begun.etag = await _become(self._tables.deletions, begun)
         try:
             yield

@@ -41,7 +41,7 @@ class Grants:
         """
         project = deletion.name
         keys = [each for each in await self._keys.all() if project in each.key.projects]
-        quota = await self._quotas.find(f"{project}/quota")
+        quota = None if deletion.keeps_quota else await self._quotas.find(f"{project}/quota")
         # After they were read: what a new project of that name may have by now is not among them.
         if await self._projects.find(project) is not None:
             return

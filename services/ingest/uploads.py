@@ -36,6 +36,8 @@ class Announced:
     filename: str
     creator: str = ""
     """Who sends it."""
+    since: int = 0
+    """When the project was made, nanoseconds since 1970: it goes on with nothing that one of its name before began."""
 
     @property
     def name(self) -> str:
@@ -58,13 +60,17 @@ class Uploads:
         self._locks: dict[str, asyncio.Lock] = {}
         self._piping = 0
 
-    async def find(self, project: str, sha256: str) -> Upload:
-        """The upload with its offset; one of which nothing arrived has offset 0."""
+    async def find(self, project: str, sha256: str, since: int = 0) -> Upload:
+        """The upload with its offset; one of which nothing arrived has offset 0.
+
+        Args:
+            since: when the project was made, nanoseconds since 1970.
+        """
         check_sha256(sha256)
         name = f"{project}/uploads/{sha256}"
         if (there := await self._table.find(name)) is not None:
             return there
-        spooled = self._file(name)
+        spooled = self._file(name, since)
         return Upload(name=name, sha256=sha256, offset=spooled.stat().st_size if spooled.exists() else 0)
 
     async def get(self, name: str) -> Upload:
@@ -87,7 +93,7 @@ class Uploads:
         async with self._locks.setdefault(announced.name, asyncio.Lock()):
             if (there := await self._table.find(announced.name)) is not None:  # another call was faster
                 return there
-            path = self._file(announced.name)
+            path = self._file(announced.name, announced.since)
             arriving = await asyncio.to_thread(Arriving, path, announced.size, announced.sha256)
             sending = self._begin_sending(announced, arriving)
             try:
@@ -170,9 +176,9 @@ class Uploads:
                 hint="Upload parts of it as sources of their own, or raise CODEGRAFT_INGEST_MAX_UPLOAD_BYTES.",
             )
 
-    def _file(self, name: str) -> Path:
+    def _file(self, name: str, since: int) -> Path:
         project = names.parse(names.UPLOAD, name)["project"]
-        return self._spool / f"{project}-{name.rsplit('/', 1)[1]}"
+        return self._spool / f"{project}-{since}-{name.rsplit('/', 1)[1]}"
 
 
 async def _to_its_end(work: Coroutine[None, None, None]) -> None:

@@ -24,6 +24,10 @@ MAX_PACKS = 200
 """Every fetch adds a pack to a kept repository; with so many the next fetch begins anew."""
 LEFT_BEHIND = timedelta(days=1)
 """Age at which a folder is a dead process's: no fetch may take so long."""
+UPLOADS = "uploads"
+"""Folder of uploads that have not all arrived."""
+BROKEN_OFF = timedelta(days=7)
+"""Age at which nobody goes on with one: it would take disk for ever."""
 
 logger = log.get(__name__)
 
@@ -72,10 +76,14 @@ class Workspace:
             target.touch()
 
     def tidy(self, sources: Iterable[Source]) -> None:
-        """Removes the repositories of all other sources, what is too much, and what dead processes left."""
+        """Removes the repositories of all other sources, what is too much, and what dead processes and broken uploads
+        left."""
         for path in self._root.glob("fetch-*"):
             if time.time() - _modified(path) > LEFT_BEHIND.total_seconds():
                 shutil.rmtree(path, ignore_errors=True)
+        for path in (self._root / UPLOADS).glob("*"):
+            if time.time() - _modified(path) > BROKEN_OFF.total_seconds():
+                path.unlink(missing_ok=True)
         wanted = {_key(source) for source in sources}
         left = self._max_bytes
         for path in sorted(self._kept.glob("*"), key=_modified, reverse=True):

@@ -16,6 +16,7 @@ from codegraft.access.v1.quota_pb2 import Limits
 from services.client import AsyncCodegraft
 from services.core import errors
 from services.core.audit.log import MemoryAudit
+from services.core.auth.caller import Caller, Role, set_current
 from services.core.auth.gate import Gate
 from services.core.auth.keyring import BUCKET, Keyring
 from services.core.auth.keys import ApiKey
@@ -163,6 +164,16 @@ async def test_a_deletion_that_was_cut_short_is_ended(house: House, by: str, mon
     assert (await house.states())["new"] == (["projects/p"], False)
     with pytest.raises(errors.PermissionDenied):
         await both.projects.get("p")
+
+
+async def test_nobody_lifts_his_limits_with_a_token_by_making_the_project_anew(house: House) -> None:
+    await house.client.quotas.set("projects/p", Limits(runs=0))
+    token = Caller("https://issuer#ada", Role.OPERATOR, frozenset({"projects/p", "projects/q"}))
+    set_current(token)
+    async with house.parts.deletions.deleting("projects/p"):
+        await house.parts.tables.projects.delete("projects/p")
+    await house.client.projects.create("p")
+    assert (await house.client.quotas.get("projects/p")).effective.runs == 0
 
 
 async def test_a_deletion_that_did_not_happen_takes_nothing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:

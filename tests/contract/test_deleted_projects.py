@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 
 from codegraft.common.v1.deleted_pb2 import DeletedProject
-from codegraft.inference.v1 import feedback_pb2, feedback_pb2_grpc, serving_pb2
+from codegraft.inference.v1 import completion_pb2, feedback_pb2, feedback_pb2_grpc, serving_pb2
 from services.core.auth.keyring import BUCKET
 from services.core.leftovers import deleted_projects
 from tests.contract.inference_world import PROJECT, until
@@ -35,6 +35,8 @@ async def test_a_deleted_projects_policy_copy_and_counts_go_at_every_replica(wor
     await stream.end()
     asked = feedback_pb2.GetAcceptanceRequest(parent=PROJECT)
     assert len((await feedback.GetAcceptance(asked)).adapters) == 1
+    sent = {"prefix": "secret = 'of the one before'\n" * 2, "adapter": completion_pb2.AdapterChoice(base=True)}
+    assert [(await world.complete(**sent).end()).started.cached_tokens for _ in range(2)] == [0, 48]
     copy_of = f"records/inference/Serving/{PROJECT}/serving.json"
     await eventually(lambda: world.runtime.store.stat(copy_of))
     deleted = deleted_projects(world.runtime.state(BUCKET))
@@ -46,6 +48,7 @@ async def test_a_deleted_projects_policy_copy_and_counts_go_at_every_replica(wor
     serving = (await world.serving.GetServing(serving_pb2.GetServingRequest(parent=PROJECT))).serving
     assert (serving.mode, serving.etag, len(serving.history)) == (serving_pb2.SERVING_MODE_LATEST_BEST, "", 0)
     assert (await (world.complete()).end()).started.adapter_sha256 == ""
+    assert (await world.complete(**sent).end()).started.cached_tokens == 0, "which would tell what was sent before"
     await world.set("OFF")  # by the new project
     moment = DeletedProject(name=PROJECT)
     moment.successor_create_time.GetCurrentTime()

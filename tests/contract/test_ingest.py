@@ -219,9 +219,24 @@ async def test_an_upload_goes_on_where_it_broke_off(client: AsyncCodegraft, proj
         with pytest.raises(grpc.aio.AioRpcError):
             await stub.UploadContent(iter(messages))
         state = await stub.GetUpload(upload_pb2.GetUploadRequest(parent=header.parent, sha256=digest))
-    assert (state.upload.offset, state.upload.complete) == (1 << 20, False)
+        assert (state.upload.offset, state.upload.complete) == (1 << 20, False)
+        other = await client.projects.create(f"{project}-2")
+        with pytest.raises(grpc.aio.AioRpcError):
+            await stub.UploadContent(iter([header_of(other.name, header), messages[1]]))
+        await client.projects.delete(other.name)
+        await client.projects.create(f"{project}-2")
+        state = await stub.GetUpload(upload_pb2.GetUploadRequest(parent=other.name, sha256=digest))
+        assert state.upload.offset == 0, "a new project goes on with nothing that one of its name before began"
     assert (await client.sources.upload(project, content)).complete
     assert (await client.sources.upload(project, content)).sha256 == digest, "the same once more costs nothing"
+
+
+def header_of(parent: str, header: upload_pb2.UploadHeader) -> upload_pb2.UploadContentRequest:
+    """The same for another project."""
+    copy = upload_pb2.UploadHeader()
+    copy.CopyFrom(header)
+    copy.parent = parent
+    return upload_pb2.UploadContentRequest(header=copy)
 
 
 async def test_an_upload_with_a_wrong_digest_is_refused(client: AsyncCodegraft, project: str) -> None:

@@ -117,6 +117,8 @@ class Sequence:
     """On the monotonic clock, seconds."""
     project: str = ""
     """Whose it is; places are shared out between projects."""
+    generation: int = 0
+    """Another one for each project that has the name."""
     session: str = ""
     """A newer sequence of the same session takes this one's place."""
     targets: tuple[int, ...] = ()
@@ -165,7 +167,7 @@ class Sequence:
         cached, would tell it what the other one has asked.
         """
         weights = "" if self.adapter is None else self.adapter.digest
-        return hashlib.sha256(f"{self.project}\0{weights}".encode()).digest()
+        return hashlib.sha256(f"{self.project}\0{self.generation}\0{weights}".encode()).digest()
 
     @property
     def capacity(self) -> int:

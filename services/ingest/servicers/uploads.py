@@ -31,13 +31,13 @@ class UploadServicer(UploadServiceServicer):
         self, request_iterator: AsyncIterator[pb.UploadContentRequest], context: Context
     ) -> pb.UploadContentResponse:
         header, chunks = await opened(request_iterator)
-        await self._tables.known(header.parent, "header.parent")
-        caller = current()
-        announced = Announced(header.parent, header.sha256, header.size, header.filename[:255], caller.subject)
+        project = await self._tables.known(header.parent, "header.parent")
+        caller, since = current(), project.create_time.ToNanoseconds()
+        announced = Announced(header.parent, header.sha256, header.size, header.filename[:255], caller.subject, since)
         self._uploads.check(announced)
         async with self._places.claim(owners(caller, header.parent), announced.name, announced.size):
             return pb.UploadContentResponse(upload=await self._uploads.receive(announced, chunks))
 
     async def GetUpload(self, request: pb.GetUploadRequest, context: Context) -> pb.GetUploadResponse:
-        await self._tables.known(request.parent)
-        return pb.GetUploadResponse(upload=await self._uploads.find(request.parent, request.sha256))
+        since = (await self._tables.known(request.parent)).create_time.ToNanoseconds()
+        return pb.GetUploadResponse(upload=await self._uploads.find(request.parent, request.sha256, since))

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from codegraft.ingest.v1.source_pb2 import GitSource, Source
-from services.ingest.workspace import Workspace
+from services.ingest.workspace import UPLOADS, Workspace
 
 
 def source(name: str, url: str = "https://example.com/a", made: int = 1) -> Source:
@@ -61,8 +61,14 @@ def test_what_dead_processes_left_goes_and_what_others_use_stays(tmp_path: Path)
     workspace = Workspace(tmp_path / "root", 1 << 20)
     left = tmp_path / "root" / "fetch-dead"
     (left / "repository").mkdir(parents=True)
+    broken, newer = tmp_path / "root" / UPLOADS / "p-0-old", tmp_path / "root" / UPLOADS / "p-0-new"
+    for path in (broken, newer):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
     os.utime(left, (time.time() - 2 * 86_400,) * 2)
+    os.utime(newer, (time.time() - 6 * 86_400,) * 2)
+    os.utime(broken, (time.time() - 8 * 86_400,) * 2)
     with workspace.folder() as busy:
         workspace.tidy([])
-        assert busy.exists() and not left.exists()
+        assert busy.exists() and not left.exists() and newer.exists() and not broken.exists()
     assert not busy.exists()
