@@ -34,6 +34,9 @@ calls with invented keys would then reach NATS."""
 _LOADING = 5.0
 """Seconds that a call waits for the first copy of the keys."""
 
+_LONGEST = 30 * 86400.0
+"""Seconds. Later than a month is later than any connection lives, and the loop's clock has its limits."""
+
 logger = log.get(__name__)
 
 
@@ -94,6 +97,15 @@ class KnownKey:
         return Caller(self.name, self.role, self.projects, ends, self.is_service, digest)
 
 
+@dataclass(eq=False, slots=True)
+class _Held:
+    """What lasts only as long as its caller's key is good."""
+
+    caller: Caller
+    end: Callable[[], object]
+    timer: asyncio.TimerHandle | None = None
+
+
 class Keyring:
     """See the module's docstring. Belongs to one event loop; :meth:`run` keeps it up to date.
 
@@ -106,7 +118,7 @@ class Keyring:
         self._keys: dict[str, KnownKey] = {}
         self._loaded = asyncio.Event()
         self._news = asyncio.Event()
-        self._held: dict[str, dict[object, tuple[Caller, Callable[[], object]]]] = {}
+        self._held: dict[str, set[_Held]] = {}
 
     async def run(self) -> None:
         """Follows the bucket until cancelled."""
@@ -145,14 +157,16 @@ class Keyring:
     def hold(self, caller: Caller, end: Callable[[], object]) -> Callable[[], None]:
         """Calls ``end`` once the caller's key is revoked, replaced, or of one of its projects no more; what it returns
         makes it forget that."""
-        mark = object()
-        self._held.setdefault(caller.subject, {})[mark] = (caller, end)
+        mine = _Held(caller, end)
+        self._held.setdefault(caller.subject, set()).add(mine)
 
         def release() -> None:
-            held = self._held.get(caller.subject, {})
-            held.pop(mark, None)
+            held = self._held.get(caller.subject, set())
+            held.discard(mine)
             if not held:
                 self._held.pop(caller.subject, None)
+            if mine.timer is not None:
+                mine.timer.cancel()
 
         return release
 
@@ -201,9 +215,20 @@ class Keyring:
                 self._keys.pop(name, None)
         self._news.set()
         self._news = asyncio.Event()
-        for caller, end in list(self._held.get(name, {}).values()):
-            if self.why_ended(caller) is not None:
-                end()
+        for held in list(self._held.get(name, ())):
+            self._look_at(held)
+
+    def _look_at(self, held: _Held) -> None:
+        """Ends what is held, or sees that it ends with its secret: one that was replaced may work on for a while."""
+        if self.why_ended(held.caller) is not None:
+            held.end()
+            return
+        ends = self._keys[held.caller.subject].caller(held.caller.digest, time.time()).expires
+        if held.timer is not None:
+            held.timer.cancel()
+        if ends is not None:
+            wait = min(max(0.0, ends - time.time()), _LONGEST)
+            held.timer = asyncio.get_running_loop().call_later(wait, held.end)
 
 
 def _unknown() -> Unauthenticated:

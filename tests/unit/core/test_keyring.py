@@ -152,6 +152,21 @@ async def test_another_change_of_a_key_ends_no_stream(world: World) -> None:
     assert world.ring._held == {}
 
 
+async def test_a_stream_ends_with_the_secret_that_it_began_with(world: World) -> None:
+    caller = await world.identify(f"Bearer {await world.make()}")
+    ended = asyncio.Event()
+
+    def rotate(stored: StoredKey) -> None:
+        stored.secrets[0].expire_time.FromNanoseconds(time.time_ns() + 100_000_000)
+        stored.secrets.add(sha256=b"new")
+
+    with world.gate.holding(caller, ended.set):
+        await world.change("k", rotate)
+        assert not ended.is_set()
+        await asyncio.wait_for(ended.wait(), 2)
+    assert isinstance(world.gate.why_ended(caller), KeyExpired)
+
+
 async def test_a_stream_ends_when_its_key_loses_the_project_that_it_is_about(world: World) -> None:
     caller = await world.identify(f"Bearer {await world.make(projects=('projects/p', 'projects/q'))}")
     about = [policy.about(caller, GET, GetProjectRequest(name=f"projects/{id}")) for id in "pq"]
