@@ -24,10 +24,12 @@ from services.cli.local.permissions import SERVICES
 from services.cli.main import main
 from services.core.config import CoreSettings
 from services.core.events.nats import NatsBus
-from services.core.state.nats import NatsState
+from services.core.state.nats import NatsState, stream_of
 from services.core.store import S3Store
 from services.core.version import release
+from services.inference import kept
 from tests.conftest import AT_ONCE
+from tools.inner_subjects import RECORDS
 
 pytestmark = pytest.mark.usefixtures("own_logs")
 
@@ -81,8 +83,10 @@ async def test_a_sound_installation_has_nothing_to_mend(place: Installation) -> 
     async with installation.opened(place) as control:
         for name in (*SERVICES, "access"):
             await NatsState(control.nats, name).list()
+        await NatsState(control.nats, kept.BUCKET, kept.BOUNDS).list()
         await NatsBus(control.nats, "test")._ensure()
-        assert not problems(await streams.check(control, 1))
+        found = await streams.check(control, 1)
+        assert not problems(found) and {stream_of(name) for name in RECORDS} <= {each.name[7:] for each in found}
         assert len(await clock.check_nats(control)) == 1 and not problems(await clock.check_nats(control))
     assert len(await clock.check_store(place)) == 1 and not problems(await clock.check_store(place))
     assert not problems(streams.check_sync(place, ""))

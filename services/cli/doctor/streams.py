@@ -18,6 +18,7 @@ from urllib3.exceptions import HTTPError
 from services.cli.control.backup import BUCKETS
 from services.cli.control.installation import Control, Installation
 from services.cli.doctor.check import Check, failed, ok, warning
+from services.cli.local import permissions
 from services.core.audit.nats import stream_config as audit_config
 from services.core.auth.keyring import BUCKET as KEYS
 from services.core.errors import StateUnavailable
@@ -45,7 +46,8 @@ _COMPARED = (
 
 def wanted(replicas: int) -> list[api.StreamConfig]:
     """Every stream as the services make it, buckets among them."""
-    buckets = [bucket_config(bucket, replicas) for bucket in (*BUCKETS, KEYS)]
+    others = [bucket for service in permissions.SERVICES.values() for bucket in service.buckets]
+    buckets = [bucket_config(bucket, replicas) for bucket in (*BUCKETS, *others, KEYS)]
     streams = [
         api.StreamConfig(
             name=stream_of(bucket.bucket),
