@@ -274,6 +274,7 @@ async def test_nobody_lifts_his_own_limits_and_strangers_see_none(world: House) 
     keys, quotas = world.client.keys, world.client.quotas
     of_a = world.client.with_key((await keys.create(ROLE_OPERATOR, projects=["a"], key_id="of-a"))[1])
     reader = world.client.with_key((await keys.create(ROLE_READER, projects=["a"], key_id="reader"))[1])
+    of_all = world.client.with_key((await keys.create(ROLE_READER, all_projects=True, key_id="of-all"))[1])
     await keys.create(ROLE_READER, projects=["a", "b"], key_id="both")
     for attempt in (
         of_a.quotas.set("projects/a", Limits(runs=9)),
@@ -286,6 +287,7 @@ async def test_nobody_lifts_his_own_limits_and_strangers_see_none(world: House) 
         of_a.quotas.get("keys/root"),
         reader.quotas.usage("projects/b"),
         of_a.quotas.usage("keys/both"),
+        of_all.quotas.usage("keys/both"),
     ):
         with pytest.raises(errors.PermissionDenied):
             await attempt

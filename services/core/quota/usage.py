@@ -42,8 +42,9 @@ class UsageServicer(UsageServiceServicer):
     async def GetUsage(self, request: pb.GetUsageRequest, context: Context) -> pb.GetUsageResponse:
         names.parse(names.KEY_QUOTA if request.name.startswith("keys/") else names.PROJECT_QUOTA, request.name)
         owner, caller = request.name.removesuffix("/quota"), current()
-        of_all = caller.projects is None and caller.role >= Role.OPERATOR
-        if not (owner == caller.subject or of_all or caller.covers(frozenset({owner}))):
+        of_project = owner.startswith("projects/")
+        readable = caller.covers(frozenset({owner})) if of_project else caller.projects is None
+        if owner != caller.subject and not (readable and (of_project or caller.role >= Role.OPERATOR)):
             raise PermissionDenied(
                 f"{caller.subject} may not see what {owner} uses",
                 field="name",
