@@ -27,6 +27,9 @@ REQUEST_TIMEOUT = 5.0
 STREAM_EXISTS = 10058
 """JetStream's error code for a stream that is there with other settings."""
 
+LONGEST_SUBJECT = 3500
+"""Bytes. A line of the protocol may have 4,096, with the inbox for the answer and the sizes."""
+
 _NO_ROOM = (10023, 10047)
 """JetStream's error codes for a server that has taken all that it may of its disk."""
 _ROOM = (
@@ -40,7 +43,17 @@ _TOKEN = re.compile(r"[A-Za-z0-9_-]+")
 logger = log.get(__name__)
 
 
-class _TlsClient(Client):
+class _Client(Client):
+    async def publish(
+        self, subject: str, payload: bytes = b"", reply: str = "", headers: dict[str, str] | None = None
+    ) -> None:
+        # Of a longer line the server thinks that it is no NATS client, hangs up, and the library closes for good.
+        if len(subject.encode()) > LONGEST_SUBJECT:
+            raise nats.errors.BadSubjectError
+        await super().publish(subject, payload, reply, headers)
+
+
+class _TlsClient(_Client):
     """The library sends its credentials in clear text to a server that offers no TLS, whatever it was told."""
 
     def _connect_command(self) -> bytes:
@@ -130,7 +143,7 @@ async def connect(
     Raises:
         StateUnavailable: no server answers, or the credentials are refused; says which.
     """
-    client = Client() if tls is None else _TlsClient()
+    client = _Client() if tls is None else _TlsClient()
     servers = [part.strip() for part in url.split(",") if part.strip()]
     failures: list[Exception] = []
     all_failed = asyncio.Event()

@@ -16,14 +16,16 @@ import pytest
 
 from codegraft.access.v1.access_pb2 import ROLE_OPERATOR, ROLE_READER
 from codegraft.access.v1.audit_pb2 import AuditRecord
-from codegraft.ingest.v1.project_pb2 import Project
+from codegraft.ingest.v1.project_pb2 import CreateProjectRequest, Project
 from services.cli.output import plain
 from services.client import AsyncCodegraft
 from services.core import errors
+from services.core.audit.calls import Audit
 from services.core.audit.log import AuditLog, MemoryAudit
 from services.core.audit.nats import STREAM, NatsAudit
 from services.core.audit.record import MOST_BYTES, Change, fill
 from services.core.auth import policy
+from services.core.auth.caller import Caller, Role
 from services.core.auth.gate import Gate
 from services.core.auth.keyring import BUCKET, Keyring
 from services.core.auth.keys import ApiKey
@@ -88,6 +90,25 @@ async def test_what_is_older_is_left_out(log: AuditLog) -> None:
     rest, end = await log.page(f"projects/{project}", 2, token, since)
     assert [each.method for each in (*first, *rest)] == ["/0", "/1", "/2"] and not end
     assert (await log.page(f"projects/{project}", 2, "", since + timedelta(hours=1)))[0] == []
+
+
+@pytest.mark.parametrize("project", ["x" * 70_000, "a b", "p\r\nPUB x 1", "*", ">", "é", "p.q"])
+async def test_a_call_that_names_no_project_is_recorded_as_nobodys(nats_server: Any, project: str) -> None:
+    """Anybody who is known may send such a name, and is recorded: it must not become part of a subject."""
+    connection = await connect(nats_server.url, user=nats_server.user, password=nats_server.password)
+    log = NatsAudit(connection, "ingest")
+    method = "/codegraft.ingest.v1.ProjectService/CreateProject"
+    entry = Audit(log).entry(method)
+    entry.identified(Caller(f"keys/{uuid.uuid4().hex}", Role.READER, None))
+    entry.requested(CreateProjectRequest(project_id=project))
+    await entry.end("PERMISSION_DENIED", "PERMISSION_DENIED", "r")
+    found, token = [], ""
+    while not found or token:
+        page, token = await log.page("", 1000, token)
+        found += page
+    assert (found[-1].caller, found[-1].project) == (entry._record.caller, "")
+    assert found[-1].resources == [f"projects/{project}"[:300]]
+    await connection.close()
 
 
 async def test_nobody_deletes_a_record(nats_server: Any) -> None:

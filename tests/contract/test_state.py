@@ -9,13 +9,14 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
+import nats.errors
 import pytest
 
 from codegraft.common.v1.job_pb2 import JobStatus
 from codegraft.ingest.v1.project_pb2 import Project
 from codegraft.trainer.v1.run_pb2 import Run
 from services.core import errors
-from services.core.nats_connection import NatsConnection, connect
+from services.core.nats_connection import LONGEST_SUBJECT, NatsConnection, connect
 from services.core.state import Entry, MemoryState, StateStore, Table
 from services.core.state.nats import NatsState, decode, encode
 from services.core.telemetry import tracing
@@ -127,12 +128,25 @@ async def test_prefixes_cover_whole_segments(store: StateStore) -> None:
     assert await listed("projects/x") == []
 
 
-@pytest.mark.parametrize("key", ["", "/a", "a/", "a//b", "a b", "a*", "a/>", "ü", "a\nb", "a/\x00"])
+@pytest.mark.parametrize("key", ["", "/a", "a/", "a//b", "a b", "a*", "a/>", "ü", "a\nb", "a/\x00", "a" * 1501])
 async def test_bad_keys_are_refused(store: StateStore, key: str) -> None:
     with pytest.raises(errors.InvalidName):
         await store.create(key, b"")
     with pytest.raises(errors.InvalidName):
         await store.get(key)
+
+
+async def test_a_subject_that_is_too_long_costs_the_call_and_not_the_connection(nats_server: NatsServer) -> None:
+    """The server hangs up at a longer line, and the client then closes for good: nothing would work any more."""
+    connection = await connect(nats_server.url, user=nats_server.user, password=nats_server.password)
+    for length in (LONGEST_SUBJECT + 1, 70_000):
+        with pytest.raises(nats.errors.BadSubjectError):
+            await connection.js.publish("x" * length, b"")
+    with pytest.raises(nats.errors.Error) as nobody:  # who listens there; the server has read it
+        await connection.client.request("x" * LONGEST_SUBJECT, b"", timeout=2)
+    assert isinstance(nobody.value, nats.errors.NoRespondersError)
+    await connection.client.flush()
+    await connection.close()
 
 
 async def test_awkward_keys_come_back_as_they_were(store: StateStore) -> None:

@@ -13,7 +13,7 @@ from services.core.audit.log import AuditLog
 from services.core.audit.record import Gathered, fill, gathering
 from services.core.auth import policy
 from services.core.auth.caller import Caller
-from services.core.errors import CodegraftError
+from services.core.errors import CodegraftError, InvalidName
 
 logger = log.get(__name__)
 
@@ -82,7 +82,10 @@ class Entry:
             found = policy.resources(self._record.method, request)
             self._record.resources[:] = [name[:300] for name in found]
             if found and found[0].startswith("projects/"):
-                self._record.project = names.project_of(found[0])
+                with contextlib.suppress(InvalidName):  # nobody's; it would go into a subject of NATS
+                    project = names.project_of(found[0])
+                    names.parse(names.PROJECT, project)
+                    self._record.project = project
 
     @contextlib.contextmanager
     def gathering(self) -> Iterator[None]:

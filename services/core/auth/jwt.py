@@ -26,6 +26,8 @@ _REFRESH = 10.0
 """Least seconds between two readings of the issuer's keys for the sake of a key id that is not known: whoever invents
 them must not make us hammer the issuer."""
 _TIMEOUT = 5.0
+LONGEST_SUBJECT = 255
+"""Characters, as OpenID Connect has it: it becomes part of keys and logs."""
 _LONGEST = 16 << 10
 """Characters of a token."""
 
@@ -127,6 +129,8 @@ class Tokens:
             )
         except jwt.PyJWTError as error:
             raise _invalid(str(error)) from None
+        if len(claims["sub"]) > LONGEST_SUBJECT:
+            raise _invalid("its subject is too long")
         return Caller(
             subject=f"{self._issuer.name}#{claims['sub']}",
             role=self._role(claims),

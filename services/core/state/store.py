@@ -10,6 +10,8 @@ from typing import Protocol
 
 from services.core.errors import InvalidName
 
+LONGEST_KEY = 1500
+"""Characters: a key becomes a subject of NATS, whose lines have 4,096 bytes."""
 _KEY = re.compile(r"[-_=.a-zA-Z0-9]+(/[-_=.a-zA-Z0-9]+)*")
 
 
@@ -95,9 +97,9 @@ def check_key(key: str) -> str:
     """The key, when it is a valid one.
 
     Raises:
-        InvalidName: it has an empty segment or a character that JetStream KV does not allow.
+        InvalidName: it has an empty segment or a character that JetStream KV does not allow, or is too long.
     """
-    if not _KEY.fullmatch(key):
+    if len(key) > LONGEST_KEY or not _KEY.fullmatch(key):
         raise InvalidName(
             f"{key[:200]!r} is not a valid key", field="name", hint="Use letters, digits and - _ = . between slashes."
         )

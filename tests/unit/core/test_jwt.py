@@ -138,6 +138,7 @@ BAD = {
     "expired": lambda p: p.token(exp=time.time() - 60),
     "for ever": lambda p: p.token(exp=None),
     "not valid yet": lambda p: p.token(nbf=time.time() + 600),
+    "of somebody with a novel for a name": lambda p: p.token(sub="x" * 256),
     "of nobody": lambda p: p.token(sub=None),
     "without a role": lambda p: p.token(codegraft_role=None),
     "with a role of another system": lambda p: p.token(codegraft_role=["admin", 7, None]),
