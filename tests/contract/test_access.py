@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf import message_factory
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
 from codegraft.access.v1 import access_pb2
@@ -155,6 +156,33 @@ async def test_a_method_without_a_rule_is_denied_to_everybody(house: Any) -> Non
     for path in ("/codegraft.ingest.v1.ProjectService/StealProject", "/codegraft.new.v1.NewService/Get"):
         assert await call(channel, path, b"", keys["all"]) == "PERMISSION_DENIED"
     assert everything.reached == []
+
+
+def times(descriptor: Descriptor, path: str = "", seen: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+    """Paths of the times in a message, outside of lists, and which kind each is."""
+    for field in descriptor.fields:
+        inner = field.message_type
+        if inner is None or field.is_repeated or inner.full_name in seen:
+            continue
+        if inner.full_name in ("google.protobuf.Timestamp", "google.protobuf.Duration"):
+            yield path + field.name, inner.name
+        yield from times(inner, f"{path}{field.name}.", (*seen, inner.full_name))
+
+
+async def test_a_time_that_is_none_reaches_no_handler(house: Any) -> None:
+    everything, channel, keys = house
+    tried = set()
+    for method, rule in RULES.items():
+        for path, kind in times(METHODS[method].input_type):
+            for seconds, nanos in ((2**63 - 1, 0), (-(2**63), 0), (1, 2**31 - 1), (1, -1)):
+                made = request(method, named(method, "projects/a", rule.fields[0]) if rule.fields else {})
+                holder = made
+                for part in path.split("."):
+                    holder = getattr(holder, part)
+                holder.seconds, holder.nanos = seconds, nanos
+                assert await call(channel, method, made, keys["all"]) == "INVALID_ARGUMENT", (method, path)
+            tried.add(kind)
+    assert tried == {"Timestamp", "Duration"} and everything.reached == []
 
 
 # --- keys, from ingest's own service ----------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from services.core.auth.gate import Gate
 from services.core.errors import CodegraftError, InternalError, ShuttingDown
 from services.core.quota.quotas import Quotas
 from services.core.rpc import context as call_context
+from services.core.rpc import times
 from services.core.rpc.status import grpc_code, to_status
 from services.core.telemetry import figures, tracing
 from services.core.version import release
@@ -221,6 +222,8 @@ class _Call:
         self.about = policy.about(self.caller, self.method, seen[0]) if seen else self.caller
         if self._quotas is not None:  # after the gate: what was denied is no use that its project made
             self._quotas.count(self.caller, self.method, seen[0] if seen else None)
+        for first in seen:
+            times.check(first)
         return admitted
 
     def gathering(self) -> AbstractContextManager[object]:
