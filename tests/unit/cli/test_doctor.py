@@ -80,7 +80,7 @@ def test_a_stream_is_as_it_is_made(found: api.StreamInfo, result: Result, says: 
 
 def test_every_stream_is_known() -> None:
     names = {config.name for config in streams.wanted(1)}
-    buckets = {"KV_ingest", "KV_scanner", "KV_trainer", "KV_inference", "KV_access"}
+    buckets = {"KV_ingest", "KV_scanner", "KV_trainer", "KV_inference", "KV_completions", "KV_access"}
     assert names == buckets | {"EVENTS", "AUDIT", "JOBS", "JOBS_DEAD"}
 
 
