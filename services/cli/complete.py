@@ -37,7 +37,7 @@ def complete(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same completion.")] = None,
     n: Annotated[int | None, typer.Option("--n", help="So many completions of the prompt, 1 to 8.")] = None,
     logprobs: Annotated[
-        int | None, typer.Option(help="Log-probability of every token, and so many of the likeliest, 0 to 5.")
+        int | None, typer.Option(help="Log-probability of every token, and so many of the likeliest, 0 to 20.")
     ] = None,
     adapter: Annotated[
         str, typer.Option(metavar="base|RUN/STEP", help="Version that answers; the project's policy if left out.")

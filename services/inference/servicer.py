@@ -185,7 +185,7 @@ def _sampling(sampling: pb.Sampling) -> Sampling:
     return Sampling(
         top_k=sampling.top_k,
         seed=sampling.seed if sampling.HasField("seed") else None,
-        logprobs=_whole(sampling, "logprobs", 0, 5),
+        logprobs=_whole(sampling, "logprobs", 0, 20),
         **values,
     )
 

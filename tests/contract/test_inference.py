@@ -78,7 +78,7 @@ async def test_stop_rules_and_sampling(world: World) -> None:
         ({"sampling": pb.Sampling(top_p=float("nan"))}, errors.InvalidArgument, "sampling.top_p"),
         ({"sampling": pb.Sampling(n=9)}, errors.InvalidArgument, "sampling.n"),
         ({"sampling": pb.Sampling(n=0)}, errors.InvalidArgument, "sampling.n"),
-        ({"sampling": pb.Sampling(logprobs=6)}, errors.InvalidArgument, "sampling.logprobs"),
+        ({"sampling": pb.Sampling(logprobs=21)}, errors.InvalidArgument, "sampling.logprobs"),
         ({"adapter": pb.AdapterChoice(checkpoint="x")}, errors.InvalidName, "adapter.checkpoint"),
         (
             {"adapter": pb.AdapterChoice(checkpoint="projects/other/runs/r/checkpoints/1")},

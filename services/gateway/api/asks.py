@@ -16,7 +16,7 @@ _Name = Annotated[str, Field(max_length=300)]
 _Text = Annotated[str, Field(max_length=3 << 20)]
 _Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 _Count = Annotated[int, Field(ge=-(2**31), lt=2**31)]
-_MOST_LOGPROBS = 5
+_MOST_LOGPROBS = 20
 """Likeliest tokens that inference tells with each token."""
 
 
@@ -126,7 +126,7 @@ class CompletionAsk(Ask):
     path: _Name | None = None
     """Path of the file in its repository. Not in OpenAI's API: the adapter was trained with it."""
     logprobs: _Count | None = None
-    """So many likeliest tokens with each token, 0 to 5."""
+    """So many likeliest tokens with each token, 0 to 20."""
     echo: bool | None = False
     """Not supported."""
     best_of: _Count | None = None
@@ -208,7 +208,7 @@ class ChatAsk(Ask):
     logprobs: bool | None = False
     """Log-probabilities of the tokens."""
     top_logprobs: _Count | None = None
-    """So many likeliest tokens with each token, 0 to 5; with logprobs."""
+    """So many likeliest tokens with each token, 0 to 20; with logprobs."""
     tools: list[object] | None = None
     """Not supported."""
     functions: list[object] | None = None
