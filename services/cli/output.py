@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 from google.protobuf.json_format import MessageToDict
@@ -25,6 +25,8 @@ out = Console(markup=False, highlight=False, soft_wrap=True)
 err = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on with every change, until Ctrl-C.")]
+M = TypeVar("M", bound=Message)
 
 
 class ExitCode(IntEnum):
@@ -116,6 +118,15 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, emp
     for row in rows:
         table.add_row(*(Text(cell_text(cell)) for cell in row))
     out.print(table)
+
+
+def print_changes(changes: Iterable[M], row: Callable[[M], Sequence[object]], *, as_json: bool) -> None:
+    """What goes on, a line a change: the cells of :func:`print_table`, without its headings."""
+    for change in changes:
+        if as_json:
+            print_json(change)
+        else:
+            out.print("  ".join(map(cell_text, row(change))))
 
 
 def cell_text(cell: object) -> str:

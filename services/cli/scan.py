@@ -13,7 +13,7 @@ from codegraft.scanner.v1.verdict_pb2 import Verdict, VerdictFilter, VerdictReas
 from services.cli import dry_run, scan_report
 from services.cli.connect import Project, connect, full_name, id_of
 from services.cli.dry_run import Secrets
-from services.cli.output import Json, err, out, print_json, print_table
+from services.cli.output import Follow, Json, err, out, print_changes, print_json, print_table
 from services.cli.progress import JobBar
 from services.cli.scan_report import ScanId, newest_or, reason_word
 from services.client import Codegraft
@@ -117,26 +117,33 @@ def _follow(client: Codegraft, name: str) -> scan_pb2.Scan:
 
 
 @app.command("list")
-def list_(project: Project, json: Json = False) -> None:
-    """List the scans of a project, newest first."""
+def list_(project: Project, follow: Follow = False, json: Json = False) -> None:
+    """List the scans of a project, newest first; with --follow each of them, then every change, a line each."""
     with connect() as client:
+        if follow:
+            print_changes(client.scans.watch_all(project), _change, as_json=json)
+            return
         scans = list(client.scans.list(project))
     if json:
         print_json(scans)
         return
-    rows = [
-        [
-            id_of(scan.name),
-            state_word(scan.status.state),
-            scan.report.file_count,
-            scan.report.accepted_count,
-            scan.report.rejected_count,
-            id_of(scan.dataset),
-        ]
-        for scan in scans
-    ]
     columns = ["SCAN", "STATE", "FILES", "ACCEPTED", "REJECTED", "DATASET"]
-    print_table(columns, rows, empty=f"no scan yet: codegraft scan start --project {project}")
+    print_table(columns, map(_row, scans), empty=f"no scan yet: codegraft scan start --project {project}")
+
+
+def _row(scan: scan_pb2.Scan) -> list[object]:
+    return [
+        id_of(scan.name),
+        state_word(scan.status.state),
+        scan.report.file_count,
+        scan.report.accepted_count,
+        scan.report.rejected_count,
+        id_of(scan.dataset),
+    ]
+
+
+def _change(message: scan_pb2.WatchScansResponse) -> list[object]:
+    return _row(message.scan) if message.HasField("scan") else [id_of(message.removed), "removed"]
 
 
 @app.command()

@@ -12,7 +12,7 @@ from codegraft.common.v1.split_pb2 import Split
 from codegraft.ingest.v1 import source_pb2
 from services.cli import source_change
 from services.cli.connect import Project, connect, full_name, id_of
-from services.cli.output import Json, err, print_json, print_table
+from services.cli.output import Follow, Json, err, print_changes, print_json, print_table
 from services.cli.source_parts import (
     SPLITS,
     Gitattributes,
@@ -30,8 +30,6 @@ from services.cli.source_parts import (
 from services.core import names
 
 app = typer.Typer(help="Sources: where a project's code comes from.", no_args_is_help=True)
-
-Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on with every change, until Ctrl-C.")]
 
 
 @app.command()
@@ -107,27 +105,35 @@ def add(
 
 
 @app.command("list")
-def list_(project: Project, json: Json = False) -> None:
-    """List the sources of a project."""
+def list_(project: Project, follow: Follow = False, json: Json = False) -> None:
+    """List the sources of a project; with --follow each of them, then every change, a line each."""
     with connect() as client:
+        if follow:
+            print_changes(client.sources.watch_all(project), _change, as_json=json)
+            return
         sources = list(client.sources.list(project))
     if json:
         print_json(sources)
         return
-    rows = [
-        [
-            id_of(source.name),
-            source.WhichOneof("origin"),
-            Split.Name(source.split).removeprefix("SPLIT_").lower(),
-            source_pb2.SourceState.Name(source.state).removeprefix("SOURCE_STATE_").lower(),
-            source.file_count,
-            source.byte_count,
-            source.commit[:12] or source.failure.message,
-        ]
-        for source in sources
-    ]
     columns = ["SOURCE", "KIND", "SPLIT", "STATE", "FILES", "BYTES", "COMMIT OR FAILURE"]
-    print_table(columns, rows, empty=f"no source yet: codegraft source add --project {project} --git FOLDER")
+    empty = f"no source yet: codegraft source add --project {project} --git FOLDER"
+    print_table(columns, map(_row, sources), empty=empty)
+
+
+def _row(source: source_pb2.Source) -> list[object]:
+    return [
+        id_of(source.name),
+        source.WhichOneof("origin"),
+        Split.Name(source.split).removeprefix("SPLIT_").lower(),
+        source_pb2.SourceState.Name(source.state).removeprefix("SOURCE_STATE_").lower(),
+        source.file_count,
+        source.byte_count,
+        source.commit[:12] or source.failure.message,
+    ]
+
+
+def _change(message: source_pb2.WatchSourcesResponse) -> list[object]:
+    return _row(message.source) if message.HasField("source") else [id_of(message.removed), "removed"]
 
 
 @app.command()

@@ -14,10 +14,10 @@ import typer
 from codegraft.common.v1.job_pb2 import JobState
 from codegraft.trainer.v1.hyperparameters_pb2 import Hyperparameters, Plan
 from codegraft.trainer.v1.run_event_pb2 import RunEvent
-from codegraft.trainer.v1.run_pb2 import Run
+from codegraft.trainer.v1.run_pb2 import Run, WatchRunsResponse
 from services.cli import tensorboard
 from services.cli.connect import Project, checkpoint_name, connect, full_name, id_of
-from services.cli.output import Json, err, print_json, print_table
+from services.cli.output import Follow, Json, err, print_changes, print_json, print_table
 from services.cli.plot import curves, draw
 from services.cli.progress import JobBar
 from services.client import Codegraft
@@ -181,27 +181,34 @@ def _requested(
 
 
 @app.command("list")
-def list_(project: Project, json: Json = False) -> None:
-    """List the runs of a project, newest first."""
+def list_(project: Project, follow: Follow = False, json: Json = False) -> None:
+    """List the runs of a project, newest first; with --follow each of them, then every change, a line each."""
     with connect() as client:
+        if follow:
+            print_changes(client.runs.watch_all(project), _change, as_json=json)
+            return
         runs = list(client.runs.list(project))
     if json:
         print_json(runs)
         return
-    rows = [
-        [
-            id_of(run.name),
-            state_word(run.status.state),
-            run.step,
-            run.base_test_loss if run.HasField("base_test_loss") else None,
-            run.best_test_loss if run.HasField("best_test_loss") else None,
-            id_of(run.best_checkpoint),
-            run.title,
-        ]
-        for run in runs
-    ]
     columns = ["RUN", "STATE", "STEP", "BASE LOSS", "BEST LOSS", "BEST STEP", "TITLE"]
-    print_table(columns, rows, empty=f"no run yet: codegraft train start --project {project}")
+    print_table(columns, map(_row, runs), empty=f"no run yet: codegraft train start --project {project}")
+
+
+def _row(run: Run) -> list[object]:
+    return [
+        id_of(run.name),
+        state_word(run.status.state),
+        run.step,
+        run.base_test_loss if run.HasField("base_test_loss") else None,
+        run.best_test_loss if run.HasField("best_test_loss") else None,
+        id_of(run.best_checkpoint),
+        run.title,
+    ]
+
+
+def _change(message: WatchRunsResponse) -> list[object]:
+    return _row(message.run) if message.HasField("run") else [id_of(message.removed), "removed"]
 
 
 @app.command()

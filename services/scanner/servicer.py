@@ -109,6 +109,14 @@ class ScanServicer(scan_pb2_grpc.ScanServiceServicer):
             if is_final(scan.status):
                 return
 
+    async def WatchScans(self, request: pb.WatchScansRequest, context: Context) -> AsyncIterator[pb.WatchScansResponse]:
+        names.parse(names.PROJECT, request.parent, field="parent")
+        async for change in self._scans.follow(request.parent + "/"):
+            if change.message is None:
+                yield pb.WatchScansResponse(removed=change.name)
+            else:
+                yield pb.WatchScansResponse(scan=change.message)
+
     async def CancelScan(self, request: pb.CancelScanRequest, context: Context) -> pb.CancelScanResponse:
         names.parse(names.SCAN, request.name)
         scan = await self._scans.mutate(request.name, lambda scan: request_cancel(scan.status))

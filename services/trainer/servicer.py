@@ -133,6 +133,14 @@ class RunServicer(RunServiceServicer):
             if is_final(run.status):
                 return
 
+    async def WatchRuns(self, request: pb.WatchRunsRequest, context: Context) -> AsyncIterator[pb.WatchRunsResponse]:
+        names.parse(names.PROJECT, request.parent, field="parent")
+        async for change in self._tables.runs.follow(request.parent + "/"):
+            if change.message is None:
+                yield pb.WatchRunsResponse(removed=change.name)
+            else:
+                yield pb.WatchRunsResponse(run=await self._placed(change.message))
+
     async def CancelRun(self, request: pb.CancelRunRequest, context: Context) -> pb.CancelRunResponse:
         names.parse(names.RUN, request.name)
         run = await self._tables.runs.mutate(request.name, lambda run: request_cancel(run.status))

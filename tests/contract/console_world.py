@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from typing import Any
@@ -132,6 +133,16 @@ class Browser:
     def asked(self, method: str) -> Any:
         """The last request that a service got."""
         return self.services.requests[method][-1]
+
+
+def later(message: Any) -> Callable[[object], Awaitable[Any]]:
+    """A step of a scripted stream: what comes once that before it has been shown."""
+
+    async def step(request: object) -> Any:
+        await asyncio.sleep(0.4)
+        return message
+
+    return step
 
 
 async def _events(lines: AsyncIterator[str]) -> AsyncIterator[tuple[str, str, str]]:

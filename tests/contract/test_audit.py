@@ -131,10 +131,11 @@ def test_what_changes_something_is_known_by_its_name() -> None:
     reading = {method.rpartition("/")[2] for method in METHODS if not policy.changes(method)}
     assert reading == {
         "Check", "Watch", "List", "ServerReflectionInfo", "GetCaller", "ListKeys", "ListAuditRecords",
-        "GetProject", "ListProjects", "GetSource", "ListSources", "WatchSource", "GetUpload",
+        "GetProject", "ListProjects", "GetSource", "ListSources", "WatchSource", "WatchSources", "GetUpload",
         "GetSnapshot", "ListSnapshots", "ListSnapshotFiles", "DiffSnapshots", "GetCredential", "ListCredentials",
-        "GetScan", "ListScans", "WatchScan", "ListVerdicts", "GetDataset", "ListDatasets",
-        "PlanRun", "GetRun", "ListRuns", "WatchRun", "ListCheckpoints", "GetCheckpoint", "GetBestCheckpoint",
+        "GetScan", "ListScans", "WatchScan", "WatchScans", "ListVerdicts", "GetDataset", "ListDatasets",
+        "PlanRun", "GetRun", "ListRuns", "WatchRun", "WatchRuns", "ListCheckpoints", "GetCheckpoint",
+        "GetBestCheckpoint",
         "DownloadCheckpoint", "ListModels", "GetModel", "Complete", "Chat", "Score",
         "GetQuota", "GetUsage", "GetServing", "WatchServing", "ListAdapters", "GetAcceptance", "ListKeptCompletions",
         "RecordFeedback",  # one a suggestion: they are counted, not audited

@@ -15,7 +15,7 @@ from codegraft.scanner.v1 import scan_pb2 as pb
 from codegraft.scanner.v1 import verdict_pb2
 from services.core import errors
 from services.gateway.console import histogram, scan_settings
-from tests.contract.console_world import EVIL, Browser, Page, check
+from tests.contract.console_world import EVIL, Browser, Page, check, later
 
 pytest_plugins = ["tests.contract.console_fixtures"]
 HERE = "/console/p/acme/dataset"
@@ -75,7 +75,8 @@ async def test_the_page_shows_funnel_reasons_losses_and_languages(acme: Browser)
     assert float(line["x1"]) == 760 * 3 / 4, "the scanner's default"
     boxes = {each["value"]: "checked" in each for each in page.of("input") if each.get("name") == "on"}
     assert boxes == {"Python": True, EVIL: False}
-    assert "data-live" not in page.html, "it has ended"
+    live = next(each["data-live"] for each in page.of("div") if "data-live" in each)
+    assert live == f"{HERE}/live?shown=s-1", "it has ended: only the list goes on"
     acme.services.scripts["ListScans"] = [pb.ListScansResponse()]
     assert "no-scans" in (await acme.page(HERE)).ids
 
@@ -145,11 +146,31 @@ async def test_a_running_scan_is_live_to_its_report(acme: Browser) -> None:
     page = await acme.page(f"{HERE}?scan=s-1")
     live = next(each["data-live"] for each in page.of("div") if "data-live" in each)
     assert "scan-progress" in page.ids and "5 of 10 files" in page.text
-    acme.services.scripts["WatchScan"] = [[pb.WatchScanResponse(scan=running), pb.WatchScanResponse(scan=scan())]]
+    changes = [pb.WatchScansResponse(scan=each) for each in (running, scan())]
+    acme.services.scripts["WatchScans"] = [changes]
     events = await acme.listen(live)
+    assert [kind for kind, _, _ in events] == ["part", "part", "part", "end"]
+    kinds = [Page(html).elements[0][1]["id"] for _, html, _ in events[:3]]
+    assert kinds == ["choose-scan", "scan-state", "scan-report"]
+    assert "cancel-scan" not in Page(events[1][1]).ids and "<script>alert" not in events[2][1]
+    assert (await acme.http.get(f"{HERE}/live?shown=a/b")).status_code == 400
+
+
+async def test_scans_of_others_can_be_chosen_as_they_come(acme: Browser) -> None:
+    acme.services.scripts["ListScans"] = [pb.ListScansResponse(scans=[scan()])]
+    page = await acme.page(HERE)
+    assert "hidden" in next(each for each in page.of("form") if each.get("id") == "choose-scan"), "nothing to choose"
+    other = scan(name="projects/acme/scans/s-2")
+    other.status.create_time.seconds = 2_000_000_000
+    removed = pb.WatchScansResponse(removed="projects/acme/scans/s-2")
+    acme.services.scripts["WatchScans"] = [[pb.WatchScansResponse(scan=other), later(removed)]]
+    events = await acme.listen(f"{HERE}/live?shown=s-1")
     assert [kind for kind, _, _ in events] == ["part", "part", "end"]
-    assert [Page(html).ids[0] for _, html, _ in events[:2]] == ["scan-state", "scan-report"]
-    assert "cancel-scan" not in Page(events[0][1]).ids and "<script>alert" not in events[1][1]
+    two, one = (Page(html) for _, html, _ in events[:2])
+    assert [(each["value"], "selected" in each) for each in two.of("option")] == [("s-2", False), ("s-1", True)]
+    assert "hidden" not in two.of("form")[0] and "hidden" in one.of("form")[0]
+    acme.services.scripts["ListScans"] = [pb.ListScansResponse()]
+    assert (await acme.listen(f"{HERE}/live?shown="))[0][0] == "end", "the page says that there is none: loaded anew"
 
 
 async def test_files_are_listed_page_by_page_as_filtered(acme: Browser) -> None:

@@ -14,7 +14,7 @@ from codegraft.ingest.v1 import source_pb2 as pb
 from codegraft.ingest.v1.credential_pb2 import CREDENTIAL_KIND_SSH_KEY, Credential, ListCredentialsResponse
 from codegraft.ingest.v1.upload_pb2 import GetUploadResponse, Upload, UploadContentResponse
 from services.core import errors
-from tests.contract.console_world import EVIL, Browser, Page, check
+from tests.contract.console_world import EVIL, Browser, Page, check, later
 
 pytest_plugins = ["tests.contract.console_fixtures"]
 HERE = "/console/p/acme/sources"
@@ -111,25 +111,24 @@ async def test_keys_and_tokens(browser: Browser) -> None:
 
 
 async def test_every_change_of_a_source_arrives_as_the_part_of_the_page(browser: Browser) -> None:
-    def now(name: str, state: Any) -> pb.WatchSourceResponse:
-        return pb.WatchSourceResponse(source=pb.Source(name=f"projects/acme/sources/{name}", state=state))
+    def now(name: str, state: Any) -> pb.WatchSourcesResponse:
+        return pb.WatchSourcesResponse(source=pb.Source(name=f"projects/acme/sources/{name}", state=state))
 
-    async def later(request: object) -> pb.WatchSourceResponse:
-        await asyncio.sleep(0.4)
-        return now("b", pb.SOURCE_STATE_READY)
-
-    script(browser, pb.Source(name="projects/acme/sources/a"), pb.Source(name="projects/acme/sources/b"))
-    browser.services.scripts["WatchSource"] = [
-        [now("a", pb.SOURCE_STATE_FAILED)],
-        [now("b", pb.SOURCE_STATE_PENDING), now("b", pb.SOURCE_STATE_FETCHING), later],
-    ]
+    script(browser, pb.Source(name="projects/acme/sources/b"))
+    fetching = [now("b", pb.SOURCE_STATE_PENDING), now("b", pb.SOURCE_STATE_FETCHING)]
+    gone = pb.WatchSourcesResponse(removed="projects/acme/sources/b")
+    somebodys = now("a", pb.SOURCE_STATE_READY)
+    changes = [now("b", pb.SOURCE_STATE_FAILED), later(fetching[0]), fetching[1], later(somebodys), later(gone)]
+    browser.services.scripts["WatchSources"] = [changes]
     events = await browser.listen(f"{HERE}/-/live")
-    assert [kind for kind, _, _ in events] == ["part", "part", "part", "end"]
-    parts = [Page(html) for _, html, _ in events[:3]]
-    assert [part.elements[0][1]["id"] for part in parts] == ["source-a", "source-b", "source-b"]
-    assert all(f"{part.ids[0]}-state" in part.ids for part in parts)
-    assert "fetching" in parts[1].text and "ready" in parts[2].text, "only the newest of what comes at once"
-    browser.services.scripts["WatchSource"] = [errors.KeyRevoked("the key was revoked")]
+    assert [kind for kind, _, _ in events] == ["part", "part", "part", "part", "end"]
+    parts = [Page(html) for _, html, _ in events[:4]]
+    assert [part.elements[0][1]["id"] for part in parts] == ["source-list", "source-b", "source-list", "source-list"]
+    assert "failed" in parts[0].text, "the whole list at first: others may have added some since the page was made"
+    assert "fetching" in parts[1].text and "pending" not in parts[1].text, "only the newest of what comes at once"
+    assert {"source-a", "source-b-state"} <= set(parts[2].ids) and parts[2].ids.index("source-a") == 2, "by name"
+    assert "source-a" in parts[3].ids and "source-b" not in parts[3].ids
+    browser.services.scripts["WatchSources"] = [errors.KeyRevoked("the key was revoked")]
     assert (await browser.listen(f"{HERE}/-/live"))[-1][:2] == ("failed", "the key was revoked")
 
 

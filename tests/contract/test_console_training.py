@@ -21,7 +21,7 @@ from codegraft.trainer.v1.run_event_pb2 import EvalMetrics, Proof, ProofFigures,
 from services.core import errors
 from services.gateway.console.hyperparameters import SETTINGS
 from services.trainer.planning.settings import RANGES
-from tests.contract.console_world import EVIL, Browser, Page, check
+from tests.contract.console_world import EVIL, Browser, Page, check, later
 
 pytest_plugins = ["tests.contract.console_fixtures"]
 HERE = "/console/p/acme/training"
@@ -180,18 +180,27 @@ async def test_a_runs_story_comes_as_points_and_goes_on_where_the_browser_has_it
         assert browser.asked("WatchRun").after_sequence == 0
 
 
-async def test_the_list_goes_on_with_its_runs(browser: Browser) -> None:
-    done = running("projects/acme/runs/r-2", status=JobStatus(state=JobState.JOB_STATE_SUCCEEDED))
-    script(browser, running(last_sequence=7), done)
-    assert any(each.get("data-live") == f"{HERE}/live" for each in (await browser.page(HERE)).of("div"))
-    after = running(step=40, status=JobStatus(state=JobState.JOB_STATE_SUCCEEDED))
-    browser.services.scripts["WatchRun"] = [[pb.WatchRunResponse(run=after)]]
-    (part, end) = await browser.listen(f"{HERE}/live")
-    assert (part[0], end[0]) == ("part", "end") and browser.asked("WatchRun").after_sequence == 7
-    page = Page(part[1])
-    assert page.ids[0] == "compare" and page.text.count("succeeded") == 2 and "<script>alert" not in part[1]
-    script(browser, done)
-    assert not any("data-live" in each for each in (await browser.page(HERE)).of("div"))
+async def test_the_list_goes_on_with_everybodys_runs(browser: Browser) -> None:
+    def begun(name: str, second: int, **fields: Any) -> pb.Run:
+        run = running(f"projects/acme/runs/{name}", **fields)
+        run.status.create_time.seconds = second
+        return run
+
+    script(browser)
+    page = await browser.page(HERE)
+    assert "no-runs" in page.ids and any(each.get("data-live") == f"{HERE}/live" for each in page.of("div"))
+    script(browser, begun("r-2", 20, status=JobStatus(state=JobState.JOB_STATE_SUCCEEDED)), begun("r-1", 10))
+    changes = [
+        pb.WatchRunsResponse(run=begun("r-1", 10, status=JobStatus(state=JobState.JOB_STATE_FAILED))),
+        pb.WatchRunsResponse(run=begun("r-3", 30)),
+        pb.WatchRunsResponse(removed="projects/acme/runs/r-2"),
+    ]
+    browser.services.scripts["WatchRuns"] = [[*changes[:2], later(changes[2])]]
+    (two, one, end) = await browser.listen(f"{HERE}/live")
+    assert (two[0], one[0], end[0]) == ("part", "part", "end") and browser.asked("WatchRuns").parent == "projects/acme"
+    rows = [[each for each in Page(html).ids if each.startswith("run-")] for _, html, _ in (two, one)]
+    assert rows == [["run-r-3", "run-r-2", "run-r-1"], ["run-r-3", "run-r-1"]], "the newest first"
+    assert Page(two[1]).ids[0] == "all-runs" and "failed" in Page(two[1]).text and "<script>alert" not in two[1]
 
 
 async def test_two_runs_beside_each_other(browser: Browser) -> None:

@@ -9,7 +9,7 @@ import secrets
 import subprocess
 import tarfile
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, aclosing
 from pathlib import Path
 from typing import BinaryIO
 
@@ -200,7 +200,12 @@ async def test_removing_and_syncing(client: AsyncCodegraft, project: str) -> Non
     assert (after.generation, after.content_digest) == (2, before.content_digest)
     with pytest.raises(errors.ProjectNotEmpty):
         await client.projects.delete(project)
-    await client.sources.remove(source.name)
+    async with aclosing(client.sources.watch_all(project)) as everybodys:
+        assert (await anext(everybodys)).source == after
+        await client.sources.remove(source.name)
+        assert (await anext(everybodys)).removed == source.name
+    async with aclosing(client.sources.watch_all(project)) as everybodys:
+        assert (await anext(everybodys)).removed == source.name, "whoever lists first and then watches misses nothing"
     assert [s async for s in client.sources.list(project)] == []
     await client.projects.delete(project)
     with pytest.raises(errors.ProjectNotFound):

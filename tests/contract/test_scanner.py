@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
 import duckdb
@@ -184,6 +184,8 @@ async def test_creating_twice(runtime: Runtime, model: str) -> None:
         with pytest.raises(errors.RequestIdReused):
             await client.scans.create("demo", name, ScanSettings(max_loss=1), request_id="r")
         assert [s.name async for s in client.scans.list("demo")] == [first.name]
+        async with aclosing(client.scans.watch_all("demo")) as everybodys:
+            assert (await anext(everybodys)).scan.name == first.name
 
 
 async def test_mistakes_have_their_reason(runtime: Runtime, model: str) -> None:

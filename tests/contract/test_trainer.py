@@ -389,6 +389,16 @@ async def test_runs_are_listed_newest_first_and_latest_is_one_of_them(worlds: Ca
     assert [run.name for run in [*page.runs, *rest.runs]] == made[::-1] and not rest.next_page_token
     latest = await world.runs.GetRun(pb.GetRunRequest(name=f"{PROJECT}/runs/latest"))
     assert latest.run.name == made[-1]
+    everybodys = world.runs.WatchRuns(pb.WatchRunsRequest(parent=PROJECT), timeout=20)
+    told = [(await everybodys.read()).run for _ in made]
+    assert sorted(run.name for run in told) == sorted(made)
+    places = {run.name: run.status.progress.message.partition(" in the ")[0] for run in told}
+    assert [places[name] for name in made] == ["waits, 1st", "waits, 2nd", "waits, 3rd"]
+    made.append((await world.create(QUICK)).name)
+    assert (await everybodys.read()).run.name == made[-1], "somebody began one"
+    everybodys.cancel()
+    error = await refused(world.runs.WatchRuns(pb.WatchRunsRequest(parent="demo")).read())
+    assert isinstance(error, errors.InvalidName) and error.field == "parent"
 
 
 async def test_a_plan_tells_every_setting_without_training(worlds: Callable[..., Any]) -> None:

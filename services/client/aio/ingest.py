@@ -309,6 +309,12 @@ class Sources:
         async for message in self._caller.follow(self._stub.WatchSource, source_pb2.WatchSourceRequest(name=name)):
             yield message.source
 
+    async def watch_all(self, project: str) -> AsyncIterator[source_pb2.WatchSourcesResponse]:
+        """Every source of a project in no order, then each that is new, changes or is removed, without end."""
+        request = source_pb2.WatchSourcesRequest(parent=project_name(project))
+        async for message in self._caller.follow(self._stub.WatchSources, request):
+            yield message
+
     async def wait(self, name: str) -> source_pb2.Source:
         """Waits until the last asked-for fetch is done.
 

@@ -56,6 +56,12 @@ class Scans:
         async for message in self._caller.follow(self._stub.WatchScan, scan_pb2.WatchScanRequest(name=name)):
             yield message.scan
 
+    async def watch_all(self, project: str) -> AsyncIterator[scan_pb2.WatchScansResponse]:
+        """Every scan of a project in no order, then each that is new, changes or is removed, without end."""
+        request = scan_pb2.WatchScansRequest(parent=project_name(project))
+        async for message in self._caller.follow(self._stub.WatchScans, request):
+            yield message
+
     async def wait(self, name: str) -> scan_pb2.Scan:
         """Waits for the end.
 

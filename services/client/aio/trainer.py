@@ -95,6 +95,12 @@ class Runs:
                 request.after_sequence = message.event.sequence
             yield message
 
+    async def watch_all(self, project: str) -> AsyncIterator[run_pb2.WatchRunsResponse]:
+        """Every run of a project in no order, then each that is new, changes or is removed, without end."""
+        request = run_pb2.WatchRunsRequest(parent=project_name(project))
+        async for message in self._caller.follow(self._stub.WatchRuns, request):
+            yield message
+
     async def wait(self, name: str) -> run_pb2.Run:
         """Waits for the end.
 

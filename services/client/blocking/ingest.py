@@ -306,6 +306,12 @@ class Sources:
         for message in self._caller.follow(self._stub.WatchSource, source_pb2.WatchSourceRequest(name=name)):
             yield message.source
 
+    def watch_all(self, project: str) -> Iterator[source_pb2.WatchSourcesResponse]:
+        """Every source of a project in no order, then each that is new, changes or is removed, without end."""
+        request = source_pb2.WatchSourcesRequest(parent=project_name(project))
+        for message in self._caller.follow(self._stub.WatchSources, request):
+            yield message
+
     def wait(self, name: str) -> source_pb2.Source:
         """Waits until the last asked-for fetch is done.
 

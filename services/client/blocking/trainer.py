@@ -95,6 +95,12 @@ class Runs:
                 request.after_sequence = message.event.sequence
             yield message
 
+    def watch_all(self, project: str) -> Iterator[run_pb2.WatchRunsResponse]:
+        """Every run of a project in no order, then each that is new, changes or is removed, without end."""
+        request = run_pb2.WatchRunsRequest(parent=project_name(project))
+        for message in self._caller.follow(self._stub.WatchRuns, request):
+            yield message
+
     def wait(self, name: str) -> run_pb2.Run:
         """Waits for the end.
 

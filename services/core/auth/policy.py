@@ -87,6 +87,7 @@ POLICY: dict[str, dict[str, Rule]] = {
         "DeleteSource": named(W, "name"),
         "ForgetSource": named(O, "name"),
         "WatchSource": named(R, "name"),
+        "WatchSources": named(R, "parent"),
     },
     "codegraft.ingest.v1.UploadService": {
         "UploadContent": named(W, "header.parent"),
@@ -113,6 +114,7 @@ POLICY: dict[str, dict[str, Rule]] = {
         "GetScan": named(R, "name"),
         "ListScans": named(R, "parent"),
         "WatchScan": named(R, "name"),
+        "WatchScans": named(R, "parent"),
         "CancelScan": named(W, "name"),
         "ListVerdicts": named(R, "parent"),
         "GetDataset": named(R, "name"),
@@ -124,6 +126,7 @@ POLICY: dict[str, dict[str, Rule]] = {
         "GetRun": named(R, "name"),
         "ListRuns": named(R, "parent"),
         "WatchRun": named(R, "name"),
+        "WatchRuns": named(R, "parent"),
         "CancelRun": named(W, "name"),
         "PauseRun": named(W, "name"),
         "ResumeRun": named(W, "name"),

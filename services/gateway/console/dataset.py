@@ -10,11 +10,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from codegraft.scanner.v1.scan_pb2 import Scan, ScanReport
+from services.client.jobs import FINAL
 from services.core import names
 from services.core.errors import InvalidArgument
 from services.core.rpc import context
 from services.gateway.api import desk
-from services.gateway.console import histogram, live, scan_settings
+from services.gateway.console import histogram, jobs, live, scan_settings
 from services.gateway.console.forms import Form
 from services.gateway.console.visit import House, Visit, first
 
@@ -47,7 +48,8 @@ async def show(visit: Visit) -> Response:
     chosen = visit.query.text("scan")
     scan = await visit.client.scans.get(scan_name(visit, chosen)) if chosen else (scans[0] if scans else None)
     project = await visit.client.projects.get(visit.project)
-    return visit.page("dataset.html", scans=scans, record=project, **_report(scan))
+    shown = scan.name.rpartition("/")[2] if scan else ""
+    return visit.page("dataset.html", scans=scans, shown=shown, record=project, **_report(scan))
 
 
 def _report(scan: Scan | None) -> dict[str, object]:
@@ -81,17 +83,36 @@ def funnel(report: ScanReport) -> list[Step]:
 
 
 async def follow(visit: Visit) -> Response:
-    """GET /console/p/acme/dataset/live?scan=: the scan as it goes, and its report once it has one."""
-    name = scan_name(visit, visit.query.text("scan"))
+    """GET /console/p/acme/dataset/live?shown=&going=: the scans to choose from, whenever one of anybody's is new or
+    changes, and the shown one as it goes, with its report once it has one.
+
+    It ends when the page is to be loaded anew: once the shown scan, when it was going, has ended, or when there is a
+    scan though none was shown.
+    """
+    shown, is_going = visit.query.text("shown"), visit.query.has("going")
+    name = scan_name(visit, shown) if shown else ""
+    scans = {scan.name: scan for scan in await first(visit.client.scans.list(visit.project), _SHOWN)}
 
     async def events() -> AsyncGenerator[bytes, None]:
-        async for batch in live.Merged([visit.client.scans.watch(name)]).batches():
+        async for batch in live.Merged([visit.client.scans.watch_all(visit.project)]).batches():
             if not batch:
                 yield live.STILL_HERE
                 continue
-            yield live.message("part", visit.part("parts/scan_state.html", scan=batch[-1]))
-            if batch[-1].report.file_count:
-                yield live.message("part", visit.part("parts/scan_report.html", **_report(batch[-1])))
+            for change in batch:
+                scans.pop(change.removed or change.scan.name, None)
+                if not change.removed:
+                    scans[change.scan.name] = change.scan
+            if scans and not shown:
+                return
+            newest = jobs.newest_first(scans.values())[:_SHOWN]
+            yield live.message("part", visit.part("parts/scan_choice.html", scans=newest, shown=shown))
+            here = [change.scan for change in batch if change.scan.name == name]
+            if is_going and here:
+                yield live.message("part", visit.part("parts/scan_state.html", scan=here[-1]))
+                if here[-1].report.file_count:
+                    yield live.message("part", visit.part("parts/scan_report.html", **_report(here[-1])))
+                if here[-1].status.state in FINAL:
+                    return
 
     return live.answer(visit.request, events())
 

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import TypeVar
 
 from codegraft.common.v1.job_pb2 import JobState, JobStatus
 from codegraft.ingest.v1.project_pb2 import Project
+from codegraft.scanner.v1.scan_pb2 import Scan
 from codegraft.trainer.v1.run_pb2 import Run
 from services.client.jobs import FINAL
 from services.core.errors import DeadlineExceeded, Unavailable
 from services.gateway.console import live
 from services.gateway.console.visit import Visit, first, if_there
 
+J = TypeVar("J", Scan, Run)
+
 PROJECTS = 20
 """Whose jobs are looked for, by name; each costs two calls."""
 _JOBS = 50
 """Newest runs, and newest scans, of each."""
-_RELIST = 30.0
-"""Seconds after which it is looked for new ones; nothing tells of them."""
+_RELIST = 10.0
+"""Seconds after which it is looked for new ones. To be told of them would take a stream of everything that ever was in
+each of the projects."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,11 @@ class Job:
         """Where its page is, below the project's."""
         ids = self.name.split("/")
         return f"training/{ids[3]}" if ids[2] == "runs" else f"dataset?scan={ids[3]}"
+
+
+def newest_first(jobs: Iterable[J]) -> list[J]:
+    """In the order of the services' lists."""
+    return sorted(jobs, key=lambda job: (-job.status.create_time.ToNanoseconds(), job.name))
 
 
 async def unfinished(visit: Visit) -> list[Job]:

@@ -16,8 +16,6 @@ from services.gateway.console import live
 from services.gateway.console.forms import Form
 from services.gateway.console.visit import House, Visit, if_allowed
 
-WATCHED = 50
-"""Sources that one page follows; what else there is shows its state as of the page's loading."""
 SPLITS = {"auto": Split.SPLIT_AUTO, "train": Split.SPLIT_TRAIN, "test": Split.SPLIT_TEST}
 
 
@@ -36,9 +34,12 @@ def routes(house: House) -> list[Route]:
 
 async def show(visit: Visit) -> Response:
     """GET /console/p/acme/sources"""
-    sources = [each async for each in visit.client.sources.list(visit.project)]
     credentials = await if_allowed(_credentials(visit))
-    return visit.page("sources.html", sources=sources, credentials=credentials)
+    return visit.page("sources.html", sources=await _sources(visit), credentials=credentials)
+
+
+async def _sources(visit: Visit) -> list[source_pb2.Source]:
+    return [each async for each in visit.client.sources.list(visit.project)]
 
 
 async def _credentials(visit: Visit) -> list[Credential]:
@@ -46,17 +47,26 @@ async def _credentials(visit: Visit) -> list[Credential]:
 
 
 async def follow(visit: Visit) -> Response:
-    """GET /console/p/acme/sources/-/live: each source as it is now, then after every change."""
-    found = [each.name async for each in visit.client.sources.list(visit.project)][:WATCHED]
+    """GET /console/p/acme/sources/-/live: each source after every change; all of them at first, and whenever somebody
+    added or removed one."""
+    sources = {source.name: source for source in await _sources(visit)}
 
     async def events() -> AsyncGenerator[bytes, None]:
-        merged = live.Merged([visit.client.sources.watch(name) for name in found])
-        async for batch in merged.batches():
-            newest = {source.name: source for source in batch}
-            for source in newest.values():
-                yield live.message("part", visit.part("parts/source.html", source=source))
-            if not newest:
+        shown: set[str] | None = None
+        async for batch in live.Merged([visit.client.sources.watch_all(visit.project)]).batches():
+            if not batch:
                 yield live.STILL_HERE
+                continue
+            for change in batch:
+                sources.pop(change.removed or change.source.name, None)
+                if not change.removed:
+                    sources[change.source.name] = change.source
+            if shown == sources.keys():
+                for name in {change.source.name for change in batch if not change.removed}:
+                    yield live.message("part", visit.part("parts/source.html", source=sources[name]))
+                continue
+            shown, by_name = set(sources), sorted(sources.values(), key=lambda source: source.name)
+            yield live.message("part", visit.part("parts/sources.html", sources=by_name))
 
     return live.answer(visit.request, events())
 

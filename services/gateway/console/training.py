@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator
 
 from starlette.responses import Response
 from starlette.routing import Route
 
 from codegraft.trainer.v1.hyperparameters_pb2 import Hyperparameters, Plan
 from codegraft.trainer.v1.run_pb2 import Run
-from services.client.jobs import FINAL
 from services.core import names
 from services.core.errors import CodegraftError
-from services.gateway.console import hyperparameters, live
+from services.gateway.console import hyperparameters, jobs, live
 from services.gateway.console.forms import Form
 from services.gateway.console.visit import House, Visit, first
 
 SHOWN = 200
 """Runs in the list, newest first."""
-WATCHED = 50
-"""Runs that one page follows."""
 
 
 def routes(house: House) -> list[Route]:
@@ -36,31 +33,30 @@ def routes(house: House) -> list[Route]:
 
 async def show(visit: Visit) -> Response:
     """GET /console/p/acme/training"""
-    runs = await first(visit.client.runs.list(visit.project), SHOWN)
-    return visit.page("training.html", runs=runs, going=_going(runs))
+    return visit.page("training.html", runs=await _newest(visit))
 
 
-def _going(runs: Iterable[Run]) -> list[Run]:
-    return [run for run in runs if run.status.state not in FINAL][:WATCHED]
+async def _newest(visit: Visit) -> list[Run]:
+    return await first(visit.client.runs.list(visit.project), SHOWN)
 
 
 async def follow(visit: Visit) -> Response:
-    """GET /console/p/acme/training/live: the list, after every change of a run that has not ended."""
-    runs = {run.name: run for run in await first(visit.client.runs.list(visit.project), SHOWN)}
+    """GET /console/p/acme/training/live: the list, whenever a run of anybody's is new, changes or is gone."""
+    runs = {run.name: run for run in await _newest(visit)}
 
     async def events() -> AsyncGenerator[bytes, None]:
-        merged = live.Merged([_watched(visit, run) for run in _going(runs.values())])
-        async for batch in merged.batches():
-            runs.update((run.name, run) for run in batch)
-            newest = list(runs.values())
-            yield live.message("part", visit.part("parts/runs.html", runs=newest)) if batch else live.STILL_HERE
+        async for batch in live.Merged([visit.client.runs.watch_all(visit.project)]).batches():
+            if not batch:
+                yield live.STILL_HERE
+                continue
+            for change in batch:
+                runs.pop(change.removed or change.run.name, None)
+                if not change.removed:
+                    runs[change.run.name] = change.run
+            newest = jobs.newest_first(runs.values())[:SHOWN]
+            yield live.message("part", visit.part("parts/runs.html", runs=newest))
 
     return live.answer(visit.request, events())
-
-
-async def _watched(visit: Visit, run: Run) -> AsyncIterator[Run]:
-    async for message in visit.client.runs.watch(run.name, run.last_sequence):  # its story is the run's page's
-        yield message.run
 
 
 async def new(visit: Visit) -> Response:

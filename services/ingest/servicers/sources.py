@@ -149,6 +149,16 @@ class SourceServicer(SourceServiceServicer):
         async for source in self._tables.sources.watch(request.name):
             yield pb.WatchSourceResponse(source=source)
 
+    async def WatchSources(
+        self, request: pb.WatchSourcesRequest, context: Context
+    ) -> AsyncIterator[pb.WatchSourcesResponse]:
+        names.parse(names.PROJECT, request.parent, field="parent")
+        async for change in self._tables.sources.follow(request.parent + "/"):
+            if change.message is None:
+                yield pb.WatchSourcesResponse(removed=change.name)
+            else:
+                yield pb.WatchSourcesResponse(source=change.message)
+
     async def _check(self, parent: str, source: pb.Source) -> None:
         """Refuses at once what no fetch could make good."""
         match source.WhichOneof("origin"):

@@ -318,6 +318,23 @@ def test_train_watch_prints_one_json_event_a_line(trainer: Any, codegraft: Codeg
     assert [json.loads(line)["sequence"] for line in done.out.splitlines()] == ["1", "2", "3"]
 
 
+@pytest.mark.parametrize(("command", "thing", "module"), [
+    ("train", "run", run_pb2), ("scan", "scan", scan_pb2), ("source", "source", source_pb2),
+])  # fmt: skip
+def test_a_list_goes_on_with_everybodys_changes(
+    fake: Any, codegraft: Codegraft, command: str, thing: str, module: Any
+) -> None:
+    made = {"run": run(), "scan": scan(), "source": source()}[thing]
+    change = getattr(module, f"Watch{thing.title()}sResponse")
+    fake.answers[f"Watch{thing.title()}s"] = [change(**{thing: made}), change(removed=f"projects/acme/{thing}s/x-9")]
+    there, removed = codegraft(command, "list", "-p", "acme", "--follow").out.splitlines()
+    assert there.startswith(f"{made.name.rpartition('/')[2]}  ") and removed == "x-9  removed"
+    assert fake.last(f"Watch{thing.title()}s").parent == "projects/acme"
+    out = codegraft(command, "list", "-p", "acme", "--follow", "--json").out
+    first, second = map(json.loads, out.splitlines())
+    assert (first[thing]["name"], second["removed"]) == (made.name, f"projects/acme/{thing}s/x-9")
+
+
 def test_train_list_show_cancel(trainer: Any, codegraft: Codegraft) -> None:
     assert "1.2000" in codegraft("train", "list", "-p", "acme").out
     assert "ffffffffffff" in codegraft("train", "show", "-p", "acme", "r-1").out
