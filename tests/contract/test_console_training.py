@@ -175,6 +175,10 @@ async def test_a_runs_story_comes_as_points_and_goes_on_where_the_browser_has_it
     assert browser.asked("WatchRun").after_sequence == 4, "resumed"
     assert [kind for kind, _, _ in events] == ["points", "part", "part", "end"] and events[0][2] == "6"
     assert json.loads(events[0][1])["best"] == [[2, 1.2]] and Page(events[2][1]).ids[0] == "checkpoints"
+    await browser.listen(f"{HERE}/r-1/live?after=4")
+    assert browser.asked("WatchRun").after_sequence == 4, "a tab that is looked at again"
+    await browser.listen(f"{HERE}/r-1/live?after=4", last="5")
+    assert browser.asked("WatchRun").after_sequence == 5, "an outage after that"
     for nonsense in ("x", "-1", "9" * 40):
         await browser.listen(f"{HERE}/r-1/live", last=nonsense)
         assert browser.asked("WatchRun").after_sequence == 0

@@ -245,6 +245,34 @@ def lose_and_find_again(desk: Desk, relay: Relay) -> None:
         expect(state).to_have_attribute("data-kind", "on")
 
 
+def look_away(desk: Desk, hidden: bool = True) -> None:
+    """As when another tab is chosen, which a browser without a screen does not tell its pages."""
+    desk.page.evaluate(
+        "hidden => { Object.defineProperty(document, 'hidden', { value: hidden, configurable: true });"
+        "document.dispatchEvent(new Event('visibilitychange')); }",
+        hidden,
+    )
+
+
+def open_many_tabs(desk: Desk, many: int = 8) -> None:
+    """More live pages than a browser has connections; the first goes on when it is looked at again."""
+    desk.click("nav-serving")
+    expect(desk.at("live-state")).to_have_text("Live")
+    look_away(desk)
+    tabs = []
+    for _ in range(many):
+        tabs.append(in_tab(desk.page.context, desk.url))
+        tabs[-1].page.goto(f"{desk.url}/console/p/{PROJECT}/sources")
+        expect(tabs[-1].at("live-state")).to_have_text("Live")
+        look_away(tabs[-1])
+    desk.page.evaluate("document.getElementById('live-state').textContent = ''")
+    look_away(desk, hidden=False)
+    expect(desk.at("live-state")).to_have_text("Live")
+    for tab in tabs:
+        desk.troubles += tab.troubles
+        tab.page.close()
+
+
 def finish_run(desk: Desk, run: str) -> None:
     """Waits for its end on its page, and until the page has loaded itself anew then."""
     desk.page.goto(f"{desk.url}/console/p/{PROJECT}/training/{run}")

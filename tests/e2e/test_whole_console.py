@@ -156,6 +156,10 @@ def test_base_and_adapter_answer_beside_each_other(person: Desk, second: str, tr
             expect(person.at(f"facts-{side}")).to_contain_text("stopped")
 
 
+def test_more_live_tabs_than_a_browser_has_connections(person: Desk, trained: str) -> None:
+    story.open_many_tabs(person)
+
+
 def test_swaps_are_seen_as_they_happen_and_taken_back(person: Desk, trained: str, second: str) -> None:
     onlooker = in_tab(person.page.context, person.url)
     onlooker.troubles = person.troubles

@@ -46,8 +46,9 @@ def message(kind: str, data: str, position: int | None = None) -> bytes:
 
 
 def last_position(request: Request) -> int:
-    """Up to where the browser has the story; 0 at first."""
-    given = request.headers.get("last-event-id", "")
+    """Up to where the browser has the story; 0 at first. It says so itself after an outage, and static/live.js when its
+    tab is looked at again."""
+    given = request.headers.get("last-event-id", "") or request.query_params.get("after", "")
     return int(given) if given.isdecimal() and len(given) < 19 else 0
 
 

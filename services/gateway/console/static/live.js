@@ -50,40 +50,69 @@ export function ended(element) {
 }
 
 // Follows a stream; handlers are called with the data of their kind of event.
+//
+// A tab that nobody looks at has no connection: a browser opens six to one server, for all of its tabs together, and with
+// a seventh live page nothing would load any more. When it is looked at again it goes on where it stopped.
 export function follow(address, handlers, state) {
-  const source = new EventSource(address);
+  const { ended: whenOver, ...kinds } = handlers;
+  let source = null;
+  let position = "";
+  let lost = false;
+  let over = false;
   const tell = (text, kind) => {
     if (!state) return;
     state.textContent = text;
     state.dataset.kind = kind;
   };
-  let lost = false;
-  source.addEventListener("open", () => {
-    tell("Live", "on");
-    // What was added meanwhile has no part yet that the stream could replace.
-    if (lost && document.querySelector("[data-fresh]")) refresh().catch(() => {});
-    lost = false;
-  });
-  const { ended: whenOver, ...kinds } = handlers;
-  for (const [kind, handler] of Object.entries(kinds)) {
-    source.addEventListener(kind, (event) => handler(event.data));
-  }
-  source.addEventListener("end", () => {
-    source.close();
-    tell("", "off");
-    whenOver?.();
-  });
-  source.addEventListener("failed", (event) => {
-    source.close();
-    tell(event.data, "failed");
-  });
-  source.addEventListener("error", () => {
-    lost = true;
-    const over = source.readyState === EventSource.CLOSED;
-    tell(over ? "Not live any more: load the page again." : "Connection lost, coming back …", "lost");
-  });
-  addEventListener("pagehide", () => source.close(), { once: true });
-  return source;
+  const stop = () => {
+    source?.close();
+    source = null;
+  };
+  const close = () => {
+    over = true;
+    stop();
+  };
+  const look = () => {
+    if (document.hidden && source) lost = true;
+    if (document.hidden) stop();
+    else if (!source && !over) begin();
+  };
+  const begin = () => {
+    const way = new URL(address, location.href);
+    if (position) way.searchParams.set("after", position);
+    source = new EventSource(way);
+    source.addEventListener("open", () => {
+      tell("Live", "on");
+      // What was added meanwhile has no part yet that the stream could replace.
+      if (lost && document.querySelector("[data-fresh]")) refresh().catch(() => {});
+      lost = false;
+    });
+    for (const [kind, handler] of Object.entries(kinds)) {
+      source.addEventListener(kind, (event) => {
+        position = event.lastEventId || position;
+        handler(event.data);
+      });
+    }
+    source.addEventListener("end", () => {
+      close();
+      tell("", "off");
+      whenOver?.();
+    });
+    source.addEventListener("failed", (event) => {
+      close();
+      tell(event.data, "failed");
+    });
+    source.addEventListener("error", () => {
+      lost = true;
+      const refused = source?.readyState === EventSource.CLOSED;
+      tell(refused ? "Not live any more: load the page again." : "Connection lost, coming back …", "lost");
+    });
+  };
+  document.addEventListener("visibilitychange", look);
+  addEventListener("pagehide", stop);
+  addEventListener("pageshow", look);
+  look();
+  return { close };
 }
 
 // Puts the server's HTML in the place of the element with its id.
