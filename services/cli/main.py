@@ -27,6 +27,7 @@ from services.cli import (
     source,
     stack,
     train,
+    workers,
 )
 from services.cli.control.backup import backup
 from services.cli.control.rebuild import rebuild
@@ -70,6 +71,7 @@ for name, group in (
     app.add_typer(group, name=name, rich_help_panel="From code to completions", epilog=EXIT_CODES)
 app.command(rich_help_panel="From code to completions", epilog=EXIT_CODES)(complete.complete)
 app.command(rich_help_panel="From code to completions", epilog=EXIT_CODES)(audit.audit)
+app.command(rich_help_panel="From code to completions", epilog=EXIT_CODES)(workers.workers)
 app.command(rich_help_panel="From code to completions", epilog=EXIT_CODES)(acceptance.acceptance)
 
 

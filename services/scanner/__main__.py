@@ -21,6 +21,7 @@ from services.core.errors import DatasetNotFound, ScanNotFound
 from services.core.jobs import JobRunner
 from services.core.jobs.announcer import announce
 from services.core.jobs.parts import PartRunner
+from services.core.jobs.workers import Workers
 from services.core.leftovers import Leftovers
 from services.core.quota.jobs import places
 from services.core.quota.limits import Kind
@@ -62,6 +63,7 @@ async def main(settings: ScannerSettings) -> None:
             PartRunner(part_worker.KIND, opened.store, opened.jobs, maker.make, lease=settings.job_lease)
             for _ in range(2 * settings.scanner_workers)  # while one waits for the store, the other works
         ]
+        workers = Workers(state, runners, settings.job_lease)
         await serve(
             settings,
             [
@@ -71,12 +73,14 @@ async def main(settings: ScannerSettings) -> None:
                     SERVICE,
                 ),
                 usage(opened.quotas, {Kind.SCANS: room.used}),
+                workers.service(),
             ],
             keys=opened.state(keyring.BUCKET),
             audit=opened.audit,
             quotas=opened.quotas,
             background=[
                 *(runner.run for runner in runners),
+                workers.run,
                 *(runner.run for runner in part_runners),
                 lambda: announce(KIND, scans, opened.events, CHANGED, _changed),
                 Leftovers(opened.state(keyring.BUCKET), ScanLeftovers(scans, datasets, opened.store).forget).run,

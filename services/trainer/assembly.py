@@ -13,6 +13,7 @@ from codegraft.trainer.v1 import adapter_pb2_grpc, run_pb2_grpc
 from services.core.auth import keyring
 from services.core.jobs import JobRunner
 from services.core.jobs.announcer import announce
+from services.core.jobs.workers import Workers
 from services.core.leftovers import Leftovers
 from services.core.quota.jobs import places
 from services.core.quota.limits import Kind
@@ -65,8 +66,10 @@ class Trainer:
             )
             for number, devices in enumerate(groups[: settings.trainer_workers])
         ]
+        workers = Workers(runtime.state(BUCKET), runners, settings.job_lease)
         self.background: Sequence[Background] = [
             *(runner.run for runner in runners),
+            workers.run,
             lambda: announce(KIND, tables.runs, runtime.events, CHANGED, _changed),
             Leftovers(runtime.state(keyring.BUCKET), RunLeftovers(tables, runtime.store).forget).run,
         ]
@@ -88,6 +91,7 @@ class Trainer:
                 "codegraft.trainer.v1.AdapterService",
             ),
             usage(runtime.quotas, {Kind.RUNS: room.used}),
+            workers.service(),
         ]
 
 

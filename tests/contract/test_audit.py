@@ -137,7 +137,8 @@ def test_what_changes_something_is_known_by_its_name() -> None:
         "PlanRun", "GetRun", "ListRuns", "WatchRun", "WatchRuns", "ListCheckpoints", "GetCheckpoint",
         "GetBestCheckpoint",
         "DownloadCheckpoint", "ListModels", "GetModel", "Complete", "Chat", "Score",
-        "GetQuota", "GetUsage", "GetServing", "WatchServing", "ListAdapters", "GetAcceptance", "ListKeptCompletions",
+        "GetQuota", "GetUsage", "GetServing", "WatchServing", "ListAdapters", "ListWorkers", "GetAcceptance",
+        "ListKeptCompletions",
         "RecordFeedback",  # one a suggestion: they are counted, not audited
     }  # fmt: skip
 

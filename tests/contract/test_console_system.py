@@ -11,6 +11,7 @@ from grpc_health.v1 import health_pb2
 
 from codegraft.access.v1 import access_pb2 as pb
 from codegraft.access.v1.audit_pb2 import AuditChange, AuditRecord, ListAuditRecordsResponse
+from codegraft.access.v1.worker_pb2 import ListWorkersResponse, Worker
 from codegraft.common.v1.job_pb2 import JobState, JobStatus, Progress
 from codegraft.inference.v1.serving_pb2 import Adapter, ListAdaptersResponse
 from codegraft.ingest.v1.project_pb2 import ListProjectsResponse, Project
@@ -53,6 +54,10 @@ def acme(browser: Browser) -> Browser:
             )
         ],
         "ListKeys": [pb.ListKeysResponse(keys=keys)],
+        "ListWorkers": [
+            ListWorkersResponse(workers=[Worker(name="workers/host-1-0", kind="scan")]),
+            ListWorkersResponse(workers=[Worker(name="workers/host-2-0", kind=EVIL, job="projects/acme/runs/r-0")]),
+        ],
         "ListAdapters": [
             ListAdaptersResponse(
                 adapters=[
@@ -77,11 +82,17 @@ async def test_the_page_tells_of_health_jobs_adapters_and_keys(acme: Browser) ->
         "what runs, then what waits"
     )
     assert f"{SAME}/1 {SAME}/2 0" in page.text, "all names of the same weights"
+    assert "host-1-0 scans idle -" in page.text and f"host-2-0 {EVIL}s working acme/runs/r-0" in page.text
     denied = errors.PermissionDenied("too low a role")
-    acme.services.scripts |= {"ListKeys": [denied], "ListAdapters": [denied], "ListAuditRecords": [denied]}
+    acme.services.scripts |= {
+        "ListKeys": [denied],
+        "ListAdapters": [denied],
+        "ListAuditRecords": [denied],
+        "ListWorkers": [denied],
+    }
     acme.services.scripts["Check"] = [errors.Unavailable("away")]
     page = await acme.page(HERE)
-    assert {"keys-denied", "adapters-denied"} <= set(page.ids) and "unreachable" in page.text
+    assert {"keys-denied", "adapters-denied", "workers-denied"} <= set(page.ids) and "unreachable" in page.text
     await acme.page(f"{HERE}/audit", 403)
 
 
@@ -122,6 +133,13 @@ async def test_health_is_live(acme: Browser) -> None:
     assert part.ids[0] == "health" and part.text.count("serving") == 4
 
 
+async def test_workers_are_live_the_idle_ones_too(acme: Browser) -> None:
+    (_, html, _) = (await acme.listen(f"{HERE}/live", until='id="all-workers"'))[-1]
+    assert "host-1-0 scans idle -" in Page(html[html.index('<div id="all-workers"') :]).text
+    acme.services.scripts["ListWorkers"] = [ListWorkersResponse()]
+    assert "no-workers" in (await acme.page(HERE)).ids
+
+
 async def test_jobs_are_followed_to_their_end_and_new_ones_found(
     acme: Browser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,7 +152,7 @@ async def test_jobs_are_followed_to_their_end_and_new_ones_found(
         "WatchRun": [[WatchRunResponse(run=ended)]],
         "WatchScan": [[WatchScanResponse(scan=Scan(name=scan, status=far))]],
     }
-    events = await acme.listen(f"{HERE}/live", most=4)  # health is one of them
+    events = await acme.listen(f"{HERE}/live", most=5)  # health and workers are two of them
     parts = [Page(html) for _, html, _ in events if 'id="all-jobs"' in html]
     assert len(parts) == 3
     assert "queued" in parts[0].text and "3 of 9 files" not in parts[0].text

@@ -17,6 +17,7 @@ from services.client.aio.ingest import Credentials, Projects, Snapshots, Sources
 from services.client.aio.quotas import Quotas
 from services.client.aio.scanner import Datasets, Scans
 from services.client.aio.trainer import Models, Runs
+from services.client.aio.workers import Workers
 from services.client.streams import blocking_channel, channel_async
 from services.core.rpc import client as rpc
 
@@ -43,6 +44,7 @@ class AsyncCodegraft:
         audit: who changed what.
         quotas: what projects and keys may use.
         feedback: what became of completions in editors.
+        workers: who works on scans and runs.
     """
 
     def __init__(self, addresses: Addresses, *, access: Access = NONE, timeout: float = rpc.DEFAULT_DEADLINE) -> None:
@@ -88,6 +90,7 @@ class AsyncCodegraft:
         self.audit = Audit(ingest, caller)
         self.quotas = Quotas(ingest, self._channels, caller)
         self.feedback = Feedback(inference, caller)
+        self.workers = Workers((scanner, trainer), caller)
 
     @classmethod
     def local(cls, data: Path | None = None) -> AsyncCodegraft:

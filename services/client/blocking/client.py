@@ -18,6 +18,7 @@ from services.client.blocking.ingest import Credentials, Projects, Snapshots, So
 from services.client.blocking.quotas import Quotas
 from services.client.blocking.scanner import Datasets, Scans
 from services.client.blocking.trainer import Models, Runs
+from services.client.blocking.workers import Workers
 from services.client.streams import blocking_channel
 from services.core.rpc import client as rpc
 
@@ -44,6 +45,7 @@ class Codegraft:
         audit: who changed what.
         quotas: what projects and keys may use.
         feedback: what became of completions in editors.
+        workers: who works on scans and runs.
     """
 
     def __init__(self, addresses: Addresses, *, access: Access = NONE, timeout: float = rpc.DEFAULT_DEADLINE) -> None:
@@ -89,6 +91,7 @@ class Codegraft:
         self.audit = Audit(ingest, caller)
         self.quotas = Quotas(ingest, self._channels, caller)
         self.feedback = Feedback(inference, caller)
+        self.workers = Workers((scanner, trainer), caller)
 
     @classmethod
     def local(cls, data: Path | None = None) -> Codegraft:

@@ -61,6 +61,7 @@ _SOURCE = tuple(f"source.{field}" for field in _ORIGIN)
 POLICY: dict[str, dict[str, Rule]] = {
     "grpc.health.v1.Health": {"Check": PUBLIC, "List": PUBLIC, "Watch": PUBLIC},
     "grpc.reflection.v1alpha.ServerReflection": {"ServerReflectionInfo": shared(R)},
+    "codegraft.access.v1.WorkerService": {"ListWorkers": everywhere(R)},
     "codegraft.access.v1.AccessService": {
         "CreateKey": own(O),
         "ListKeys": own(O),

@@ -83,11 +83,13 @@ class JobRunner(Generic[M]):
         max_attempts: int = 3,
         retry: Backoff = Backoff(first=timedelta(seconds=4), longest=timedelta(minutes=1)),  # noqa: B008  frozen
     ) -> None:
-        self._kind = kind
+        self.kind = kind
+        self.worker_id = worker_id
+        self.job = ""
+        """Name of the one at hand."""
         self._table = table
         self._queue = queue
         self._handler = handler
-        self._worker = worker_id
         self._lease = lease
         self._max_attempts = max_attempts
         self._retry = retry
@@ -109,7 +111,7 @@ class JobRunner(Generic[M]):
                 failures = 0
             except Exception as error:
                 unexpected = not isinstance(error, CodegraftError)
-                logger.warning("the worker stumbled", kind=self._kind, error=str(error), exc_info=unexpected)
+                logger.warning("the worker stumbled", kind=self.kind, error=str(error), exc_info=unexpected)
                 await asyncio.sleep(waits.delay(failures))
                 failures += 1
 
@@ -118,26 +120,30 @@ class JobRunner(Generic[M]):
         for job in await self._table.all():
             status = status_of(job)
             if status.state == JOB_STATE_QUEUED or lease_expired(status):
-                await self._queue.submit(self._kind, _name(job))
+                await self._queue.submit(self.kind, _name(job))
         await asyncio.sleep(self._lease.total_seconds() * random.uniform(0.75, 1.25))
 
     async def _take(self) -> None:
-        delivery = await self._queue.take(self._kind, TAKE_SECONDS)
+        delivery = await self._queue.take(self.kind, TAKE_SECONDS)
         if delivery is None:
             return
         with log.bound(job=delivery.name):
             job = await self._claim(delivery)
             if job is not None:
-                await self._traced(JobContext(self._table, job, delivery.name), delivery)
+                self.job = delivery.name
+                try:
+                    await self._traced(JobContext(self._table, job, delivery.name), delivery)
+                finally:
+                    self.job = ""
 
     async def _traced(self, context: JobContext[M], delivery: Delivery) -> None:
         began = time.monotonic()
         about: tracing.Attributes = {"codegraft.job": context.name, "codegraft.epoch": context.epoch}
         try:
-            with tracing.span(self._kind, SpanKind.CONSUMER, delivery.traceparent, about):
+            with tracing.span(self.kind, SpanKind.CONSUMER, delivery.traceparent, about):
                 await self._attempt(context, delivery)
         finally:
-            figures.ATTEMPT_SECONDS.labels(self._kind, context.outcome).observe(time.monotonic() - began)
+            figures.ATTEMPT_SECONDS.labels(self.kind, context.outcome).observe(time.monotonic() - began)
 
     # --- claiming ---------------------------------------------------------------------------------------------------
 
@@ -159,10 +165,10 @@ class JobRunner(Generic[M]):
             return None
         status = status_of(job)
         if status.state == JOB_STATE_RUNNING:
-            logger.info("job started", kind=self._kind, epoch=status.epoch, attempt=status.attempt)
+            logger.info("job started", kind=self.kind, epoch=status.epoch, attempt=status.attempt)
             return job
         if status.state == JOB_STATE_FAILED:
-            logger.error("job given up", kind=self._kind, why=status.failure.message)
+            logger.error("job given up", kind=self.kind, why=status.failure.message)
             await self._bury(delivery, status.failure.message)
         else:
             await self._acknowledge(delivery)
@@ -170,7 +176,7 @@ class JobRunner(Generic[M]):
 
     async def _bury(self, delivery: Delivery, why: str) -> None:
         await delivery.dead_letter(why)
-        figures.DEAD.labels(self._kind).inc()
+        figures.DEAD.labels(self.kind).inc()
 
     async def _acknowledge(self, delivery: Delivery) -> None:
         """Takes the message of a job that needs no worker off the queue. A job that was resumed at that very moment
@@ -178,7 +184,7 @@ class JobRunner(Generic[M]):
         await delivery.ack()
         found = await self._table.find(delivery.name)
         if found is not None and status_of(found).state == JOB_STATE_QUEUED:
-            await self._queue.submit(self._kind, delivery.name)
+            await self._queue.submit(self.kind, delivery.name)
 
     def _claim_status(self, status: JobStatus) -> None:
         waiting = status.state == JOB_STATE_QUEUED or lease_expired(status)
@@ -190,7 +196,7 @@ class JobRunner(Generic[M]):
             # Out of memory, most likely: nothing else ends a worker so that it cannot say why.
             _fail(status, InternalError(f"its worker vanished {status.attempt} times", hint="See the workers' logs."))
         else:
-            claim(status, self._worker, self._lease)
+            claim(status, self.worker_id, self._lease)
 
     # --- one attempt ------------------------------------------------------------------------------------------------
 
@@ -313,7 +319,7 @@ class JobRunner(Generic[M]):
             await context.update(requeue)
             context.outcome = "QUEUED"
             await delivery.nak()
-            logger.info("job given back at shutdown", kind=self._kind, epoch=context.epoch)
+            logger.info("job given back at shutdown", kind=self.kind, epoch=context.epoch)
 
 
 def _error(handler: asyncio.Future[None]) -> BaseException | None:

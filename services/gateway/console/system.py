@@ -1,4 +1,4 @@
-"""The system: health of the services, jobs that wait or run and where, what the replica holds, the audit log."""
+"""The system: health of the services, jobs that wait or run, workers, what the replica holds, the audit log."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TypeVar
 from starlette.responses import Response
 from starlette.routing import Route
 
+from codegraft.access.v1.worker_pb2 import Worker
 from services.client.aio.caller import new_request_id
 from services.core import names
 from services.gateway.console import auditing, jobs, live
@@ -20,7 +21,7 @@ from services.gateway.upstream import HealthOfAll
 T = TypeVar("T")
 
 _REFRESH = 5.0
-"""Seconds between two looks at the services' health."""
+"""Seconds between two looks at the services' health, and at the workers."""
 _RECORDS = 200
 
 
@@ -43,10 +44,11 @@ class System:
     async def show(self, visit: Visit) -> Response:
         """GET /console/system"""
         client = visit.client
-        health, caller, unfinished, adapters, keys = await asyncio.gather(
+        health, caller, unfinished, workers, adapters, keys = await asyncio.gather(
             self._health.ask(),
             if_there(client.keys.whoami()),
             if_there(jobs.unfinished(visit)),
+            _workers(visit),
             if_there(_all(client.serving.adapters())),
             if_there(_all(client.keys.list())),
         )
@@ -56,6 +58,7 @@ class System:
             health=health,
             caller=caller,
             jobs=unfinished,
+            workers=workers,
             adapters=adapters,
             keys=keys,
             projects=[names.parse(names.PROJECT, each.name)["project"] for each in projects or ()],
@@ -63,10 +66,10 @@ class System:
         )
 
     async def follow(self, visit: Visit) -> Response:
-        """GET /console/system/live: health and jobs. One stream, for a browser has no more than six connections."""
+        """GET /console/system/live: health, jobs, workers. One stream, for a browser has but six connections."""
 
         async def events() -> AsyncGenerator[bytes, None]:
-            merged = live.Merged([self._health_parts(visit), jobs.parts(visit)])
+            merged = live.Merged([self._health_parts(visit), _worker_parts(visit), jobs.parts(visit)])
             async with aclosing(merged.batches()) as batches:
                 async for batch in batches:
                     yield b"".join(batch) or live.STILL_HERE
@@ -78,6 +81,17 @@ class System:
         while True:
             yield live.message("part", visit.part("parts/health.html", health=await self._health.ask()))
             await asyncio.sleep(_REFRESH)
+
+
+async def _workers(visit: Visit) -> list[Worker] | None:
+    return await if_there(_all(visit.client.workers.list()))
+
+
+async def _worker_parts(visit: Visit) -> AsyncGenerator[bytes, None]:
+    """Anew every few seconds, as they say themselves that they are there."""
+    while True:
+        yield live.message("part", visit.part("parts/workers.html", workers=await _workers(visit)))
+        await asyncio.sleep(_REFRESH)
 
 
 async def _all(items: AsyncIterator[T]) -> list[T]:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from codegraft.access.v1.worker_pb2 import ListWorkersResponse, Worker
 from codegraft.common.v1.job_pb2 import Failure, JobState, JobStatus, Progress
 from codegraft.common.v1.model_pb2 import Model
 from codegraft.common.v1.split_pb2 import Split
@@ -333,6 +334,14 @@ def test_a_list_goes_on_with_everybodys_changes(
     out = codegraft(command, "list", "-p", "acme", "--follow", "--json").out
     first, second = map(json.loads, out.splitlines())
     assert (first[thing]["name"], second["removed"]) == (made.name, f"projects/acme/{thing}s/x-9")
+
+
+def test_workers_that_are_idle_are_listed(fake: Any, codegraft: Codegraft) -> None:
+    idle, busy = Worker(name="workers/host-1-0", kind="scan"), Worker(name="workers/host-2-0", kind="run", job=RUN)
+    fake.answers["ListWorkers"] = ListWorkersResponse(workers=[idle, busy])
+    done = codegraft("workers")
+    assert "host-1-0  scans  idle" in done.out and RUN in done.out
+    assert json.loads(codegraft("workers", "--json").out)[0]["name"] == "workers/host-1-0"
 
 
 def test_train_list_show_cancel(trainer: Any, codegraft: Codegraft) -> None:

@@ -27,6 +27,7 @@ SERVICES = [
     "scanner.v1.ScanService", "trainer.v1.RunService", "trainer.v1.ModelService", "trainer.v1.AdapterService",
     "inference.v1.CompletionService", "inference.v1.ServingService", "inference.v1.FeedbackService",
     "access.v1.AccessService", "access.v1.AuditService", "access.v1.QuotaService", "access.v1.UsageService",
+    "access.v1.WorkerService",
 ]  # fmt: skip
 P, S, R = "projects/p", "projects/p/scans/s", "projects/p/runs/r"
 ADAPTER = Path(tempfile.mkdtemp())
@@ -116,6 +117,7 @@ ITERATIONS: list[Callable[[Any], Any]] = [
     lambda c: c.serving.adapters(),
     lambda c: c.keys.list(),
     lambda c: c.audit.list(),
+    lambda c: c.workers.list(),
 ]
 
 
@@ -153,6 +155,7 @@ GROUPS = [
     "audit",
     "quotas",
     "feedback",
+    "workers",
 ]
 
 

@@ -47,7 +47,7 @@ def test_who_needs_no_name_is_known_one_by_one() -> None:
         "ListProjects",
     }  # fmt: skip
     assert {method.rpartition("/")[2] for method, rule in RULES.items() if rule.all_projects} == {
-        "CollectGarbage", "PushModel", "ListAdapters",
+        "CollectGarbage", "PushModel", "ListAdapters", "ListWorkers",
     }  # fmt: skip
     shared = {method for method, rule in RULES.items() if rule.role and rule == policy.shared(rule.role)}
     assert {method.rpartition("/")[2] for method in shared} == {"ListModels", "GetModel", "ServerReflectionInfo"}
