@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 import structlog
+from pydantic import SecretStr
 
 from services.cli.local import nats, ports, s3
 from services.cli.local.process import Child
+from services.core.config import CoreSettings
 from services.core.store.s3 import S3Address
 from tests.order import OneComputes
 
@@ -127,19 +129,39 @@ class NatsServer:
             self.child = None
 
 
-@pytest.fixture(scope="session")
-def nats_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer]:
-    """A real NATS server that the whole session shares: use names of your own."""
-    server = NatsServer(tmp_path_factory.mktemp("nats"))
+def _running(folder: Path) -> Iterator[NatsServer]:
+    server = NatsServer(folder)
     server.start()
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def nats_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer]:
+    """A real NATS server that the whole session shares: use names of your own."""
+    yield from _running(tmp_path_factory.mktemp("nats"))
+
+
+@pytest.fixture(scope="module")
+def nats_of_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer]:
+    """A real NATS server for the tests of one file, which may empty it, and stop and start it."""
+    yield from _running(tmp_path_factory.mktemp("nats"))
 
 
 @pytest.fixture
 def own_nats_server(tmp_path: Path) -> Iterator[NatsServer]:
     """A real NATS server for one test, which may stop and start it."""
-    server = NatsServer(tmp_path)
-    server.start()
-    yield server
-    server.stop()
+    yield from _running(tmp_path)
+
+
+def standing_on(nats: NatsServer, s3: S3Address, cache: Path) -> CoreSettings:
+    """The settings of a service on these two servers, in the default bucket."""
+    return CoreSettings(
+        nats_url=nats.url,
+        nats_user=nats.user,
+        nats_password=SecretStr(nats.password),
+        s3_endpoint=s3.endpoint,
+        s3_access_key=SecretStr(s3.access_key),
+        s3_secret_key=SecretStr(s3.secret_key),
+        cache_dir=cache,
+    )

@@ -31,7 +31,7 @@ from services.core.rpc.status import from_rpc
 from services.core.store.s3 import S3Address
 from services.inference.assembly import COMPLETION_SERVICE
 from tests.chaos.house import Nursery, opened
-from tests.conftest import NatsServer
+from tests.conftest import NatsServer, standing_on
 
 pytestmark = pytest.mark.usefixtures("own_logs")
 
@@ -127,15 +127,7 @@ def _health(address: str) -> str:
 
 @pytest.fixture
 def settings(own_nats_server: NatsServer, s3_server: S3Address, tmp_path: Path) -> CoreSettings:
-    return CoreSettings(
-        nats_url=own_nats_server.url,
-        nats_user=own_nats_server.user,
-        nats_password=own_nats_server.password,  # type: ignore[arg-type]
-        s3_endpoint=s3_server.endpoint,
-        s3_access_key=s3_server.access_key,  # type: ignore[arg-type]
-        s3_secret_key=s3_server.secret_key,  # type: ignore[arg-type]
-        cache_dir=tmp_path / "cache",
-    )
+    return standing_on(own_nats_server, s3_server, tmp_path / "cache")
 
 
 async def test_replicas_are_replaced_under_running_streams(

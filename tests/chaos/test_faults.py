@@ -20,14 +20,13 @@ import pytest
 from codegraft.inference.v1.serving_pb2 import SERVING_MODE_PINNED, Serving
 from services.cli.local import ports
 from services.core import errors
-from services.core.config import CoreSettings
 from services.core.errors import ServingNotFound
 from services.core.rpc.status import from_rpc
 from services.core.runtime import Runtime
 from services.core.state import Table
 from services.inference.policy import Choice, Policies, set_mode
 from tests.chaos.house import House, Nursery, opened
-from tests.conftest import NatsServer, S3Server
+from tests.conftest import NatsServer, S3Server, standing_on
 
 OUTAGE = float(os.environ.get("CHAOS_SECONDS", "25")) / 10
 
@@ -42,14 +41,6 @@ def nursery() -> Iterator[Nursery]:
 
 
 @pytest.fixture(scope="module")
-def nats(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer]:
-    server = NatsServer(tmp_path_factory.mktemp("nats"))
-    server.start()
-    yield server
-    server.stop()
-
-
-@pytest.fixture(scope="module")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     server = S3Server(tmp_path_factory.mktemp("s3"))
     server.start()
@@ -58,16 +49,8 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 
 @pytest.fixture
-async def house(nursery: Nursery, nats: NatsServer, s3: S3Server, tmp_path: Path) -> AsyncIterator[House]:
-    settings = CoreSettings(
-        nats_url=nats.url,
-        nats_user=nats.user,
-        nats_password=nats.password,  # type: ignore[arg-type]
-        s3_endpoint=s3.address.endpoint,
-        s3_access_key=s3.address.access_key,  # type: ignore[arg-type]
-        s3_secret_key=s3.address.secret_key,  # type: ignore[arg-type]
-        cache_dir=tmp_path / "cache",
-    )
+async def house(nursery: Nursery, nats_of_file: NatsServer, s3: S3Server, tmp_path: Path) -> AsyncIterator[House]:
+    settings = standing_on(nats_of_file, s3.address, tmp_path / "cache")
     async with opened(nursery, settings, tmp_path, CODEGRAFT_INFERENCE_RECONCILE_SECONDS="1") as made:
         yield made
 
@@ -124,20 +107,20 @@ async def test_killed_it_serves_the_wanted_version_again(house: House) -> None:
     assert await asyncio.gather(house.answered_by(house.one), house.answered_by(house.two)) == [best, pinned]
 
 
-async def test_a_nats_outage(house: House, nats: NatsServer) -> None:
+async def test_a_nats_outage(house: House, nats_of_file: NatsServer) -> None:
     _, before = await house.commit(house.one, 1)
     chosen, other = await house.commit(house.two, 1)
     _, newer = await house.commit(house.two, 2)
     await house.until_answered_by(house.one, before)
     await house.until_answered_by(house.two, newer)
-    nats.stop()
+    nats_of_file.stop()
     async with editing(house) as editors:
         over = time.monotonic() + OUTAGE
-        best = await behind_its_back(house, nats, chosen, other)
+        best = await behind_its_back(house, nats_of_file, chosen, other)
         await asyncio.sleep(max(0.0, over - time.monotonic()))
         assert set(editors[house.one].versions) == {before} and set(editors[house.two].versions) == {newer}
         assert max(editor.longest for editor in editors.values()) < 2.5, "they waited for somebody"
-        nats.start()
+        nats_of_file.start()
         await house.until_answered_by(house.one, best)
         await house.until_answered_by(house.two, other)
 

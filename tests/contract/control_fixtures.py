@@ -5,7 +5,6 @@ It comes with ``pytest_plugins``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,43 +25,23 @@ from services.cli.control.installation import Control, Installation
 from services.core import errors
 from services.core.audit.nats import NatsAudit
 from services.core.auth.keyring import BUCKET as KEYS
-from services.core.config import CoreSettings
 from services.core.jobs import new_status
 from services.core.jobs.nats import NatsQueue
 from services.core.state import Table
 from services.core.store.s3 import S3Address
 from services.trainer.records import Story
-from tests.conftest import NatsServer
+from tests.conftest import NatsServer, standing_on
 
 P, RUN, DATASET, SNAPSHOT = "projects/p", "projects/p/runs/r", "projects/p/datasets/d", "projects/p/snapshots/s"
 
 
-@pytest.fixture(scope="module")
-def nats(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer]:
-    server = NatsServer(tmp_path_factory.mktemp("nats"))
-    server.start()
-    yield server
-    server.stop()
-
-
 @pytest.fixture
-def place(nats: NatsServer, s3_server: S3Address, tmp_path: Path, request: Any) -> Installation:
-    return at(nats, s3_server, tmp_path, bucket=f"day-two-{abs(hash(request.node.name)) % 10**8}")
+def place(nats_of_file: NatsServer, s3_server: S3Address, tmp_path: Path, request: Any) -> Installation:
+    return at(nats_of_file, s3_server, tmp_path, bucket=f"day-two-{abs(hash(request.node.name)) % 10**8}")
 
 
 def at(nats: NatsServer, s3: S3Address, folder: Path, *, bucket: str) -> Installation:
-    return Installation(
-        CoreSettings(
-            nats_url=nats.url,
-            nats_user=nats.user,
-            nats_password=nats.password,  # type: ignore[arg-type]
-            s3_endpoint=s3.endpoint,
-            s3_access_key=s3.access_key,  # type: ignore[arg-type]
-            s3_secret_key=s3.secret_key,  # type: ignore[arg-type]
-            s3_bucket=bucket,
-            cache_dir=folder / "cache",
-        )
-    )
+    return Installation(standing_on(nats, s3, folder / "cache").model_copy(update={"s3_bucket": bucket}))
 
 
 @pytest.fixture

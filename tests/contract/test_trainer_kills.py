@@ -27,6 +27,7 @@ from services.core.runtime import Runtime
 from services.core.store.s3 import S3Address
 from services.trainer.records import BUCKET, Tables
 from services.trainer.servicer import KIND
+from tests.conftest import standing_on
 from tests.contract.test_trainer import DATASET, PROJECT, QUICK, commit_dataset
 from tests.unit.inference.tiny import make_model, make_tokenizer
 
@@ -121,16 +122,7 @@ class Scene:
 
 @pytest.fixture
 def settings(own_nats_server: Any, s3_server: S3Address, tmp_path: Path) -> CoreSettings:
-    return CoreSettings(
-        nats_url=own_nats_server.url,
-        nats_user=own_nats_server.user,
-        nats_password=own_nats_server.password,
-        s3_endpoint=s3_server.endpoint,
-        s3_access_key=s3_server.access_key,  # type: ignore[arg-type]
-        s3_secret_key=s3_server.secret_key,  # type: ignore[arg-type]
-        s3_bucket="kills",
-        cache_dir=tmp_path / "cache",
-    )
+    return standing_on(own_nats_server, s3_server, tmp_path / "cache").model_copy(update={"s3_bucket": "kills"})
 
 
 @pytest.fixture

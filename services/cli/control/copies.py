@@ -9,14 +9,13 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
-from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from codegraft.inference.v1.serving_pb2 import SERVING_MODE_LATEST_BEST, Serving
 from codegraft.ingest.v1.project_pb2 import Project
 from codegraft.ingest.v1.source_pb2 import SOURCE_STATE_PENDING, Source
+from services.cli.control.documents import parsed
 from services.core import names
-from services.core.errors import InvalidName
 from services.core.state.mirror import prefix
 
 _OF_VERSION = {
@@ -85,15 +84,7 @@ def fitting(policy: Serving, checkpoints: Collection[str]) -> list[str]:
 def _parsed(bucket: str, message_type: type[M], pattern: str, key: str, text: bytes, made: Copies) -> M | None:
     """The copy of a record of that type; None when the key is of no such, or it is damaged, which is noted."""
     name = _name(bucket, message_type, key)
-    try:
-        names.parse(pattern, name)
-        message = json_format.Parse(text, message_type(), ignore_unknown_fields=True)
-    except InvalidName:
-        return None
-    except (json_format.ParseError, UnicodeDecodeError):
-        made.unreadable.append(key)
-        return None
-    return message
+    return parsed(text, message_type, name, pattern, place=key, unreadable=made.unreadable)
 
 
 def _name(bucket: str, message_type: type[Message], key: str) -> str:

@@ -24,8 +24,9 @@ from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest, Checkpoint
 from codegraft.trainer.v1.run_event_pb2 import RunEvent
 from codegraft.trainer.v1.run_pb2 import Run
 from services.cli.control.copies import Copies
+from services.cli.control.documents import parsed
 from services.core import names
-from services.core.errors import EmptyDataset, InvalidName
+from services.core.errors import EmptyDataset
 from services.core.jobs.states import advance, new_status
 
 NOTE = "rebuilt from the manifests in the object store; the metrics of its steps, its plan and its title are lost"
@@ -109,17 +110,10 @@ class _Kind(Generic[M]):
 
     def takes(self, one: Found, unreadable: list[str]) -> bool:
         """Whether the name is of this kind; the manifest is then kept, or its name when it cannot be read."""
-        try:
-            names.parse(self._pattern, one.name)
-        except InvalidName:
-            return False
-        try:
-            message = json_format.Parse(one.text, self._type(), ignore_unknown_fields=True)
-        except (json_format.ParseError, UnicodeDecodeError):
-            unreadable.append(one.name)
-            return False
-        self.found.append((message, one.modified))
-        return True
+        message = parsed(one.text, self._type, one.name, self._pattern, place=one.name, unreadable=unreadable)
+        if message is not None:
+            self.found.append((message, one.modified))
+        return message is not None
 
 
 def _snapshot(manifest: SnapshotManifest, at: datetime) -> Snapshot:
