@@ -157,6 +157,7 @@ async def test_base_and_adapter_complete_beside_each_other_as_text_is_made(acme:
     for version, adapter in (
         ("base", completion_pb2.AdapterChoice(base=True)),
         ("r-1/120", completion_pb2.AdapterChoice(checkpoint=BEST)),
+        ("r-1", completion_pb2.AdapterChoice(checkpoint=BEST)),
         ("policy", completion_pb2.AdapterChoice()),
     ):
         answer = await acme.http.post(f"{HERE}/playground", data={**fields, "version": version}, headers=headers)

@@ -77,6 +77,15 @@ def new_project(desk: Desk) -> None:
     expect(desk.at("no-sources")).to_be_visible()
 
 
+def longest_name(desk: Desk) -> None:
+    """A project whose id is as long as one may be, and cannot be broken at a blank or hyphen."""
+    desk.click("nav-projects")
+    desk.fill(project_id="x" * 64, title="ohne Ende " * 20 + "\u202e<b>" + "y" * 80)
+    desk.click("create-project")
+    expect(desk.at("no-sources")).to_be_visible()
+    desk.look("06-long-name")
+
+
 def add_files(desk: Desk, archive: Path, held_out: Path) -> None:
     """An archive from the file picker; a file by drag and drop, for the test part only. Meanwhile a form is filled in:
     what is typed stays, and so does the focus."""

@@ -98,6 +98,7 @@ def test_system_keys_and_audit_log(person: Desk, started: str) -> None:
     expect(person.at("jobs").locator("tbody tr")).to_contain_text(["running"])
     story.press_while_it_changes(person, f"job-{started}", "all-jobs")
     expect(person.at("run-state")).to_be_visible()
+    story.longest_name(person)
     person.click("nav-system")
     person.look("20-system")
     secret = story.make_key(person, "ci", "reader")

@@ -13,6 +13,7 @@ from services.client.pieces import Piece
 from services.core import names
 from services.core.errors import CodegraftError, InvalidArgument
 from services.gateway.console import live, words
+from services.gateway.console.serving import checkpoint_of
 from services.gateway.console.visit import House, Visit
 from services.gateway.edge.attending import EventStream
 
@@ -28,7 +29,8 @@ def routes(house: House) -> list[Route]:
 async def complete(visit: Visit) -> Response:
     """POST /console/p/acme/serving/playground: events ``started``, ``text``, then ``finished`` or ``failed``.
 
-    The field ``version`` is "base", "policy", or RUN/STEP. A generation ends with the browser's interest in it.
+    The field ``version`` is "base", "policy", RUN/STEP, or RUN for its best one. A generation ends with the browser's
+    interest in it.
     """
     form = visit.form
     tokens = form.whole("max_tokens") or 64
@@ -42,7 +44,7 @@ async def complete(visit: Visit) -> Response:
         path=form.text("path"),
         max_tokens=tokens,
         sampling=Sampling(temperature=temperature) if temperature else None,
-        adapter=_choice(visit, form.text("version", "policy")),
+        adapter=await _choice(visit, form.text("version", "policy")),
     )
 
     async def events() -> AsyncGenerator[bytes, None]:
@@ -57,13 +59,15 @@ async def complete(visit: Visit) -> Response:
     return EventStream(events(), {})
 
 
-def _choice(visit: Visit, version: str) -> AdapterChoice | None:
+async def _choice(visit: Visit, version: str) -> AdapterChoice | None:
     match version:
         case "policy":
             return None
         case "base":
             return AdapterChoice(base=True)
     run, _, step = version.partition("/")
+    if not step:
+        return AdapterChoice(checkpoint=await checkpoint_of(visit, run, "version"))
     return AdapterChoice(checkpoint=names.build(names.CHECKPOINT, project=visit.project, run=run, step=step))
 
 

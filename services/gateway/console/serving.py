@@ -84,7 +84,8 @@ async def choose(visit: Visit) -> Response:
     mode = MODES.get(form.text("mode"))
     if mode is None:
         raise InvalidArgument("no such policy", field="mode", hint="Take off, latest-best or pinned.")
-    checkpoint = await _resolve(visit, form.text("checkpoint"), "checkpoint") if form.text("mode") == "pinned" else ""
+    is_pinned = mode == pb.SERVING_MODE_PINNED
+    checkpoint = await checkpoint_of(visit, form.text("checkpoint"), "checkpoint") if is_pinned else ""
     other, percent = form.text("split"), form.whole("percent")
     if bool(other) != bool(percent):
         missing = "percent" if other else "split"
@@ -93,14 +94,14 @@ async def choose(visit: Visit) -> Response:
     if other and percent:
         if not 1 <= percent <= 99:
             raise InvalidArgument("a part is 1 to 99 percent", field="percent", hint="Give 1 to 99.")
-        second = "" if other == _BASE else await _resolve(visit, other, "split")
+        second = "" if other == _BASE else await checkpoint_of(visit, other, "split")
         split = pb.Split(checkpoint=second, percent=percent)
     await serving.set(visit.project, mode, checkpoint=checkpoint, split=split, etag=form.text("etag"))
     return visit.done(visit.way("/serving"))
 
 
-async def _resolve(visit: Visit, written: str, field: str) -> str:
-    """The full name of RUN/STEP, of RUN its best one's."""
+async def checkpoint_of(visit: Visit, written: str, field: str) -> str:
+    """The full name of RUN/STEP; of RUN its best one's."""
     run, _, step = written.partition("/")
     if not run:
         raise InvalidArgument("no checkpoint is named", field=field, hint="Write RUN/STEP, or RUN for its best one.")
