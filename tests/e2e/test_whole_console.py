@@ -75,8 +75,18 @@ def trained(person: Desk, started: str) -> str:
 
 @pytest.fixture(scope="module")
 def second(person: Desk, trained: str) -> str:
-    """One more run, which goes on. It learns too little to be better than the first."""
-    return story.start_run(person, "Second", train_steps="2", learning_rate="1e-3", proof_places="0")
+    """One more run, which goes on. It learns too little to be better than the first.
+
+    Who has the list of runs open sees it come.
+    """
+    onlooker = in_tab(person.page.context, person.url)
+    onlooker.page.goto(f"{person.url}/console/p/{story.PROJECT}/training")
+    expect(onlooker.at("live-state")).to_have_text("Live")
+    run = story.start_run(person, "Second", train_steps="2", learning_rate="1e-3", proof_places="0")
+    expect(onlooker.at(f"run-{run}")).to_contain_text("Second")
+    person.troubles += onlooker.troubles
+    onlooker.page.close()
+    return run
 
 
 def test_sources_come_from_the_disk_and_from_a_private_repository(sources: list[str]) -> None:
