@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -104,6 +105,33 @@ def test_it_computes_what_torch_does(
         assert same >= 4, "a near tie may go either way, but not at once"
         for (_, one), (_, other) in zip(ours[:same], theirs[:same], strict=True):
             assert one == pytest.approx(other, abs=0.1)
+
+
+@needs_kernels
+def test_a_probe_is_compiled_too_and_says_what_steps_compute_which_go_on_meanwhile(
+    reference: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(copy.deepcopy(reference).bfloat16(), tokenizer, Limits(running=4, kv_tokens=2048))
+    layers.speed_up(bench.model, "bf16")
+    threads, logits = list[str](), compiled.Compiled.logits
+    monkeypatch.setattr(
+        compiled.Compiled,
+        "logits",
+        lambda self, *given: threads.append(threading.current_thread().name) or logits(self, *given),
+    )
+    bench.engine.start()
+    weights, ids = marker(bench.model, 1), list(range(5, 21))
+    scored = bench.submit(ids[:-1], 0, targets=tuple(ids[1:]), adapter=weights).wait().outputs[-1].logprobs
+    for n in (2, 3):
+        bench.submit([7, n], 240, adapter=marker(bench.model, n))
+    probed = [bench.runner.probe(weights, ids) for _ in range(5)]
+    assert sum(bench.engine.load) == 2, "they have ended before"
+    bench.engine.stop()
+    assert threads.count(threading.current_thread().name) == 5 and "engine" in threads
+    assert all(torch.equal(probed[0], one) for one in probed[1:])
+    losses = probed[0].float().log_softmax(-1)[range(len(ids) - 1), ids[1:]]
+    assert losses.tolist() == pytest.approx([one.logprob for one in scored], abs=0.1)
+    assert not torch.equal(probed[0], bench.runner.probe(marker(bench.model, 2), ids)), "another adapter's"
 
 
 @needs_kernels
