@@ -66,7 +66,9 @@ class Desk:
 
         What is checked before may be the old page's, and what is typed into that is lost.
         """
-        self.page.evaluate("document.documentElement.dataset.old = ''")
+        self.page.locator("html").evaluate(
+            "html => { html.dataset.old = ''; }"
+        )  # waits for one, where it is between two
         yield
         expect(self.page.locator("html:not([data-old])")).to_be_attached()
         self.page.wait_for_load_state()

@@ -314,7 +314,8 @@ def play(desk: Desk, prefix: str) -> None:
 
 def choose(desk: Desk, mode: str, checkpoint: str = "") -> None:
     """Sets the policy and waits for the replica. What is typed into the playground stays."""
-    desk.click("nav-serving")
+    with desk.loading():
+        desk.click("nav-serving")
     with desk.loading():
         desk.page.get_by_role("link", name="30 days").click()
     desk.fill(prefix="def typed_meanwhile(")

@@ -9,7 +9,10 @@ tells how much of the machine one has, so steps are timed. What is computed is t
 
 from __future__ import annotations
 
+import threading
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from services.inference.engine.few import MOST
 from services.inference.engine.speculate import FREE
@@ -30,27 +33,46 @@ class Pace:
     """
 
     def __init__(self, threads: int) -> None:
-        self.threads = threads
-        """Of the next step."""
+        self._chosen = threads
+        self._others = 0
+        """Who compute beside the steps, that this process knows of."""
+        self._lock = threading.Lock()
         self._costs = {number: deque[float](maxlen=_TRIED) for number in (threads, threads // 2)}
         """By number of threads, of the latest steps: seconds for a token, and as if what a step takes without any were
         some more."""
         self._since = 0
         """Steps since the last try."""
 
-    def took(self, tokens: int, seconds: float) -> None:
-        """The step that :attr:`threads` was for has been computed."""
-        if tokens > MOST:  # of a prompt: other products, which say nothing of those of the others
+    @property
+    def threads(self) -> int:
+        """Of the next step."""
+        return min(self._costs) if self._others else self._chosen
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Meanwhile steps leave half of the cores to who computes beside them; from any thread."""
+        with self._lock:
+            self._others += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._others -= 1
+
+    def took(self, threads: int, tokens: int, seconds: float) -> None:
+        """A step has been computed with so many threads."""
+        # A prompt's has other products, which say nothing of those of the others; nor does one with others beside it.
+        if tokens > MOST or threads != self._chosen or self._others:
             return
-        self._costs[self.threads].append(seconds / (FREE + tokens))
+        self._costs[threads].append(seconds / (FREE + tokens))
         self._since += 1
-        if len(self._costs[self.threads]) < _TRIED:
+        if len(self._costs[threads]) < _TRIED:
             return
         quick, slow = sorted(self._costs, key=lambda threads: min(self._costs[threads], default=0.0))
-        self.threads = quick
+        self._chosen = quick
         if self._costs[quick] and self._since > self._rest(min(self._costs[slow]) / min(self._costs[quick])):
             self._costs[slow].clear()
-            self.threads, self._since = slow, 0
+            self._chosen, self._since = slow, 0
 
     def _rest(self, ratio: float) -> float:
         """Steps until what was so much slower is tried again."""

@@ -67,9 +67,14 @@ class Runner:
         if record is None and model.device.type == "cuda":
             record = CudaGraphs()
         self._graphs = Graphs(model, self._active, memory, record) if record is not None else None
-        self.beside: AbstractContextManager[Any] = nullcontext() if self._graphs is None else self._graphs.beside
-        """Held by who uses the device beside the steps."""
         model.set_attn_implementation(NAME)
+
+    @property
+    def beside(self) -> AbstractContextManager[Any]:
+        """Held by who uses the device beside the steps."""
+        if self._pace is not None:
+            return self._pace.beside()
+        return nullcontext() if self._graphs is None else self._graphs.beside
 
     def begin(self) -> None:
         """Called once in the thread that will call :meth:`step`, before it does."""
@@ -96,13 +101,13 @@ class Runner:
 
     def _paced(self, pace: Pace, layout: Layout) -> torch.Tensor:
         """As :meth:`_logits`, with as many threads as are quickest."""
-        if pace.threads != self._threads:
-            self._threads = pace.threads
-            reserve(pace.threads)
-            kernels.use(pace.threads)
+        if (threads := pace.threads) != self._threads:
+            self._threads = threads
+            reserve(threads)
+            kernels.use(threads)
         began = time.perf_counter()
         logits = self._logits(layout)
-        pace.took(len(layout.ids), time.perf_counter() - began)
+        pace.took(threads, len(layout.ids), time.perf_counter() - began)
         return logits
 
     def _logits(self, layout: Layout) -> torch.Tensor:

@@ -13,7 +13,8 @@ def run(pace: Pace, steps: int, times: dict[int, float], noise: float = 0.0) -> 
     for _ in range(steps):
         chosen.append(pace.threads)
         tokens = rng.choice((1, 4, 12, 30))
-        pace.took(tokens, times[pace.threads] * (8 + tokens) * rng.uniform(1 - noise, 1 + noise))
+        seconds = times[chosen[-1]] * (8 + tokens) * rng.uniform(1 - noise, 1 + noise)
+        pace.took(chosen[-1], tokens, seconds)
     return chosen
 
 
@@ -34,11 +35,22 @@ def test_it_follows_what_others_do_within_a_few_steps_and_back_within_a_few_seco
 
 def test_neither_code_that_is_compiled_nor_a_prompt_decides() -> None:
     pace, times = Pace(2), {2: 0.002, 1: 0.003}
-    pace.took(1, 0.5)  # the first step of all
+    pace.took(2, 1, 0.5)  # the first step of all
     assert set(run(pace, 30, times)[3:]) == {2}
     for _ in range(5):
-        pace.took(256, 10.0)
+        pace.took(2, 256, 10.0)
     assert pace.threads == 2
+
+
+def test_who_computes_beside_the_steps_has_half_of_the_cores_at_once_and_teaches_nothing() -> None:
+    pace, times = Pace(2), {2: 0.002, 1: 0.003}
+    run(pace, 10, times)
+    with pace.beside(), pace.beside():
+        with pace.beside():
+            assert run(pace, 100, {2: 0.02, 1: 0.02}) == 100 * [1]
+        pace.took(2, 4, 10.0)  # a step that had begun before
+        assert pace.threads == 1
+    assert set(run(pace, 10, times)) == {2}
 
 
 def test_trying_costs_little_and_noise_does_not_make_it_waver() -> None:
