@@ -18,7 +18,7 @@ class InferenceSettings(CoreSettings):
     inference_model: str = DEFAULT_MODEL
     """Base model: catalogue id, "hf:<organisation>/<name>", "store:<name>" or "dir:<absolute path>"."""
     inference_threads: int = Field(default=0, ge=0)
-    """Threads of a step's arithmetic; 0 means one a core."""
+    """Most threads of a step's arithmetic; 0 means one a core. While others compute on the same cores, half of them."""
     inference_weights: Literal["auto", "bf16", "int8"] = "auto"
     """How a CPU reads the base model's weights: all 16 bits ("bf16"), or 8 of them in steps of a few tokens ("int8":
     one stream is two thirds faster for half a per cent of the loss); "auto" is "bf16". A GPU takes the weights as they

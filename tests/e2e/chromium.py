@@ -66,9 +66,8 @@ class Desk:
 
         What is checked before may be the old page's, and what is typed into that is lost.
         """
-        self.page.locator("html").evaluate(
-            "html => { html.dataset.old = ''; }"
-        )  # waits for one, where it is between two
+        # By a locator, which waits for the element: between two pages there is none.
+        self.page.locator("html").evaluate("html => { html.dataset.old = ''; }")
         yield
         expect(self.page.locator("html:not([data-old])")).to_be_attached()
         self.page.wait_for_load_state()

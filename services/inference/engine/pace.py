@@ -33,7 +33,7 @@ class Pace:
     """
 
     def __init__(self, threads: int) -> None:
-        self._chosen = threads
+        self._quick, self._chosen = threads, threads
         self._others = 0
         """Who compute beside the steps, that this process knows of."""
         self._lock = threading.Lock()
@@ -43,10 +43,11 @@ class Pace:
         self._since = 0
         """Steps since the last try."""
 
-    @property
-    def threads(self) -> int:
-        """Of the next step."""
-        return min(self._costs) if self._others else self._chosen
+    def threads(self, tokens: int) -> int:
+        """For the next step, of so many tokens."""
+        if self._others:
+            return min(self._costs)
+        return self._chosen if tokens <= MOST else self._quick
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -70,7 +71,10 @@ class Pace:
             return
         quick, slow = sorted(self._costs, key=lambda threads: min(self._costs[threads], default=0.0))
         self._chosen = quick
-        if self._costs[quick] and self._since > self._rest(min(self._costs[slow]) / min(self._costs[quick])):
+        if not self._costs[quick]:  # that is its first try
+            return
+        self._quick = quick
+        if self._since > self._rest(min(self._costs[slow]) / min(self._costs[quick])):
             self._costs[slow].clear()
             self._chosen, self._since = slow, 0
 

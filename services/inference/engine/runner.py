@@ -101,13 +101,14 @@ class Runner:
 
     def _paced(self, pace: Pace, layout: Layout) -> torch.Tensor:
         """As :meth:`_logits`, with as many threads as are quickest."""
-        if (threads := pace.threads) != self._threads:
+        tokens = len(layout.ids)
+        if (threads := pace.threads(tokens)) != self._threads:
             self._threads = threads
             reserve(threads)
             kernels.use(threads)
         began = time.perf_counter()
         logits = self._logits(layout)
-        pace.took(threads, len(layout.ids), time.perf_counter() - began)
+        pace.took(threads, tokens, time.perf_counter() - began)
         return logits
 
     def _logits(self, layout: Layout) -> torch.Tensor:

@@ -11,8 +11,8 @@ def run(pace: Pace, steps: int, times: dict[int, float], noise: float = 0.0) -> 
     """The threads of so many steps, of which each takes what its number of threads takes just now."""
     rng, chosen = random.Random(1), list[int]()
     for _ in range(steps):
-        chosen.append(pace.threads)
         tokens = rng.choice((1, 4, 12, 30))
+        chosen.append(pace.threads(tokens))
         seconds = times[chosen[-1]] * (8 + tokens) * rng.uniform(1 - noise, 1 + noise)
         pace.took(chosen[-1], tokens, seconds)
     return chosen
@@ -39,7 +39,17 @@ def test_neither_code_that_is_compiled_nor_a_prompt_decides() -> None:
     assert set(run(pace, 30, times)[3:]) == {2}
     for _ in range(5):
         pace.took(2, 256, 10.0)
-    assert pace.threads == 2
+    assert pace.threads(4) == 2
+
+
+def test_a_prompt_is_never_what_is_tried_on() -> None:
+    pace, tried = Pace(2), 0
+    for _ in range(400):
+        assert pace.threads(256) == 2
+        threads = pace.threads(4)
+        tried += threads == 1
+        pace.took(threads, 4, {2: 0.02, 1: 0.03}[threads])
+    assert tried > 4
 
 
 def test_who_computes_beside_the_steps_has_half_of_the_cores_at_once_and_teaches_nothing() -> None:
@@ -49,7 +59,7 @@ def test_who_computes_beside_the_steps_has_half_of_the_cores_at_once_and_teaches
         with pace.beside():
             assert run(pace, 100, {2: 0.02, 1: 0.02}) == 100 * [1]
         pace.took(2, 4, 10.0)  # a step that had begun before
-        assert pace.threads == 1
+        assert pace.threads(4) == pace.threads(256) == 1
     assert set(run(pace, 10, times)) == {2}
 
 
