@@ -163,13 +163,14 @@ async def test_watch_shows_what_is_there_then_changes(store: StateStore) -> None
     await store.create("projects/q", b"other")
     watched = store.watch("projects/p")
     assert await take(watched, 1) == [Entry("projects/p", b"1", first)]
+    # Each is taken before the next: of a key only the latest value is kept, so that a watch may skip one.
     second = await store.update("projects/p", b"2", first)
+    assert await take(watched, 1) == [Entry("projects/p", b"2", second)]
     await store.create("projects/q/runs/r", b"other")
     third = await store.create("projects/p/runs/r", b"3")
+    assert await take(watched, 1) == [Entry("projects/p/runs/r", b"3", third)]
     await store.delete("projects/p", second)
-    changes = await take(watched, 3)
-    assert changes[:2] == [Entry("projects/p", b"2", second), Entry("projects/p/runs/r", b"3", third)]
-    assert (changes[2].key, changes[2].value) == ("projects/p", None)
+    assert [(entry.key, entry.value) for entry in await take(watched, 1)] == [("projects/p", None)]
     await watched.aclose()  # type: ignore[attr-defined]
 
 
@@ -181,8 +182,9 @@ async def test_a_watch_tells_the_trace_of_what_wrote(store: StateStore) -> None:
     assert [entry.traceparent for entry in await take(watched, 1)] == [first]
     with tracing.under(second):
         revision = await store.update("projects/p", b"2", revision)
+    assert [entry.traceparent for entry in await take(watched, 1)] == [second]
     await store.update("projects/p", b"3", revision)
-    assert [entry.traceparent for entry in await take(watched, 2)] == [second, ""]
+    assert [entry.traceparent for entry in await take(watched, 1)] == [""]
     await watched.aclose()  # type: ignore[attr-defined]
 
 
