@@ -17,20 +17,12 @@ from services.core.names import new_id
 from services.core.nats_connection import connect
 from services.core.runtime import Runtime
 from services.core.store.s3 import S3Address
+from tests.conftest import standing_on
 
 
 def settings_for(nats: Any, s3: S3Address, cache: Path) -> CoreSettings:
-    return CoreSettings(
-        nats_url=nats.url,
-        nats_user=nats.user,
-        nats_password=SecretStr(nats.password),
-        s3_endpoint=s3.endpoint,
-        s3_access_key=SecretStr(s3.access_key),
-        s3_secret_key=SecretStr(s3.secret_key),
-        s3_bucket=s3.bucket,
-        cache_dir=cache,
-        startup_timeout_seconds=5,
-    )
+    there = {"s3_bucket": s3.bucket, "startup_timeout_seconds": 5.0}
+    return standing_on(nats, s3, cache).model_copy(update=there)
 
 
 async def test_everything_opens_and_works(own_nats_server: Any, s3_server: S3Address, tmp_path: Path) -> None:

@@ -200,6 +200,7 @@ class Mixer:
 
 
 def _placed(stack: Stack, segments: list[Segment]) -> Placed:
+    """The segments on a stack, where each adapter lies afterwards: one that was never staged is copied."""
     slots = np.full(segments[-1].end, -1, np.int64)
     for segment, slot in zip(segments, stack.place([segment.weights for segment in segments]), strict=True):
         slots[segment.begin : segment.end] = slot

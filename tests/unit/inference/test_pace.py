@@ -55,7 +55,7 @@ def test_a_prompt_is_never_what_is_tried_on() -> None:
 def test_who_computes_beside_the_steps_has_half_of_the_cores_at_once_and_teaches_nothing() -> None:
     pace, times = Pace(2), {2: 0.002, 1: 0.003}
     run(pace, 10, times)
-    with pace.beside(), pace.beside():
+    with pace.beside():
         with pace.beside():
             assert run(pace, 100, {2: 0.02, 1: 0.02}) == 100 * [1]
         pace.took(2, 4, 10.0)  # a step that had begun before
