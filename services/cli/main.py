@@ -34,7 +34,6 @@ from services.cli.control.rebuild import rebuild
 from services.cli.control.restore import restore
 from services.cli.demo.command import demo
 from services.cli.doctor.command import doctor
-from services.cli.local.supervisor import StopRequested
 from services.cli.output import EXIT_CODES, ExitCode, err, fail
 from services.core.errors import CodegraftError
 from services.core.telemetry import tracing
@@ -88,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return end.code if isinstance(end.code, int) else ExitCode.OK
     except CodegraftError as error:
         return fail(error, as_json="--json" in arguments and arguments[0] != "demo")  # there it names a file
-    except (KeyboardInterrupt, StopRequested):
+    except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
     except Exception as error:
         if os.environ.get("CODEGRAFT_LOG_LEVEL") == "debug":

@@ -68,9 +68,9 @@ async def test_requests_over_the_limit_are_refused_and_told_when_to_come_back(wo
     _, other = await world.client.keys.create(ROLE_READER, projects=["a"])
     await limit(world, made.name, requests_per_minute=120)
     before = refusals("requests_per_minute", "key")
-    answers = [await call(world, secret) for _ in range(130)]
-    assert answers[:120] == [None] * 120
-    refused = next(each for each in answers if each is not None)
+    assert [await call(world, secret) for _ in range(120)] == [None] * 120
+    while (refused := await call(world, secret)) is None:  # meanwhile there was room again, on a slow machine
+        pass
     info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
     for detail in refused.details:
         for message in (info, retry):
@@ -81,7 +81,7 @@ async def test_requests_over_the_limit_are_refused_and_told_when_to_come_back(wo
     assert info.metadata["limit"] == "120" and int(info.metadata["used"]) > 118
     delay = retry.retry_delay.ToNanoseconds() / 1e9
     assert 0 < delay <= 0.5
-    assert refusals("requests_per_minute", "key") - before == sum(each is not None for each in answers)
+    assert refusals("requests_per_minute", "key") - before == 1
     assert await call(world, other) is None, "another key has its own"
     await asyncio.sleep(delay + 0.01)
     assert await call(world, secret) is None

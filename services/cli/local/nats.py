@@ -12,7 +12,7 @@ import shutil
 import socket
 import sysconfig
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
@@ -37,6 +37,7 @@ def start(
     services: Mapping[str, str] = MappingProxyType({}),
     max_store: int | None = None,
     timeout: timedelta = STARTUP,
+    pause: Callable[[float], None] = time.sleep,
 ) -> Child:
     """Runs the server on 127.0.0.1 and returns once it has let us in with the password.
 
@@ -47,6 +48,7 @@ def start(
         user: who may do everything; chosen by the caller, like the password.
         services: passwords of the services that may log in, too.
         max_store: bytes of the disk that JetStream may take; None for three quarters of what is free at the start.
+        pause: sleeps between two looks whether it is ready; what it raises ends the start.
 
     Raises:
         FailedPrecondition: nats-server is not installed.
@@ -60,7 +62,7 @@ def start(
         NAME, [_program(), "--config", str(config)], log=log, env={"PATH": os.environ.get("PATH", os.defpath)}, cwd=data
     )
     try:
-        _await_ready(child, server_name, port, user, password, timeout)
+        _await_ready(child, server_name, port, user, password, timeout, pause)
     except BaseException:
         child.stop(GRACE)
         raise
@@ -106,7 +108,15 @@ def _write_config(
         )
 
 
-def _await_ready(child: Child, server_name: str, port: int, user: str, password: str, timeout: timedelta) -> None:
+def _await_ready(
+    child: Child,
+    server_name: str,
+    port: int,
+    user: str,
+    password: str,
+    timeout: timedelta,
+    pause: Callable[[float], None],
+) -> None:
     deadline = time.monotonic() + timeout.total_seconds()
     problem = "no answer"
     while child.exit_code() is None and time.monotonic() < deadline:
@@ -116,7 +126,7 @@ def _await_ready(child: Child, server_name: str, port: int, user: str, password:
             problem = error.strerror or str(error)
         if not problem:
             return
-        time.sleep(0.02)
+        pause(0.02)
     state = child.describe_exit() if child.exit_code() is not None else f"is not ready: {problem}"
     raise Unavailable(f"the local NATS server {state}\n{tail(child.log)}", hint=f"Its whole log is {child.log}.")
 

@@ -15,7 +15,7 @@ import secrets
 import shutil
 import sysconfig
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
@@ -55,6 +55,7 @@ def start(
     bucket: str = "codegraft",
     services: Mapping[str, tuple[str, str]] = MappingProxyType({}),
     timeout: timedelta = STARTUP,
+    pause: Callable[[float], None] = time.sleep,
 ) -> Child:
     """Runs the server on 127.0.0.1 and returns once it serves the bucket, which is made when it is not there.
 
@@ -65,6 +66,7 @@ def start(
         access_key: chosen by the caller, who needs it again for the same data.
         secret_key: as above; these keys may do everything.
         services: access and secret keys of the services, who may do what permissions.py says.
+        pause: sleeps between two looks whether it is ready; what it raises ends the start.
 
     Raises:
         FailedPrecondition: SeaweedFS is not installed.
@@ -76,7 +78,7 @@ def start(
     # In its own folder, because weed looks for configuration in the current one.
     child = Child.start(NAME, _command(data, port), log=log, env=_environment(data), cwd=data)
     try:
-        _await_ready(child, f"{ports.HOST}:{port}", access_key, secret_key, bucket, timeout)
+        _await_ready(child, f"{ports.HOST}:{port}", access_key, secret_key, bucket, timeout, pause)
     except BaseException:
         child.stop(GRACE)
         raise
@@ -178,7 +180,13 @@ def _environment(home: Path) -> dict[str, str]:
 
 
 def _await_ready(
-    child: Child, endpoint: str, access_key: str, secret_key: str, bucket: str, timeout: timedelta
+    child: Child,
+    endpoint: str,
+    access_key: str,
+    secret_key: str,
+    bucket: str,
+    timeout: timedelta,
+    pause: Callable[[float], None],
 ) -> None:
     deadline = time.monotonic() + timeout.total_seconds()
     http = urllib3.PoolManager(timeout=PROBE.total_seconds(), retries=False)
@@ -196,7 +204,7 @@ def _await_ready(
                 problem = str(error)
             except ParseError:
                 problem = "it does not speak S3: it is another server"
-            time.sleep(0.05)
+            pause(0.05)
     finally:
         close_connections(http)
     state = child.describe_exit() if child.exit_code() is not None else f"is not ready: {problem}"

@@ -31,11 +31,16 @@ Report = Callable[[str], None]
 
 
 class Stack:
-    """The processes of one data folder. The caller holds the folder's lock."""
+    """The processes of one data folder. The caller holds the folder's lock.
 
-    def __init__(self, folder: DataFolder, report: Report) -> None:
+    Args:
+        pause: sleeps that many seconds; called while something starts, and what it raises ends the start.
+    """
+
+    def __init__(self, folder: DataFolder, report: Report, pause: Callable[[float], None] = time.sleep) -> None:
         self._folder = folder
         self._report = report
+        self._pause = pause
         self._children: dict[str, Child] = {}
         self.info = StackInfo(StackState.STARTING, os.getpid())
 
@@ -78,6 +83,7 @@ class Stack:
                 user=credentials.nats_user,
                 password=credentials.nats_password,
                 services={name: each.nats_password for name, each in credentials.services.items()},
+                pause=self._pause,
             ),
             addresses["nats"],
         )
@@ -92,6 +98,7 @@ class Stack:
                 services={
                     name: (each.s3_access_key, each.s3_secret_key) for name, each in credentials.services.items()
                 },
+                pause=self._pause,
             ),
             addresses["s3"],
         )
@@ -180,7 +187,7 @@ class Stack:
                     f"{child.name} is not healthy after {STARTUP.total_seconds():.0f} s\n{tail(child.log)}",
                     hint=f"Its whole log is {child.log}.",
                 )
-            time.sleep(0.05)
+            self._pause(0.05)
 
 
 def _figures(service: str) -> str:

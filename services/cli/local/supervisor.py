@@ -27,19 +27,18 @@ STOP_LIMIT = 3 * GRACE
 """Services, S3 and NATS stop one group after the other, each within its grace."""
 
 
-class StopRequested(BaseException):
-    """A signal asked the supervisor to stop; no ``except Exception`` on the way may swallow it."""
+class StopRequested(Exception):
+    """A signal asked the supervisor to stop."""
 
     def __init__(self, number: int) -> None:
         self.number = number
 
 
 class StopSignals:
-    """Raises StopRequested at the first signal and remembers it.
+    """Remembers the first signal; whoever waits looks for it. Later ones are only a person's impatience.
 
-    The interpreter drops what a signal handler raises inside a finalizer or a fork callback (logging has one, and
-    every service is started by a fork), so whoever waits also calls ``check``. Later signals are only a person's
-    impatience: everything stops already.
+    The handler itself raises nothing: wherever it ran it might leave a lock taken (a process's, say, whose end is then
+    waited for without end), and the interpreter drops what is raised inside a finalizer or a fork callback.
     """
 
     def __init__(self) -> None:
@@ -50,13 +49,19 @@ class StopSignals:
             signal.signal(number, self._handle)
 
     def check(self) -> None:
+        """Raises StopRequested once a signal came."""
         if self._number is not None:
             raise StopRequested(self._number)
+
+    def pause(self, seconds: float) -> None:
+        """Sleeps, unless a signal came before or meanwhile: then it raises StopRequested."""
+        self.check()
+        time.sleep(seconds)
+        self.check()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._number is None:
             self._number = number
-            raise StopRequested(number)
 
 
 def run(folder: DataFolder, report: Report, ready: Callable[[StackInfo], None]) -> int:
@@ -73,8 +78,8 @@ def run(folder: DataFolder, report: Report, ready: Callable[[StackInfo], None]) 
     """
     if not folder.acquire():
         raise FailedPrecondition(f"a stack runs in {folder.root} already", hint="Stop it with `codegraft down`.")
-    stack = Stack(folder, report)
     signals = StopSignals()
+    stack = Stack(folder, report, signals.pause)
     error = ""
     try:
         signals.install()
@@ -158,14 +163,13 @@ def stop(folder: DataFolder) -> bool:
 
 def _supervise(stack: Stack, report: Report, signals: StopSignals) -> NoReturn:
     while True:
-        signals.check()
         for process in stack.check():
             _tell(process, report)
             if process.name not in SERVICES:
                 raise Unavailable(
                     f"{process.name} {process.crash}; nothing works without it", hint=f"Its whole log is {process.log}."
                 )
-        time.sleep(0.2)
+        signals.pause(0.2)
 
 
 def _tell(process: ProcessInfo, report: Report) -> None:
