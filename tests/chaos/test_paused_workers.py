@@ -21,6 +21,7 @@ from tests.chaos.ledger import Job, Ledger
 from tests.chaos.load import QUICK, Person
 from tests.chaos.stack import REPLICAS, WholeStack
 
+STARTED = "job started"
 LOST = "the job was lost to another worker"
 LONG = QUICK | {"train_steps": 60, "checkpoint_steps": 4, "eval_steps": 20}
 
@@ -41,6 +42,13 @@ async def until(table: Table[Any], job: Job, reached: Callable[[JobStatus], bool
     raise AssertionError("unreachable")
 
 
+async def said(stack: WholeStack, service: str, event: str, job: str) -> None:
+    """Returns once a service has logged the event of the job."""
+    async with asyncio.timeout(30):
+        while not any(event in line and job in line for line in stack.log(service).splitlines()):  # noqa: ASYNC110  another process's
+            await asyncio.sleep(0.02)
+
+
 async def test_a_worker_that_wakes_too_late_changes_nothing(
     stack: WholeStack, client: AsyncCodegraft, auditor: Auditor
 ) -> None:
@@ -58,7 +66,7 @@ async def test_a_worker_that_wakes_too_late_changes_nothing(
     begun = await until(runs, run, lambda status: status.state == JOB_STATE_RUNNING and status.progress.done >= 4)
     for _ in range(4):
         scan = await person.scan(project, snapshot)
-        await until(scans, scan, lambda status: status.state >= JOB_STATE_RUNNING)
+        await said(stack, "scanner", STARTED, scan.name)  # NATS knows before the worker does, who would never miss it
         stack.pause("scanner")
         if not is_final((await scans.get(scan.name)).status):
             break
@@ -76,9 +84,8 @@ async def test_a_worker_that_wakes_too_late_changes_nothing(
     assert trained.status.epoch == begun.status.epoch + 1, "its successor did it, and nobody else"
     assert scanned.status.epoch == 2, "likewise"
 
-    async with asyncio.timeout(30):
-        while any(LOST not in stack.log(name) for name in ("scanner", "trainer")):  # noqa: ASYNC110  of other processes
-            await asyncio.sleep(0.1)
+    for name, job in (("scanner", scan), ("trainer", run)):
+        await said(stack, name, LOST, job.name)
     assert await scans.get(scan.name) == scanned and await runs.get(run.name) == trained
     for replica in REPLICAS:
         await asyncio.to_thread(stack.kill, replica)
