@@ -120,8 +120,8 @@ def save_state(
     There is no random state to keep: order, cuts and dropout are functions of the seed and the step.
 
     Args:
-        owner: the run, written into the files. States are deleted by content, and two runs of the same settings would
-            otherwise delete each other's.
+        owner: the attempt, written into the files. States are deleted by content: otherwise two runs of the same
+            settings would delete each other's, and a successor those of a worker that stood still for a while.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}

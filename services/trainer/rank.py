@@ -6,6 +6,7 @@ the folder.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -114,6 +115,7 @@ class _RankZero:
         self._folder = folder
         self._loaded = loaded
         self._spec = spec
+        self._attempt = f"{spec.run} {secrets.token_hex(8)}"
         told = folder.open_messages()
         kept = [m.checkpoint.step for m in told if m.HasField("checkpoint")]
         # Of a run that took no step yet nothing is kept, not even step 0.
@@ -177,7 +179,7 @@ class _RankZero:
         # A forward pass over shards needs all ranks, and the others are not here.
         probe = None if loaded.sharded else checkpoint.probe_adapter(loaded.trainee, loaded.probe_ids, weights)
         if due.step:
-            checkpoint.save_state(loaded.trainee, loaded.optimizer, loaded.state, state, owner=self._spec.run)
+            checkpoint.save_state(loaded.trainee, loaded.optimizer, loaded.state, state, owner=self._attempt)
         self._kept_step = due.step
         written = CheckpointWritten(
             step=due.step,

@@ -12,6 +12,8 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from codegraft.trainer.v1.training_pb2 import (
     CheckpointWritten,
@@ -23,6 +25,7 @@ from codegraft.trainer.v1.training_pb2 import (
 )
 from services.core import log
 from services.core.errors import EmptyDataset, InternalError, InvalidHyperparameter, JobCancelled
+from services.trainer import checkpoint
 from services.trainer.launch.elastic import ElasticLauncher, relay
 from services.trainer.launch.folder import RunFolder
 from services.trainer.launch.launcher import Processes, Steps, follow
@@ -88,10 +91,10 @@ def test_releasing_makes_room_and_keeps_the_newest_state(folder: RunFolder) -> N
 
 def test_what_is_told_again_is_recognised_by_its_step() -> None:
     steps = Steps()
-    checkpoint = TrainingMessage(checkpoint=CheckpointWritten(step=2))
-    story = [TrainingMessage(loaded=TrainingLoaded()), step(1), step(2), checkpoint, step(3)]
+    kept = TrainingMessage(checkpoint=CheckpointWritten(step=2))
+    story = [TrainingMessage(loaded=TrainingLoaded()), step(1), step(2), kept, step(3)]
     assert all(steps.is_new(message) for message in story)
-    assert [steps.is_new(m) for m in [story[0], step(2), checkpoint, step(3), step(4)]] == [True, *[False] * 3, True]
+    assert [steps.is_new(m) for m in [story[0], step(2), kept, step(3), step(4)]] == [True, *[False] * 3, True]
 
 
 async def test_nothing_is_lost_that_was_written_last(folder: RunFolder) -> None:
@@ -146,6 +149,12 @@ async def test_stopping_leaves_a_checkpoint_from_which_another_attempt_goes_on(b
     after = await told(ThreadLauncher().start(second), second)
     assert after[0].loaded.step == last.step and steps_of(after) == steps_of(story)[last.step :]
     assert checkpoints_of(after)[-1] == checkpoints_of(story)[-1]
+    # The same state in other files: whoever deletes one attempt's by their content leaves the other's.
+    for name in (checkpoint.STATE_TENSORS, checkpoint.STATE_NUMBERS):
+        one, other = ((each.state_path(30) / name).read_bytes() for each in (whole, second))
+        assert one != other, name
+    tensors, again = (load_file(each.state_path(30) / checkpoint.STATE_TENSORS) for each in (whole, second))
+    assert tensors.keys() == again.keys() and all(torch.equal(tensors[name], again[name]) for name in tensors)
 
 
 async def test_training_waits_while_checkpoints_do(base: Path, tmp_path: Path) -> None:
