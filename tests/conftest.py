@@ -27,6 +27,10 @@ from tests.order import OneComputes
 os.environ["CODEGRAFT_AUTH"] = "off"
 # Those who scan and train give way to whoever completes. Here they would give way to the other workers' tests, too.
 os.environ["CODEGRAFT_SCANNER_NICE"] = os.environ["CODEGRAFT_TRAINER_NICE"] = "0"
+# Two workers that choose ports at the same moment would sometimes choose the same.
+_number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_each = len(ports.RANGE) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+ports.RANGE = ports.RANGE[_number * _each :][:_each]
 
 AT_ONCE = timedelta()
 """The grace of a server whose data nobody wants again: to stop by itself takes the S3 server seconds."""

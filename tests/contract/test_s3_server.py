@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import os
 import socket
 import stat
@@ -15,6 +16,7 @@ import urllib3
 
 from services.cli.local import ports, s3
 from services.cli.local.process import Child
+from services.cli.local.stack import PORT_TAKEN
 from services.core import errors
 from services.core.store import S3Store
 from services.core.store.s3 import S3Address
@@ -47,6 +49,19 @@ async def test_objects_outlive_a_restart_and_a_kill(tmp_path: Path) -> None:
             if generation == 1:
                 os.kill(server.pid, 9)
             server.stop(s3.GRACE)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["its own", "an inner one"])
+def test_a_port_that_another_took_meanwhile_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: bool) -> None:
+    port = free_port()
+    monkeypatch.setattr(ports, "is_free", lambda port: True)
+    with socket.create_server((ports.HOST, 0)) as other:
+        taken = other.getsockname()[1]
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "ports.json").write_text(json.dumps({} if own else {"master": taken}))
+        with pytest.raises(errors.Unavailable) as caught:
+            launch(tmp_path, taken if own else port)
+    assert any(sign in caught.value.message for sign in PORT_TAKEN), caught.value.message
 
 
 def test_it_is_closed_without_keys_and_listens_on_loopback_only(tmp_path: Path) -> None:

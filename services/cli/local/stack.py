@@ -25,7 +25,8 @@ GRACE = DRAIN + timedelta(seconds=5)
 """After that long a service that was asked to stop is killed."""
 BUCKET = "codegraft"
 PORT_TRIES = 3
-_PORT_TAKEN = ("ddress already in use", "cannot listen on", "address in use")
+PORT_TAKEN = ("ddress already in use", "cannot listen on", "address in use", "Port allocation failed")
+"""What the programs say of it; the last one is the S3 server."""
 
 Report = Callable[[str], None]
 
@@ -58,7 +59,7 @@ class Stack:
                 break
             except Unavailable as error:
                 # Between choosing a port and listening on it another process may take it.
-                if attempt == PORT_TRIES - 1 or not any(sign in error.message for sign in _PORT_TAKEN):
+                if attempt == PORT_TRIES - 1 or not any(sign in error.message for sign in PORT_TAKEN):
                     raise
             self._report("another process took a port meanwhile, starting again on others")
             self.stop()
