@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,10 @@ class LoadedModel:
     """The engine's."""
     probe_ids: list[int]
     """The prompt of :meth:`probe` for an adapter that has none of its own."""
+
+    def shared(self) -> AbstractContextManager[Any]:
+        """Held while somebody needs the processor: meanwhile steps that run on it leave half of the cores."""
+        return self.runner.shared()
 
     def read(self, data: bytes) -> Mapping[str, torch.Tensor]:
         """The tensors of a safetensors file, on the CPU."""

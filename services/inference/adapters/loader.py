@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakValueDictionary
 
 from codegraft.event.v1.events_pb2 import SwapPhases
@@ -38,6 +38,10 @@ class Device(Protocol):
 
     @property
     def base(self) -> verify.Base: ...
+
+    def shared(self) -> AbstractContextManager[Any]:
+        """Held while somebody needs the processor: meanwhile steps that run on it leave half of the cores."""
+        ...
 
     def read(self, data: bytes) -> Mapping[str, torch.Tensor]:
         """The tensors of a safetensors file, on the CPU."""
@@ -114,7 +118,10 @@ class Loader:
                 return Loaded(staged)
             phases = SwapPhases()
             held = self._host.get(sha256)
-            verified = held or await self._verified(checkpoint, sha256, device, phases)
+            if (verified := held) is None:
+                # A step that two threads have begun waits for the one whose core is taken away.
+                with device.shared():
+                    verified = await self._verified(checkpoint, sha256, device, phases)
             version = await self._staged(checkpoint, verified, device, phases, patience, probe=held is None)
             self._host.put(verified)
             return Loaded(version, phases)

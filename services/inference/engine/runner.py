@@ -69,12 +69,14 @@ class Runner:
         self._graphs = Graphs(model, self._active, memory, record) if record is not None else None
         model.set_attn_implementation(NAME)
 
+    def shared(self) -> AbstractContextManager[Any]:
+        """Held by who needs the processor beside the steps, and not the device: a GPU's steps go on as ever."""
+        return nullcontext() if self._pace is None else self._pace.beside()
+
     @property
     def beside(self) -> AbstractContextManager[Any]:
         """Held by who uses the device beside the steps."""
-        if self._pace is not None:
-            return self._pace.beside()
-        return nullcontext() if self._graphs is None else self._graphs.beside
+        return self.shared() if self._graphs is None else self._graphs.beside
 
     def begin(self) -> None:
         """Called once in the thread that will call :meth:`step`, before it does."""
