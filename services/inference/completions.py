@@ -255,12 +255,9 @@ class Completions:
         """The version that answers; staged first when it gave its place to others."""
         if request.base:
             return self._registry.pin_base(request.project)
-        patience = _PLACE_WAIT
-        if request.deadline is not None:
-            patience = min(patience, request.deadline - time.monotonic())
         if request.checkpoint:
             while True:
-                loaded = await self._loader.load(request.checkpoint, model, patience=patience)
+                loaded = await self._loader.load(request.checkpoint, model, patience=_patience(request))
                 if pin := self._registry.pin_version(request.project, loaded.version):
                     return pin
         try:
@@ -277,7 +274,7 @@ class Completions:
         key = request.session or request.id
         while (pin := self._registry.pin(request.project, key)) is None:
             if version := self._registry.route(request.project).choose(request.project, key):
-                await self._loader.load(version.checkpoint, model, sha256=version.sha256, patience=patience)
+                await self._loader.load(version.checkpoint, model, sha256=version.sha256, patience=_patience(request))
         return pin
 
     def _sequences(
@@ -314,6 +311,11 @@ class Completions:
             )
             sequences.append(sequence)
         return sequences
+
+
+def _patience(request: Request) -> float:
+    """Seconds that it may wait for a place for its version from now on; below 0 when its time is over."""
+    return _PLACE_WAIT if request.deadline is None else min(_PLACE_WAIT, request.deadline - time.monotonic())
 
 
 def taken(sequences: Sequence[engine.Sequence]) -> int:

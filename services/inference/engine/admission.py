@@ -13,8 +13,10 @@ if TYPE_CHECKING:
 
 _LEARN = 0.1
 """Weight of the last sequence in the mean time that they hold a place."""
-_CAUTION = 1.5
-"""Times the expected wait that a deadline has to leave time for: others come meanwhile, some of whom go first."""
+_CAUTION = 2.5
+"""Times the expected wait that a deadline has to leave time for: others come meanwhile, some of whom go first, and the
+machine may be slower by then. Whoever is late has taken a place for nothing; a queue that is shorter costs nothing, as
+long as there is one."""
 _SHORTEST_RETRY, _LONGEST_RETRY = 0.05, 60.0
 
 

@@ -87,7 +87,7 @@ def test_who_could_not_meet_its_deadline_is_told_at_once() -> None:
         compute(scheduler, scheduler.plan(now), now=(now := now + 0.1))
     queued(scheduler, *[of("a", 10) for _ in range(3)])
     scheduler.plan(now)
-    for deadline, fits in ((5.4, False), (5.6, True)):  # 3 s times the caution, and its own second
+    for deadline, fits in ((8.4, False), (8.6, True)):  # 3 s times the caution, and its own second
         sequence = of("a", 10, deadline=now + deadline)
         sequence.submit_time = now
         if fits:

@@ -35,9 +35,12 @@ class World:
     deadline: float
     """Seconds that each completion has."""
     seconds: float = 15.0
+    slower: float = 1.0
+    """How many times as long the steps of every other two seconds take."""
     scheduler: Scheduler = field(
         default_factory=lambda: Scheduler(Limits(running=PLACES, waiting=32, project_waiting=24, draft_tokens=0))
     )
+    steps: int = 0
     whole: int = 0
     """Completions that came whole, before their deadline."""
     partial: int = 0
@@ -68,7 +71,8 @@ class World:
                         heapq.heappush(comes, (now + error.retry_after + rng.random() * 0.2, attempt + 1))
             self.most_waiting = max(self.most_waiting, len(self.scheduler.waiting))
             plan = self.scheduler.plan(now)
-            now += STEP
+            now += STEP * (self.slower if int(now / 2) % 2 else 1.0)
+            self.steps += 1
             self.partial += sum(reason is Reason.DEADLINE for _, reason in plan.ended)
             for sequence in compute(self.scheduler, plan, now=now):
                 self.whole += 1
@@ -78,7 +82,7 @@ class World:
     @property
     def goodput(self) -> float:
         """Of the capacity."""
-        return self.whole / self.seconds / CAPACITY
+        return self.whole * TOKENS / (self.steps * PLACES)
 
 
 @pytest.mark.parametrize("deadline", [0.5, 5.0])
@@ -88,6 +92,12 @@ def test_at_four_times_the_capacity_as_much_is_done_as_ever(deadline: float) -> 
     assert peak > 0.85 and overloaded.goodput >= 0.9 * peak
     assert overloaded.partial < 0.1 * overloaded.whole, "who is let in mostly gets a whole completion"
     assert overloaded.most_waiting <= 32
+
+
+@pytest.mark.parametrize("deadline", [0.5, 2.0])
+def test_a_machine_that_is_slower_at_times_does_hardly_anything_in_vain(deadline: float) -> None:
+    unsteady = World(4.0, deadline, seconds=40.0, slower=1.5).run()
+    assert unsteady.goodput >= 0.95 and unsteady.partial < 0.05 * unsteady.whole
 
 
 def test_the_refused_are_told_about_when_there_is_room() -> None:
