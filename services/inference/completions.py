@@ -176,6 +176,7 @@ class Completions:
         try:
             # The version that answers says how it wants its prompts.
             fmt = (pin.version.format if pin.version else None) or model.format
+            model.engine.check(request.project, _session(request), request.deadline)
             prompt = await self._prompt(model, fmt, request)
             sequences = self._sequences(model, fmt, request, prompt, inbox)
             most = len(prompt.ids) + request.n * request.stop.max_tokens
@@ -285,8 +286,7 @@ class Completions:
         ends_at_suffix = not prompt.suffix_used or bool(fmt.sentinels)
         suffix = request.prompt.suffix if isinstance(request.prompt, Code) and ends_at_suffix else ""
         seed = request.sampling.seed
-        # Of the caller: what one key calls its session drops nothing of another's.
-        session = f"{request.project}/{current().subject}/{request.session}" if request.session else ""
+        session = _session(request)
         sequences: list[engine.Sequence] = []
         for index in range(request.n):
             sequence = engine.Sequence(
@@ -311,6 +311,11 @@ class Completions:
             )
             sequences.append(sequence)
         return sequences
+
+
+def _session(request: Request) -> str:
+    """Of the caller: what one key calls its session drops nothing of another's."""
+    return f"{request.project}/{current().subject}/{request.session}" if request.session else ""
 
 
 def _patience(request: Request) -> float:

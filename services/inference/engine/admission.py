@@ -36,10 +36,11 @@ class Admission:
             stayed = max(stayed, self._stay)
         self._stay += (_LEARN if self._stay else 1.0) * (stayed - self._stay)
 
-    def check(self, sequence: Sequence, queued: list[str], running: list[str]) -> None:
-        """Lets a new sequence through, or not.
+    def check(self, project: str, left: float | None, queued: list[str], running: list[str]) -> None:
+        """Lets a project's new sequence through, or not.
 
         Args:
+            left: seconds until its deadline; None when it has none.
             queued: projects of those that wait before it.
             running: projects of those that have places.
 
@@ -47,16 +48,15 @@ class Admission:
             QueueFull: too many wait already, of all or of its project, or for too long to meet its deadline.
         """
         counts, held = Counter(queued), Counter(running)
-        own, wait = counts[sequence.project], self._wait(sequence.project, counts, held)
+        own, wait = counts[project], self._wait(project, counts, held)
         hint = "Retry later, or run more replicas."
         if counts.total() >= self._limits.waiting:
             problem = f"{counts.total()} completions wait already"
         elif own >= self._limits.project_waiting:
-            problem = f"{own} completions of {sequence.project or 'one project'} wait already"
-        elif sequence.deadline is not None and wait:
+            problem = f"{own} completions of {project or 'one project'} wait already"
+        elif left is not None and wait:
             # Who would be out of time before its end takes the place of one who is not: under overload nobody would
             # get a whole completion any more. Half of its time is enough, for one that is longer than others.
-            left = sequence.deadline - sequence.submit_time
             if _CAUTION * wait + min(self._stay, left / 2) <= left:
                 return
             problem = f"it would wait {wait:.1f} s of {left:.1f} s until its deadline"

@@ -81,6 +81,20 @@ class Engine:
         with self._changed:
             return self._scheduler.preemptions
 
+    def check(self, project: str, session: str, deadline: float | None) -> None:
+        """Lets through who would be queued now: before the work on a prompt that would be refused.
+
+        Args:
+            session: of the project, as of a sequence.
+            deadline: on the monotonic clock.
+
+        Raises:
+            QueueFull: as the scheduler says.
+        """
+        left = None if deadline is None else deadline - time.monotonic()
+        with self._changed:
+            self._scheduler.admit(project, session, left)
+
     def submit(self, sequence: Sequence, *others: Sequence) -> None:
         """Queues a sequence, and others of the same request with it: all or none.
 

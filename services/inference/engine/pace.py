@@ -18,7 +18,11 @@ from services.inference.engine.few import MOST
 from services.inference.engine.speculate import FREE
 
 _TRIED = 2
-"""Steps of which the quicker says what a number of threads costs: one alone may have waited for code to be compiled."""
+"""Steps that try a number of threads: one alone may have waited for code to be compiled."""
+_KEPT = 6
+"""Latest steps of which the quickest says what a number of threads costs. Calls that are answered beside the steps make
+some of them slower, those of all threads most: of two the quicker was too often one of these, and half of the threads
+went on to be used (under overload a fifth of the time, bench/overload.py)."""
 _WASTE = 0.02
 """Share of the time that may go into trying again what is slower."""
 _FEWEST, _MOST = 32, 512
@@ -37,7 +41,7 @@ class Pace:
         self._others = 0
         """Who compute beside the steps, that this process knows of."""
         self._lock = threading.Lock()
-        self._costs = {number: deque[float](maxlen=_TRIED) for number in (threads, threads // 2)}
+        self._costs = {number: deque[float](maxlen=_KEPT) for number in (threads, threads // 2)}
         """By number of threads, of the latest steps: seconds for a token, and as if what a step takes without any were
         some more."""
         self._since = 0

@@ -134,17 +134,30 @@ class Scheduler:
                 field="stop.max_tokens",
                 hint="Ask for fewer tokens or give a shorter prompt.",
             )
-        everybody = (*self.waiting, *self.running)
-        older = [one for one in everybody if sequence.session and one.session == sequence.session]
-        staying = {one.number for one in everybody if not one.cancelled} - {one.number for one in older}
-        queued, running = (
-            [one.project for one in part if one.number in staying] for part in (self.waiting, self.running)
-        )
-        self._admission.check(sequence, queued, running)
+        left = None if sequence.deadline is None else sequence.deadline - sequence.submit_time
+        older = self.admit(sequence.project, sequence.session, left)
         for one in older:
             one.cancelled = one.cancelled or Reason.SUPERSEDED
         for one in (sequence, *others):
             self.waiting.add(one)
+
+    def admit(self, project: str, session: str, left: float | None) -> list[Sequence]:
+        """Lets a new sequence through, or not; the older ones of its session, whose place it takes.
+
+        Args:
+            left: seconds until its deadline; None when it has none.
+
+        Raises:
+            QueueFull: too many wait already, of all or of its project, or for too long to meet its deadline.
+        """
+        everybody = (*self.waiting, *self.running)
+        older = [one for one in everybody if session and one.session == session]
+        staying = {one.number for one in everybody if not one.cancelled} - {one.number for one in older}
+        queued, running = (
+            [one.project for one in part if one.number in staying] for part in (self.waiting, self.running)
+        )
+        self._admission.check(project, left, queued, running)
+        return older
 
     def plan(self, now: float) -> Plan:
         """The next step; sequences whose time is over leave first."""
