@@ -106,14 +106,14 @@ class Replica:
         return self.completions.Complete(pb.CompleteRequest(prompt=prompt, **fields), timeout=timeout)
 
     async def store(self, step: int) -> Checkpoint:
-        """Commits a random adapter of rank 16 on all linear layers, as the trainer does; each step is another one."""
+        """Commits a random adapter of rank 16 on all linear layers, in bfloat16, as the trainer does."""
         self.layers = self.layers or linear_layers(self.model)
         generator = torch.Generator().manual_seed(step)
         tensors = {}
         for path, (out, width) in self.layers.items():
             name = f"base_model.model.{path}.lora_"
-            tensors[name + "A.weight"] = torch.randn(RANK, width, generator=generator) * 0.02
-            tensors[name + "B.weight"] = torch.randn(out, RANK, generator=generator) * 0.02
+            tensors[name + "A.weight"] = (torch.randn(RANK, width, generator=generator) * 0.02).bfloat16()
+            tensors[name + "B.weight"] = (torch.randn(out, RANK, generator=generator) * 0.02).bfloat16()
         config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "bias": "none", "task_type": "CAUSAL_LM"}
         config["target_modules"] = sorted({path.rpartition(".")[2] for path in self.layers})
         data, name = save(tensors), f"{RUN}/checkpoints/{step}"

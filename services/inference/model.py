@@ -81,6 +81,10 @@ class LoadedModel:
         with _device_memory():
             self.runner.stage(weights)
 
+    def calm(self) -> AbstractContextManager[None]:
+        """Held while a version is on its way: steps are short meanwhile."""
+        return self.engine.calm()
+
     def probe(self, weights: lora.Weights, ids: Sequence[int] = ()) -> list[float]:
         """What the adapter makes of a short prompt; beside the engine, which goes on.
 

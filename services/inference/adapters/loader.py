@@ -63,6 +63,11 @@ class Device(Protocol):
         """
         ...
 
+    def calm(self) -> AbstractContextManager[None]:
+        """Held while a version is on its way: steps are short meanwhile, so that what disturbs one of them disturbs
+        little, and whoever asks for the version waits for none of them for long."""
+        ...
+
     def probe(self, weights: Weights, ids: Sequence[int]) -> list[float]:
         """The loss of each token of a prompt after the first, in nats.
 
@@ -120,7 +125,7 @@ class Loader:
             held = self._host.get(sha256)
             if (verified := held) is None:
                 # A step that two threads have begun waits for the one whose core is taken away.
-                with device.shared():
+                with device.calm(), device.shared():
                     verified = await self._verified(checkpoint, sha256, device, phases)
             version = await self._staged(checkpoint, verified, device, phases, patience, probe=held is None)
             self._host.put(verified)
@@ -153,7 +158,7 @@ class Loader:
         with _timed(phases, "wait"):
             await self._reserve(patience)
         try:
-            with _strange_files(checkpoint):
+            with _strange_files(checkpoint), device.calm():
                 with _timed(phases, "stage"):
                     weights = await asyncio.to_thread(device.prepare, verified.pairs, verified.scale, verified.sha256)
                 with _timed(phases, "probe"):

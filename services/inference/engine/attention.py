@@ -6,6 +6,7 @@ with the tokens of all sequences of a step side by side, and each sequence atten
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,8 @@ class Step:
     neighbouring blocks are one matrix."""
     few: Few | None = None
     """The same for the compiled kernels, where they are quicker."""
+    between: Callable[[], None] | None = None
+    """Called before each layer."""
     grid: Grid | None = None
     """In place of batches and rows, all of whose numbers lie in memory: see engine/graphs.py."""
 

@@ -61,6 +61,8 @@ class Block(nn.Module):
         Args:
             position_embeddings: from :class:`Rotary`.
         """
+        if step.between is not None:
+            step.between()
         x = hidden_states[0]
         qkv = self._qkv.compute(self.input_layernorm(x))
         if step.few is None or qkv.dtype != torch.float32:

@@ -118,6 +118,8 @@ class Compiled:
         desk.hidden.copy_(self._table[torch.tensor(ids)])
         turns = self._rotary(desk.hidden[None], torch.tensor([positions]))
         for layer in self._layers:
+            if step.between is not None:
+                step.between()
             layer.run(desk, turns, step)
         self._norm.into(desk.hidden, desk.normed)
         wanted = desk.normed if len(last) == len(ids) else desk.normed[last]

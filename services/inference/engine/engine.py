@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 from services.core import log
@@ -109,6 +110,17 @@ class Engine:
                 one.submit_time = time.monotonic()
             self._scheduler.submit(sequence, *others)
             self._changed.notify()
+
+    @contextmanager
+    def calm(self) -> Iterator[None]:
+        """Meanwhile steps are short: they make no guesses."""
+        with self._changed:
+            self._scheduler.calm += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._scheduler.calm -= 1
 
     def cancel(self, sequence: Sequence) -> None:
         """Ends a sequence before its next step; one that has ended already is fine."""

@@ -47,6 +47,10 @@ class Pace:
         self._since = 0
         """Steps since the last try."""
 
+    def crowded(self) -> int:
+        """How many threads are left to a step in progress while others compute; 0 while nobody does."""
+        return min(self._costs) if self._others else 0
+
     def threads(self, tokens: int) -> int:
         """For the next step, of so many tokens."""
         if self._others:

@@ -104,14 +104,25 @@ class Runner:
     def _paced(self, pace: Pace, layout: Layout) -> torch.Tensor:
         """As :meth:`_logits`, with as many threads as are quickest."""
         tokens = len(layout.ids)
-        if (threads := pace.threads(tokens)) != self._threads:
+        threads = pace.threads(tokens)
+        self._take(threads)
+        began = time.perf_counter()
+        logits = self._logits(layout)
+        if self._threads == threads:
+            pace.took(threads, tokens, time.perf_counter() - began)
+        return logits
+
+    def _take(self, threads: int) -> None:
+        """Takes so many threads from here on."""
+        if threads != self._threads:
             self._threads = threads
             reserve(threads)
             kernels.use(threads)
-        began = time.perf_counter()
-        logits = self._logits(layout)
-        pace.took(threads, tokens, time.perf_counter() - began)
-        return logits
+
+    def _leave(self) -> None:
+        """Leaves half of the cores in the middle of a step, once others need them."""
+        if self._pace is not None and (threads := self._pace.crowded()):
+            self._take(threads)
 
     def _logits(self, layout: Layout) -> torch.Tensor:
         """Of the tokens whose outputs are wanted, ``[last, embeddings]``."""
@@ -123,6 +134,7 @@ class Runner:
             slots=torch.tensor(layout.slots, device=device),
             begun=torch.tensor(layout.begun, device=device) if layout.begun else None,
             kv=self._kv,
+            between=None if self._pace is None else self._leave,
         )
         if self._bits is not None and tokens <= MOST:
             step = replace(step, few=few(step, self._bits, layout.rows))

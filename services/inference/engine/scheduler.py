@@ -105,6 +105,8 @@ class Scheduler:
         """In the order of their admission."""
         self.blocks = Blocks(limits.blocks)
         self._admission = Admission(limits)
+        self.calm = 0
+        """While it is not 0 there are no guesses: steps are short."""
         self.prompt_tokens = 0
         """Of all sequences admitted so far."""
         self.cached_tokens = 0
@@ -180,7 +182,7 @@ class Scheduler:
             item = self._repeat(Work(sequence, sequence.computed, count), budget - count)
             plan.work.append(item)
             budget -= count + len(item.drafts)
-        if not prefilling:  # whoever waits for the first token waits for the whole step
+        if not prefilling and not self.calm:  # whoever waits for the first token waits for the whole step
             self._draft(plan.work, budget)
         return plan
 

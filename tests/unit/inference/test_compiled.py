@@ -135,6 +135,21 @@ def test_a_probe_is_compiled_too_and_says_what_steps_compute_which_go_on_meanwhi
 
 
 @needs_kernels
+def test_before_each_layer_it_is_asked_whether_others_need_cores(
+    reference: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(copy.deepcopy(reference).bfloat16(), tokenizer, Limits(draft_tokens=0), threads=2)
+    layers.speed_up(bench.model, "bf16")
+    steps, asked, logits = list[None](), list[None](), compiled.Compiled.logits
+    monkeypatch.setattr(bench.runner._pace, "crowded", lambda: asked.append(None) or 0)
+    monkeypatch.setattr(compiled.Compiled, "logits", lambda self, *given: steps.append(None) or logits(self, *given))
+    bench.engine.start()
+    bench.submit([1, 2, 3], 4).wait()
+    bench.engine.stop()
+    assert len(steps) == 4 and len(asked) == 4 * bench.model.config.num_hidden_layers
+
+
+@needs_kernels
 def test_only_a_model_that_is_all_of_it_is_compiled(
     reference: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -68,3 +68,28 @@ def test_steps_are_computed_with_as_many_threads_as_are_quickest(
     bench.submit([1, 2, 3], 40).wait()
     bench.engine.stop()
     assert found[:4] == [2, 2, 1, 1] and found.count(2) <= 4, "each is tried, and then the quicker one stays"
+
+
+def test_a_step_in_progress_leaves_half_of_the_cores_once_others_need_them(
+    reference: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, found, asked = Bench(reference, tokenizer, Limits(draft_tokens=0), threads=2), list[int](), list[int]()
+    compute, pace = bench.runner._logits, bench.runner._pace
+    assert pace is not None
+
+    def crowded() -> int:
+        asked.append(torch.get_num_threads())
+        return 1 if len(asked) == 2 else 0  # somebody comes while the first step is at its second layer
+
+    def logits(layout: Layout) -> torch.Tensor:
+        computed = compute(layout)
+        found.append(torch.get_num_threads())
+        return computed
+
+    monkeypatch.setattr(pace, "crowded", crowded)
+    monkeypatch.setattr(bench.runner, "_logits", logits)
+    bench.engine.start()
+    bench.submit([1, 2, 3], 2).wait()
+    bench.engine.stop()
+    assert asked[:2] == [2, 2] and found == [1, 2], "the next step has all of them again"
+    assert sum(len(costs) for costs in pace._costs.values()) == 1, "a step of both says nothing"

@@ -55,12 +55,14 @@ def test_a_prompt_is_never_what_is_tried_on() -> None:
 def test_who_computes_beside_the_steps_has_half_of_the_cores_at_once_and_teaches_nothing() -> None:
     pace, times = Pace(2), {2: 0.002, 1: 0.003}
     run(pace, 10, times)
+    assert pace.crowded() == 0
     with pace.beside():
+        assert pace.crowded() == 1, "what is left to the step in progress"
         with pace.beside():
             assert run(pace, 100, {2: 0.02, 1: 0.02}) == 100 * [1]
         pace.took(2, 4, 10.0)  # a step that had begun before
         assert pace.threads(4) == pace.threads(256) == 1
-    assert set(run(pace, 10, times)) == {2}
+    assert set(run(pace, 10, times)) == {2} and pace.crowded() == 0
 
 
 def test_trying_costs_little_and_noise_does_not_make_it_waver() -> None:

@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from services.core.models.spelling import Overhang
 from services.inference.engine.blocks import BLOCK
+from services.inference.engine.engine import Engine
 from services.inference.engine.scheduler import Limits, Scheduler
 from services.inference.engine.sequence import Reason, Result, Sampling
 from services.inference.engine.speculate import Drafter, price
@@ -97,6 +98,18 @@ def test_who_waits_for_the_first_token_waits_for_no_guesses() -> None:
         assert [(work.count, work.drafts) for work in plan.work] == [(1, ()), (count, ())], "not even in what is left"
         compute(scheduler, plan)
     assert scheduler.plan(0).work[0].drafts, "and now again"
+
+
+def test_there_are_no_guesses_while_a_version_is_on_its_way(bench: Bench) -> None:
+    engine = Engine(bench.runner, Limits())  # which is not started
+    scheduler = engine._scheduler
+    scheduler.submit(make(6, 40))
+    compute(scheduler, scheduler.plan(0))
+    with engine.calm():
+        with engine.calm():
+            assert not scheduler.plan(0).work[0].drafts
+        assert not scheduler.plan(0).work[0].drafts, "another one still is"
+    assert scheduler.plan(0).work[0].drafts
 
 
 def test_guesses_take_no_block_that_others_may_need() -> None:
