@@ -13,6 +13,8 @@ import httpx2
 
 from tests.unit.client.conftest import Fake
 
+Event = tuple[str, str, str]
+"""Kind, data and id of one of a page's live events."""
 KEY = "cg_ops_0123456789abcdef"
 EVIL = "<script>alert(1)</script>\"'&{{7*7}}"
 """A name that does harm wherever it is not escaped."""
@@ -94,6 +96,8 @@ class Browser:
     leave: Callable[[], None] = field(default=lambda: None)
     """Tells the gateway to stop."""
     csrf: str = field(default="")
+    heard: list[Event] = field(default_factory=list)
+    """What :meth:`listen` has got so far."""
 
     async def page(self, way: str, status: int = 200) -> Page:
         """A page, which must be sound; its forms' token is kept."""
@@ -118,15 +122,16 @@ class Browser:
             await self.page("/console")
         return await self.http.post(way, data={"csrf": self.csrf, **fields})
 
-    async def listen(self, way: str, last: str = "", most: int = 100, until: str = "\0") -> list[tuple[str, str, str]]:
-        """(kind, data, id) of a stream's events, to its end, or to one whose data hold these words."""
+    async def listen(self, way: str, last: str = "", until: str | Callable[[str], bool] = "\0") -> list[Event]:
+        """A stream's events, to its end, or to one whose data hold these words or are those that it waits for."""
         headers = {"accept": "text/event-stream", **({"last-event-id": last} if last else {})}
-        found: list[tuple[str, str, str]] = []
+        found = self.heard = []
         async with self.http.stream("GET", way, headers=headers) as answer:
             assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
             async for event in _events(answer.aiter_lines()):
                 found.append(event)
-                if event[0] in ("end", "failed") or len(found) == most or until in event[1]:
+                is_last = until in event[1] if isinstance(until, str) else until(event[1])
+                if event[0] in ("end", "failed") or is_last:
                     break
         return found
 
@@ -135,17 +140,19 @@ class Browser:
         return self.services.requests[method][-1]
 
 
-def later(message: Any) -> Callable[[object], Awaitable[Any]]:
-    """A step of a scripted stream: what comes once that before it has been shown."""
+def later(message: Any, browser: Browser, count: int) -> Callable[[object], Awaitable[Any]]:
+    """A step of a scripted stream: what comes once the browser has got so many events of what came before."""
 
     async def step(request: object) -> Any:
-        await asyncio.sleep(0.4)
+        async with asyncio.timeout(20):
+            while len(browser.heard) < count:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
         return message
 
     return step
 
 
-async def _events(lines: AsyncIterator[str]) -> AsyncIterator[tuple[str, str, str]]:
+async def _events(lines: AsyncIterator[str]) -> AsyncIterator[Event]:
     kind, data, position = "", [], ""
     async for line in lines:
         name, _, value = line.partition(": ")

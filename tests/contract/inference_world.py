@@ -6,10 +6,11 @@ Its fixtures are in inference_fixtures.py.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -203,6 +204,22 @@ class World:
     async def until_active(self, sha256: str) -> None:
         await until(lambda: (v := self.replica.registry.route(PROJECT).main) is not None and v.sha256 == sha256)
 
+    @contextlib.contextmanager
+    def unhurried(self, seconds: float = 0.05) -> Iterator[None]:
+        """Each step of the engine takes so long at least: the longest text is under way for ten seconds."""
+        runner = self.replica.model.result().engine._runner
+        step = runner.step
+
+        def slow(work: Any) -> Any:
+            time.sleep(seconds)
+            return step(work)
+
+        runner.step = slow  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            runner.step = step  # type: ignore[method-assign]
+
     def told(self, type: str) -> list[Any]:
         return [event for event in self.runtime.events.published if event.type == type]  # type: ignore[attr-defined]
 
@@ -212,6 +229,18 @@ async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "did not happen in time"
         await asyncio.sleep(0.005)
+
+
+async def in_time(attempt: Callable[[float], Awaitable[bool]]) -> None:
+    """Has something tried with a second, and with more where the machine stood still for that time.
+
+    Args:
+        attempt: says whether it went as it should.
+    """
+    for seconds in (1, 1.5, 2, 2.5, 3):
+        if await attempt(seconds):
+            return
+    raise AssertionError("it did not go as it should with any time")
 
 
 async def refused(stream: Stream) -> errors.CodegraftError:

@@ -339,13 +339,17 @@ async def test_a_revoked_key_loses_its_calls_and_its_streams_within_seconds(inge
         await operator.keys.rotate(made.name)
 
 
-async def test_an_upload_under_way_ends_with_its_key(ingest: tuple[AsyncCodegraft, str]) -> None:
+@pytest.mark.parametrize("begun", [True, False], ids=["under way", "that says nothing yet"])
+async def test_an_upload_ends_with_its_key(ingest: tuple[AsyncCodegraft, str], begun: bool) -> None:
     client, root = ingest
+    revoked = asyncio.Event()
     operator = client.with_key(root)
     await operator.projects.create("a")
     made, secret = await operator.keys.create(ROLE_CONTRIBUTOR, projects=["a"])
 
     async def slowly() -> AsyncIterator[upload_pb2.UploadContentRequest]:
+        if not begun:
+            await revoked.wait()
         header = upload_pb2.UploadHeader(parent="projects/a", sha256="0" * 64, size=1 << 20, filename="f")
         yield upload_pb2.UploadContentRequest(header=header)
         await asyncio.sleep(20)
@@ -354,8 +358,9 @@ async def test_an_upload_under_way_ends_with_its_key(ingest: tuple[AsyncCodegraf
         stub = upload_pb2_grpc.UploadServiceStub(channel)
         call = stub.UploadContent(slowly(), metadata=(("authorization", f"Bearer {secret}"),))
         await call.initial_metadata()
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.1)  # it is let in by now
         await operator.keys.revoke(made.name)
+        revoked.set()
         with pytest.raises(grpc.aio.AioRpcError) as ended:
             await asyncio.wait_for(call, 5)
     assert from_rpc(ended.value).reason == "KEY_REVOKED"

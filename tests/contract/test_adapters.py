@@ -189,7 +189,7 @@ async def test_a_caller_who_leaves_ends_the_conversion(
         nonlocal read
         for named in whole(self, file):
             read += 1
-            time.sleep(0.1)
+            time.sleep(0.3)  # six seconds for all
             yield named
 
     monkeypatch.setattr(Merged, "tensors", slow)
@@ -202,11 +202,10 @@ async def test_a_caller_who_leaves_ends_the_conversion(
             break
     assert left(exports)
     call.cancel()
-    deadline = time.monotonic() + 5
-    while left(exports):
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.02)
-    assert read < 10, "it went on to the end"
+    async with asyncio.timeout(20):
+        while left(exports):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    assert read < 15, "it went on to the end"
     monkeypatch.setattr(Merged, "tensors", whole)
     await house.client.adapters.download(CHECKPOINT, tmp_path / "to", format=pb.ADAPTER_FORMAT_MERGED)
 

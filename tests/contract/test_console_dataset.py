@@ -163,7 +163,7 @@ async def test_scans_of_others_can_be_chosen_as_they_come(acme: Browser) -> None
     other = scan(name="projects/acme/scans/s-2")
     other.status.create_time.seconds = 2_000_000_000
     removed = pb.WatchScansResponse(removed="projects/acme/scans/s-2")
-    acme.services.scripts["WatchScans"] = [[pb.WatchScansResponse(scan=other), later(removed)]]
+    acme.services.scripts["WatchScans"] = [[pb.WatchScansResponse(scan=other), later(removed, acme, 1)]]
     events = await acme.listen(f"{HERE}/live?shown=s-1")
     assert [kind for kind, _, _ in events] == ["part", "part", "end"]
     two, one = (Page(html) for _, html, _ in events[:2])

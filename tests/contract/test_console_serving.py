@@ -17,7 +17,7 @@ from codegraft.scanner.v1.scan_pb2 import GetDatasetResponse
 from codegraft.trainer.v1 import run_pb2
 from codegraft.trainer.v1.checkpoint_pb2 import Checkpoint
 from services.core import errors
-from tests.contract.console_world import EVIL, Browser, Page, check
+from tests.contract.console_world import EVIL, Browser, Page, check, later
 
 pytest_plugins = ["tests.contract.console_fixtures"]
 HERE = "/console/p/acme/serving"
@@ -125,11 +125,8 @@ async def test_swaps_are_told_as_they_happen(acme: Browser) -> None:
         status.active_checkpoint = checkpoints[0] if checkpoints else ""
         return pb.WatchServingResponse(serving=serving, status=status)
 
-    async def after(request: object) -> pb.WatchServingResponse:
-        await asyncio.sleep(0.3)
-        return now("cd", BEST, "projects/acme/runs/r-0/checkpoints/9")
-
-    acme.services.scripts["WatchServing"] = [[now("ab"), now("ab"), after]]
+    swapped = now("cd", BEST, "projects/acme/runs/r-0/checkpoints/9")
+    acme.services.scripts["WatchServing"] = [[now("ab"), now("ab"), later(swapped, acme, 3)]]
     events = await acme.listen(f"{HERE}/live")
     parts = [Page(data).ids[0] for kind, data, _ in events if kind == "part"]
     assert parts == ["serving-state", "swap-history", "came-from"] * 2
@@ -189,4 +186,4 @@ async def test_a_browser_that_goes_away_ends_the_generation(acme: Browser) -> No
         async for line in answer.aiter_lines():
             if line.startswith("event: started"):
                 break
-    await asyncio.wait_for(acme.services.cancelled.wait(), 5)
+    await asyncio.wait_for(acme.services.cancelled.wait(), 20)

@@ -199,7 +199,7 @@ async def test_the_list_goes_on_with_everybodys_runs(browser: Browser) -> None:
         pb.WatchRunsResponse(run=begun("r-3", 30)),
         pb.WatchRunsResponse(removed="projects/acme/runs/r-2"),
     ]
-    browser.services.scripts["WatchRuns"] = [[*changes[:2], later(changes[2])]]
+    browser.services.scripts["WatchRuns"] = [[*changes[:2], later(changes[2], browser, 1)]]
     (two, one, end) = await browser.listen(f"{HERE}/live")
     assert (two[0], one[0], end[0]) == ("part", "part", "end") and browser.asked("WatchRuns").parent == "projects/acme"
     rows = [[each for each in Page(html).ids if each.startswith("run-")] for _, html, _ in (two, one)]

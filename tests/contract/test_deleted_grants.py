@@ -153,7 +153,7 @@ async def test_a_deletion_that_was_cut_short_is_ended(house: House, by: str, mon
         monkeypatch.setattr(deletions, "_PATIENCE", 0.0)
         monkeypatch.setattr(deletions, "_LOOK", 0.01)
         task = asyncio.create_task(Ingest(house.runtime, house.settings).deletions.run())
-        await until(lambda: "projects/p/quota" in house.of_deletion(), 5)
+        await until_gone(house.parts.tables.deletions.all)
         task.cancel()
     assert (await house.states())["ours"] == ([], True)
     assert (await house.states())["both"] == (["projects/q"], False)

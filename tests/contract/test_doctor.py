@@ -117,6 +117,7 @@ async def test_each_wrong_thing_is_found(place: Installation, monkeypatch: pytes
         assert told == "may not exchange what is used on newer.trainer"
     with monkeypatch.context() as patch:  # and of one before all services claimed room in one place
         patch.setattr(permissions, "ROOM", "$KV.access.Newer.")
+        patch.setattr(permissions, "_TIMEOUT", 2.0)  # what is refused is not answered
         told = await permissions._try_nats(settings, "trainer", known, ["KV_trainer"], [])
         assert told == "may not claim room for what it stores, on $KV.access.Newer.>"
     others = await permissions.check(Installation(settings, {"inference": admin}))

@@ -17,6 +17,7 @@ from services.core.events import Event, EventBus, MemoryBus
 from services.core.events.nats import STREAM, NatsBus
 from services.core.nats_connection import connect
 from services.core.telemetry import tracing
+from tests.listening import first_of
 
 if TYPE_CHECKING:
     from tests.conftest import NatsServer
@@ -40,16 +41,17 @@ async def bus(request: pytest.FixtureRequest) -> AsyncIterator[EventBus]:
 class Follower:
     """A subscription that is running before anything else happens."""
 
-    def __init__(self, events: AsyncIterator[Event]) -> None:
+    def __init__(self, events: AsyncIterator[Event], first: asyncio.Future[Event]) -> None:
         self._events = events
-        self._next = asyncio.ensure_future(anext(events))
+        self._next = first
 
     async def next(self) -> Event:
-        event = await asyncio.wait_for(self._next, 15)
+        event = await asyncio.wait_for(self._next, 30)
         self._next = asyncio.ensure_future(anext(self._events))
         return event
 
     async def silent(self, seconds: float = 0.3) -> bool:
+        """Whether no event comes for so long."""
         done, _ = await asyncio.wait({self._next}, timeout=seconds)
         return not done
 
@@ -61,9 +63,10 @@ class Follower:
 
 
 async def following(bus: EventBus, *types: str, durable: str = "") -> Follower:
-    follower = Follower(bus.subscribe(*types, durable=durable))
-    await asyncio.sleep(0.2)
-    return follower
+    events = bus.subscribe(*types, durable=durable)
+    if durable:  # it begins with the oldest event, whenever it begins
+        return Follower(events, asyncio.ensure_future(anext(events)))
+    return Follower(events, await first_of(bus, events))
 
 
 def new_id() -> str:
@@ -122,7 +125,7 @@ async def test_a_durable_subscriber_goes_on_where_it_was(bus: EventBus) -> None:
     for id in ids[1:3]:
         await bus.publish(type, "projects/p", Run(), id=id)
     assert [(await first.next()).id, (await first.next()).id] == ids[:2]
-    await first.silent()  # asked for the third, so the second is acknowledged
+    assert not await first.silent(20)  # it has got the third, so the second is acknowledged
     await first.close()
     await bus.publish(type, "projects/p", Run(), id=ids[3])
     second = await following(bus, type, durable=durable)
@@ -143,7 +146,7 @@ async def test_subscribers_of_one_name_share(bus: EventBus) -> None:
     ids = {new_id() for _ in range(20)}
     for id in ids:
         await bus.publish(type, "projects/p", Run(), id=id)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while len(seen) < len(ids):  # noqa: ASYNC110
             await asyncio.sleep(0.02)
     await asyncio.sleep(0.2)

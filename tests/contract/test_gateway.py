@@ -23,7 +23,7 @@ from services.inference.engine.scheduler import Limits
 from services.inference.engine.sequence import Reason
 from services.inference.prompter import Code
 from tests.contract.gateway_world import Gateway
-from tests.contract.inference_world import PROJECT, RUN, World, until
+from tests.contract.inference_world import PROJECT, RUN, World, in_time, until
 
 pytest_plugins = ["tests.contract.gateway_fixtures"]
 
@@ -271,20 +271,22 @@ async def test_a_client_that_goes_away_frees_its_place_at_once(world: World, gat
 
     for path in ("/v1/completions", "/v1/fim/completions", "/infill"):
         for stream in (True, False):
-            asking = asyncio.create_task(ask(path, stream))
-            await until(lambda: engine.load[0] > 0)
-            asking.cancel()
-            await asyncio.wait([asking])
-            await until(lambda: engine.load == (0, 0) and world.replica.registry.streams(PROJECT) == {}, seconds=1)
+            with world.unhurried():  # twenty seconds for all of it
+                asking = asyncio.create_task(ask(path, stream))
+                await until(lambda: engine.load[0] > 0)
+                asking.cancel()
+                await asyncio.wait([asking])
+                await until(lambda: engine.load == (0, 0) and not world.replica.registry.streams(PROJECT), seconds=8)
 
 
 async def test_a_newer_request_of_a_session_drops_the_older(world: World, gateway: Gateway) -> None:
     engine = world.replica.model.result().engine
     for headers, user in (({"x_codegraft_session": "window-1"}, None), ({}, "window-1")):
         body = {**CODE, "max_tokens": 220, "user": user}
-        older = asyncio.create_task(gateway.post("/v1/completions", body, **headers))
-        await until(lambda: engine.load[0] == 1)
-        newer = await gateway.post("/v1/completions", {**body, "max_tokens": 4}, **headers)
+        with world.unhurried():
+            older = asyncio.create_task(gateway.post("/v1/completions", body, **headers))
+            await until(lambda: engine.load[0] == 1)
+            newer = await gateway.post("/v1/completions", {**body, "max_tokens": 4}, **headers)
         choice = (await older).json()["choices"][0]
         assert (choice["finish_reason"], choice["codegraft_reason"]) == ("length", "SUPERSEDED")
         assert newer.json()["choices"][0]["codegraft_reason"] == "LENGTH"
@@ -299,22 +301,24 @@ async def test_what_one_caller_calls_its_session_drops_nothing_of_anothers(world
         request = Request(PROJECT, Code("a.py", CODE["prompt"], ""), stop=Stop(tokens), session="my-plugin")
         return [part async for part in completions.run(request)][-1].reason  # type: ignore[no-any-return]
 
-    older = asyncio.create_task(ask("keys/a", 220))
-    await until(lambda: engine.load[0] == 1)
-    assert await asyncio.create_task(ask("keys/b", 4)) is Reason.LENGTH
-    assert not older.done()
-    assert await asyncio.create_task(ask("keys/a", 4)) is Reason.LENGTH and await older is Reason.SUPERSEDED
+    with world.unhurried():
+        older = asyncio.create_task(ask("keys/a", 220))
+        await until(lambda: engine.load[0] == 1)
+        assert await asyncio.create_task(ask("keys/b", 4)) is Reason.LENGTH
+        assert not older.done()
+        assert await asyncio.create_task(ask("keys/a", 4)) is Reason.LENGTH and await older is Reason.SUPERSEDED
 
 
 async def test_a_full_queue_says_when_to_come_back(worlds: Callable[..., Any], gateways: Callable[..., Any]) -> None:
     world: World = await worlds(limits=Limits(running=1, waiting=1, step_tokens=32, kv_tokens=8192))
     gateway: Gateway = await gateways(world)
     engine = world.replica.model.result().engine
-    running = asyncio.create_task(gateway.post("/v1/completions", {**CODE, "max_tokens": 220}))
-    await until(lambda: engine.load == (1, 0))
-    waiting = asyncio.create_task(gateway.post("/v1/completions", CODE))
-    await until(lambda: engine.load == (1, 1))
-    refused = await gateway.post("/v1/completions", {**CODE, "stream": True})
+    with world.unhurried():
+        running = asyncio.create_task(gateway.post("/v1/completions", {**CODE, "max_tokens": 220}))
+        await until(lambda: engine.load == (1, 0))
+        waiting = asyncio.create_task(gateway.post("/v1/completions", CODE))
+        await until(lambda: engine.load == (1, 1))
+        refused = await gateway.post("/v1/completions", {**CODE, "stream": True})
     assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
     assert refused.json()["error"]["code"] == "QUEUE_FULL" and refused.json()["error"]["type"] == "rate_limit_error"
     assert (await running).status_code == (await waiting).status_code == 200
@@ -324,10 +328,17 @@ async def test_time_that_runs_out_leaves_the_text_so_far(
     worlds: Callable[..., Any], gateways: Callable[..., Any]
 ) -> None:
     world: World = await worlds(limits=Limits(running=1, waiting=8, step_tokens=32, kv_tokens=8192))
-    gateway: Gateway = await gateways(world, gateway_timeout_seconds=0.5)
-    answer = await gateway.post("/v1/completions", {**CODE, "max_tokens": 220, "n": 8, "temperature": 1})
-    reasons = {choice["codegraft_reason"] for choice in answer.json()["choices"]}
-    assert answer.status_code == 200 and "DEADLINE" in reasons
+
+    async def attempt(seconds: float) -> bool:
+        gateway: Gateway = await gateways(world, gateway_timeout_seconds=seconds)
+        answer = await gateway.post("/v1/completions", {**CODE, "max_tokens": 220, "n": 8, "temperature": 1})
+        if answer.status_code != 200:
+            return False
+        assert "DEADLINE" in {choice["codegraft_reason"] for choice in answer.json()["choices"]}
+        return True
+
+    with world.unhurried(0.03):
+        await in_time(attempt)
 
 
 # --- chat, and fill-in-the-middle as Mistral has it ---

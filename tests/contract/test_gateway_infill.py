@@ -106,20 +106,44 @@ async def test_a_stream_is_llama_cpps(gateway: Gateway) -> None:
 async def test_the_time_limit_holds_once_there_is_a_line(gateways: Callable[..., Any]) -> None:
     gateway: Gateway = await gateways()
 
+    seen = asyncio.Event()
+
     def text(value: str) -> Any:
         return pb.CompleteResponse(delta=pb.Delta(text=value, tokens=1))
 
-    async def later(value: str) -> Any:
+    async def late(request: object) -> Any:
+        await seen.wait()
         await asyncio.sleep(0.05)
-        return text(value)
+        return text("b")
 
     started = pb.CompleteResponse(started=pb.Started(completion_id="c", prompt_tokens=9))
-    slow = [started, text("a"), lambda _: later("b"), text("\n"), lambda _: later("c"), lambda _: asyncio.sleep(60)]
+    slow = [started, text("a"), late, text("\n"), lambda _: asyncio.sleep(60)]
     gateway.neighbours.scripts["Complete"] = [slow]  # type: ignore[list-item]
+    content, lines = "", []
+    async with gateway.http.stream("POST", "/infill", json=vscode(t_max_predict_ms=20, stream=True)) as response:
+        async for line in response.aiter_lines():
+            if line:
+                lines.append(json.loads(line.removeprefix("data: ")))
+                content += lines[-1]["content"]
+                seen.set()  # the gateway has the first token: its clock runs
+    assert content == "ab\n" and (lines[-1]["stop_type"], lines[-1]["tokens_predicted"]) == ("limit", 3)
+    assert lines[-1]["timings"]["predicted_ms"] >= 50
+    await asyncio.wait_for(gateway.neighbours.cancelled.wait(), 20)
+
+
+async def test_an_answer_as_a_whole_ends_at_the_time_limit_too(gateways: Callable[..., Any]) -> None:
+    gateway: Gateway = await gateways()
+
+    async def more(request: object) -> Any:
+        await asyncio.sleep(0.03)
+        return pb.CompleteResponse(delta=pb.Delta(text="b", tokens=1))
+
+    started = pb.CompleteResponse(started=pb.Started(completion_id="c", prompt_tokens=9))
+    line = pb.CompleteResponse(delta=pb.Delta(text="a\n", tokens=1))
+    gateway.neighbours.scripts["Complete"] = [[started, line, *[more] * 300]]  # type: ignore[list-item]
     answer = (await gateway.post("/infill", vscode(t_max_predict_ms=20))).json()
-    assert (answer["content"], answer["stop_type"], answer["tokens_predicted"]) == ("ab\n", "limit", 3)
-    assert answer["timings"]["predicted_ms"] >= 50
-    await asyncio.wait_for(gateway.neighbours.cancelled.wait(), 5)
+    assert answer["content"].startswith("a\nb") and answer["stop_type"] == "limit"
+    assert answer["tokens_predicted"] == len(answer["content"]) - 1 < 300
 
 
 async def test_temperature_samples_and_its_absence_does_not(gateway: Gateway) -> None:

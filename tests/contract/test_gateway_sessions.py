@@ -34,8 +34,7 @@ async def test_editors_that_type_get_their_own_answers_and_leave_nothing_behind(
 
     engine = world.replica.model.result().engine
     await until(lambda: not any(engine.look(lambda it: (len(it.running), len(it.waiting), it.blocks.held))))
-    assert world.replica.registry.streams(PROJECT) == {}
-    assert ACTIVE._value.get() == 0
+    await until(lambda: world.replica.registry.streams(PROJECT) == {} and ACTIVE._value.get() == 0)
 
     others: list[tuple[Ask, Ask]] = []
     sample = random.Random(0).sample(typing.whole(), 24)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import io
 import secrets
@@ -27,6 +26,7 @@ from services.core.store.blobs import Blobs
 from services.ingest.assembly import Ingest
 from services.ingest.config import IngestSettings
 from tests.conftest import NatsServer, S3Address
+from tests.listening import first_of
 from tests.servers.ingest import serving
 
 Start = Callable[[Runtime], AbstractAsyncContextManager[AsyncCodegraft]]
@@ -121,8 +121,7 @@ async def test_who_follows_hears_of_projects_and_since_when_texts_are_kept(
     client: AsyncCodegraft, runtime: Runtime, project: str
 ) -> None:
     told = runtime.events.subscribe("codegraft.ingest.project.changed.v1")
-    first = asyncio.ensure_future(anext(aiter(told)))
-    await asyncio.sleep(0.2)  # from now on it hears
+    first = await first_of(runtime.events, told)
     made = await client.projects.create(project)
     assert not made.HasField("keep_completions_time")
     made.keep_completions = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import threading
 import time
 from pathlib import Path
 
@@ -37,8 +38,10 @@ async def test_a_token_opens_an_https_repository_and_is_seen_by_nobody(
                 await w.add(git_server.url + "app/.git")
             assert "credential" in refused.value.hint
             made = await w.client.credentials.create_token(PROJECT, token, username="robot", credential_id="t")
-            watching = asyncio.create_task(asyncio.to_thread(_watch_processes, token, seen))
+            fetched = threading.Event()
+            watching = asyncio.create_task(asyncio.to_thread(_watch_processes, token, seen, fetched))
             ready = await w.add(git_server.url + "app/.git", credential=made.name)
+            fetched.set()
             await watching
             assert ready.file_count == 1
             shown = await w.client.credentials.get(made.name)
@@ -53,10 +56,10 @@ async def test_a_token_opens_an_https_repository_and_is_seen_by_nobody(
     assert not [path for path in left if token.encode() in path.read_bytes()], "nothing of it stays on disk"
 
 
-def _watch_processes(token: str, seen: set[str], seconds: float = 3) -> None:
-    """Looks at every process of the machine for a while."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+def _watch_processes(token: str, seen: set[str], fetched: threading.Event) -> None:
+    """Looks at every process of the machine until then, which a test that fails before never says."""
+    end = time.monotonic() + 60
+    while not fetched.is_set() and time.monotonic() < end:
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 command = (folder / "cmdline").read_bytes()

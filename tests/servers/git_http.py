@@ -36,6 +36,8 @@ class GitServer:
     """Where it redirects every request, when set."""
     dumb: bool = False
     """Serve the repository's files as they lie there, as the old protocol has it."""
+    hold: threading.Event | None = None
+    """Before the body of every answer it waits until this is set."""
     drip_seconds: float = 0
     """Pause before the body of every answer."""
     endless: bool = False
@@ -108,6 +110,8 @@ class _Handler(BaseHTTPRequestHandler):
         head, _, content = answer.stdout.partition(b"\r\n\r\n")
         headers = dict(line.split(": ", 1) for line in head.decode().split("\r\n"))
         time.sleep(git.drip_seconds)
+        if git.hold is not None:
+            git.hold.wait(60)
         self._send(int(headers.pop("Status", "200 OK").split()[0]), headers, content)
 
     def _send(self, status: int, headers: dict[str, str], content: bytes) -> None:

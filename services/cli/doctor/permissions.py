@@ -31,7 +31,10 @@ from services.core.quota.nats import PREFIX as USAGE
 from services.core.runtime import nats_tls
 from services.core.state import mirror
 
-_TIMEOUT = 1.0
+_TIMEOUT = 5.0
+"""Seconds for an answer: a busy server must not look like one that refuses."""
+_REFUSAL = 1.0
+"""Seconds for what the server says against us to be read."""
 _HINT_NATS = "Make the servers' users anew: python -m services.cli.local.permissions prints them."
 _HINT_S3 = "Give each service an identity of its own, as deploy/helm/codegraft/README.md has them."
 
@@ -82,7 +85,7 @@ async def _try_nats(settings: CoreSettings, user: str, password: str, own: list[
             password=password or None,
             tls=nats_tls(settings),
             inbox_prefix=f"_INBOX.{user}" if user else "_INBOX",
-            connect_timeout=2,
+            connect_timeout=int(_TIMEOUT),
             allow_reconnect=False,
             error_cb=on_error,
         )
@@ -137,7 +140,7 @@ async def _allowed(client: Client, others: list[str], refused: list[str]) -> str
     wanted['subscription to "$kv.>"'] = "may listen to everybody's state"
     await client.subscribe("$KV.>")
     await client.flush(timeout=int(_TIMEOUT))
-    deadline = asyncio.get_running_loop().time() + _TIMEOUT
+    deadline = asyncio.get_running_loop().time() + _REFUSAL
     while left := [told for sign, told in wanted.items() if not any(sign in line for line in refused)]:
         if asyncio.get_running_loop().time() > deadline:
             return left[0]

@@ -156,9 +156,11 @@ class Keyring:
 
     def hold(self, caller: Caller, end: Callable[[], object]) -> Callable[[], None]:
         """Calls ``end`` once the caller's key is revoked, replaced, or of one of its projects no more; what it returns
-        makes it forget that."""
+        makes it forget that. That may have happened since the caller was let in: a stream waits for its first message
+        as long as its caller likes."""
         mine = _Held(caller, end)
         self._held.setdefault(caller.subject, set()).add(mine)
+        self._look_at(mine)
 
         def release() -> None:
             held = self._held.get(caller.subject, set())
