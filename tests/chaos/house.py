@@ -100,9 +100,11 @@ class House:
     serving: Any
     peers: grpc.aio.Server
 
-    def complete(self, project: str, **options: Any) -> Stream:
+    def complete(self, project: str, tokens: int = 8, **options: Any) -> Stream:
         request = pb.CompleteRequest(
-            parent=project, prompt=pb.CodePrompt(path="a.py", prefix="def main():\n"), stop=pb.StopRule(max_tokens=8)
+            parent=project,
+            prompt=pb.CodePrompt(path="a.py", prefix="def main():\n"),
+            stop=pb.StopRule(max_tokens=tokens),
         )
         return Stream(self.completions.Complete(request, **{"timeout": 30, "wait_for_ready": True, **options}))
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncIterator
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 
 from codegraft.access.v1.quota_pb2 import StoredPlaces
 from services.core.errors import QuotaExceeded, StateUnavailable
 from services.core.nats_connection import connect
+from services.core.quota import places as module
 from services.core.quota.limits import Defaults, Kind
 from services.core.quota.places import Places
 from services.core.quota.quotas import Quotas
@@ -114,17 +117,35 @@ async def test_every_owner_has_to_have_room(state: StateStore) -> None:
         assert await replica.create("runs/d", owners=("projects/p",)), "its claim at the project was given back"
 
 
-async def test_a_claim_whose_process_is_not_heard_ends_by_itself_and_is_there_again(state: StateStore) -> None:
+async def test_a_claim_whose_process_is_not_heard_ends_by_itself_and_is_there_again(
+    state: StateStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time_ns()
+    monkeypatch.setattr(module, "time", SimpleNamespace(time_ns=lambda: now))  # how slow the machine is does not matter
     away = Away(state)
     cut, other = Replica(away, {}, lasts=timedelta(seconds=0.2)), Replica(state, {})  # type: ignore[arg-type]
+
+    async def until_claimed(name: str, lasts: float) -> None:
+        """Until a claim that lasts so many seconds from now is there."""
+        async with asyncio.timeout(10):
+            while True:
+                entry = await state.get("StoredPlaces/projects/p/runs")
+                places = StoredPlaces.FromString((entry and entry.value) or b"").places
+                ends = [each.expire_time.ToNanoseconds() for each in places if each.name == name]
+                if ends and ends[0] >= now + lasts * 1e9:
+                    return
+                await asyncio.sleep(0.005)
+
     async with cut.places.claim(["projects/p"], "runs/a", 2):
-        await asyncio.sleep(0.3)
+        now += 150_000_000
+        await until_claimed("runs/a", 0.2)
+        now += 150_000_000
         assert not await other.create("runs/b", 2), "it lives"
         away.away = True
-        await asyncio.sleep(0.21)
+        now += 210_000_000
         async with other.places.claim(["projects/p"], "runs/b", 1):
             away.away = False
-            await asyncio.sleep(0.1)
+            await until_claimed("runs/a", 0.2)
             assert not await other.create("runs/c", 1), "both count, as both come"
     assert await other.create("runs/c", 3)
 

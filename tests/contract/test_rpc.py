@@ -278,9 +278,9 @@ async def test_a_downstream_call_carries_deadline_request_id_and_trace(channel: 
     async with serving(Echo()) as (address, _), client.channel(address) as onward:
         echo.onward = onward
         sent = (("x-request-id", "req-2"), ("traceparent", TRACEPARENT))
-        answer = await channel.unary_unary("/test.Echo/Onward")(b"", timeout=5, metadata=sent)
+        answer = await channel.unary_unary("/test.Echo/Onward")(b"", timeout=20, metadata=sent)
     seen = json.loads(answer)
-    assert 4.0 < seen["left"] < 4.8  # five seconds, less the 0.2 that were spent before, less the margin
+    assert 10 < seen["left"] < 19.8  # twenty seconds, less the 0.2 that were spent before, less the margin
     assert seen["x-request-id"] == "req-2"
     assert seen["traceparent"].split("-")[1] == TRACE
     assert seen["traceparent"] != TRACEPARENT  # its parent is the service in between
@@ -301,9 +301,11 @@ async def test_every_call_is_a_span_at_both_ends(echo: Echo) -> None:
                 await asyncio.wait_for(echo.waiting.wait(), 5)
                 waiting.cancel()
                 await asyncio.wait_for(echo.cancelled.wait(), 5)
-            await asyncio.sleep(0.1)  # both ends have heard of it
+            names = ("Seen", "Fail", "Count", "Wait")
+            async with asyncio.timeout(10):
+                while len(recorder.of(TRACE)) < 2 * len(names):  # noqa: ASYNC110  # until both ends have heard of all
+                    await asyncio.sleep(0.01)
     spans = {(span.name.removeprefix("test.Echo/"), span.kind): span for span in recorder.of(TRACE)}
-    names = ("Seen", "Fail", "Count", "Wait")
     assert set(spans) == {(name, kind) for name in names for kind in (SpanKind.CLIENT, SpanKind.SERVER)}
     for name in names:
         ours, theirs = spans[name, SpanKind.CLIENT], spans[name, SpanKind.SERVER]
@@ -317,7 +319,7 @@ async def test_every_call_is_a_span_at_both_ends(echo: Echo) -> None:
 
 async def test_a_call_without_a_deadline_gets_the_default_one(channel: grpc.aio.Channel) -> None:
     seen = json.loads(await channel.unary_unary("/test.Echo/Seen")(b""))
-    assert seen["left"] == pytest.approx(client.DEFAULT_DEADLINE, abs=1)
+    assert client.DEFAULT_DEADLINE - 10 < seen["left"] <= client.DEFAULT_DEADLINE
 
 
 async def test_streamed_requests_work(channel: grpc.aio.Channel) -> None:
@@ -368,11 +370,12 @@ async def test_a_stream_cancelled_while_it_writes_cleans_up_at_once(echo: Echo) 
 async def test_the_deadline_ends_the_handler_and_is_logged_as_such(
     channel: grpc.aio.Channel, echo: Echo, logged: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await channel.unary_unary("/test.Echo/Wait")(b"", timeout=0.2)
-    assert type(from_rpc(caught.value)) is errors.DeadlineExceeded
+    while not echo.waiting.is_set():  # the machine may stand still until a deadline is over
+        lines(logged)  # of one that never came to the handler
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await channel.unary_unary("/test.Echo/Wait")(b"", timeout=0.2)
+        assert type(from_rpc(caught.value)) is errors.DeadlineExceeded
     await asyncio.wait_for(echo.cancelled.wait(), 5)
-    await asyncio.sleep(0.05)
     assert [line["code"] for line in lines(logged) if line["event"] == "call"] == ["DEADLINE_EXCEEDED"]
 
 

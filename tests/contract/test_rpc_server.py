@@ -101,7 +101,7 @@ def test_it_serves_health_by_service_and_reflection_on_a_port_it_names() -> None
 def test_a_service_that_is_not_quick_yet_is_called_but_not_balanced_to() -> None:
     with running(test_serving_after=1) as process, grpc.insecure_channel(process.address) as channel:
         assert (health(channel), health(channel, NAME)) == (SERVING, NOT_SERVING)
-        assert channel.unary_unary(f"/{NAME}/Second")(b"", timeout=5) == b"done"
+        assert channel.unary_unary(f"/{NAME}/Second")(b"", timeout=20) == b"done"
         process.line("serving at last")
         assert health(channel, NAME) == SERVING
         process.signal(signal.SIGTERM)
@@ -127,14 +127,14 @@ def test_draining_says_so_lets_streams_end_and_takes_no_new_calls() -> None:
         stream = call(channel, "Twenty")(b"")  # two seconds
         received = [next(stream)]
         unary = channel.unary_unary(f"/{NAME}/Second").future(b"")
-        time.sleep(0.2)
+        assert unary.initial_metadata(), "it has been let in"
         process.signal(signal.SIGTERM)
         assert next(watching).status == NOT_SERVING
 
-        deadline = time.monotonic() + 2
+        deadline = time.monotonic() + 5
         while time.monotonic() < deadline:
             try:
-                channel.unary_unary(f"/{NAME}/Second")(b"", timeout=2)
+                channel.unary_unary(f"/{NAME}/Second")(b"", timeout=10)
             except grpc.RpcError as refused:
                 assert refused.code() == grpc.StatusCode.UNAVAILABLE
                 assert type(from_rpc(refused)) is errors.Unavailable
@@ -142,7 +142,7 @@ def test_draining_says_so_lets_streams_end_and_takes_no_new_calls() -> None:
         else:
             pytest.fail("new calls were still answered")
 
-        assert unary.result(5) == b"done"
+        assert unary.result(10) == b"done"
         received += list(stream)
         assert received == [b"%d" % number for number in range(20)]
         assert process.end(10) == 0

@@ -36,7 +36,7 @@ async def test_everything_opens_and_works(own_nats_server: Any, s3_server: S3Add
             "codegraft.ingest.snapshot.created.v1", name, SnapshotManifest(name=name), id=new_id("e")
         )
         await runtime.jobs.submit("scan", name)
-        delivery = await runtime.jobs.take("scan", 2)
+        delivery = await runtime.jobs.take("scan", 20)
         assert delivery is not None
         assert delivery.name == name
         await delivery.ack()

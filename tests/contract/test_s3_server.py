@@ -72,8 +72,8 @@ def test_it_is_closed_without_keys_and_listens_on_loopback_only(tmp_path: Path) 
         listening = _listening(server.pid)
         assert port in {number for _host, number in listening}
         assert {host for host, _number in listening} == {"127.0.0.1"}
-        assert web.request("GET", f"http://127.0.0.1:{port}/codegraft").status == 403
-        assert web.request("PUT", f"http://127.0.0.1:{port}/codegraft/x", body=b"x").status == 403
+        assert web.request("GET", f"http://127.0.0.1:{port}/codegraft", timeout=20).status == 403
+        assert web.request("PUT", f"http://127.0.0.1:{port}/codegraft/x", body=b"x", timeout=20).status == 403
         for _host, number in sorted(listening):
             for path in ("/buckets/codegraft/", "/1,0123456789"):  # a filer's listing, a volume's needle
                 try:

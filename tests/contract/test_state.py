@@ -193,7 +193,7 @@ async def test_watch_of_an_empty_bucket_shows_the_first_key(store: StateStore) -
     first = asyncio.ensure_future(anext(watched))
     await asyncio.sleep(0.1)
     await store.create("projects/p", b"1")
-    assert (await asyncio.wait_for(first, 5)).key == "projects/p"
+    assert (await asyncio.wait_for(first, 20)).key == "projects/p"
 
 
 async def test_a_look_at_the_keys_makes_no_bucket(nats_server: NatsServer) -> None:
@@ -370,7 +370,6 @@ async def reconnected(connection: NatsConnection) -> None:
 
 
 async def test_a_watch_survives_a_restart(own_nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.core.nats_connection.REQUEST_TIMEOUT", 1.0)
     connection = await connect(own_nats_server.url, user=own_nats_server.user, password=own_nats_server.password)
     store = NatsState(connection, "restart")
     revision = await store.create("projects/p", b"1")
@@ -378,9 +377,10 @@ async def test_a_watch_survives_a_restart(own_nats_server: NatsServer, monkeypat
     assert [entry.value for entry in await take(watched, 1)] == [b"1"]
     own_nats_server.stop()
     began = time.monotonic()
-    with pytest.raises(errors.StateUnavailable):
+    with monkeypatch.context() as hasty, pytest.raises(errors.StateUnavailable):
+        hasty.setattr(connection.js, "_timeout", 1.0)
         await store.get("projects/p")
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10
     own_nats_server.start()
     await reconnected(connection)
     revision = await store.update("projects/p", b"2", revision)  # an acknowledged write outlived the restart
@@ -416,7 +416,7 @@ async def test_closed_readers_leave_no_consumer(nats_server: NatsServer) -> None
         await store.list()
         async with contextlib.aclosing(store.watch()) as watched:  # type: ignore[type-var]
             await anext(watched)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while await connection.js.consumers_info(store._stream):  # noqa: ASYNC110
             await asyncio.sleep(0.05)
     await connection.close()

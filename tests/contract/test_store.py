@@ -438,19 +438,19 @@ async def test_a_server_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> N
     server = await asyncio.start_server(hang, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     store = S3Store(S3Address(f"127.0.0.1:{port}", "bucket", "a", "s"), read_timeout=timedelta(milliseconds=100))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         with pytest.raises(errors.StoreUnavailable, match="timed out"):
             await store.get("k")
     store.close()
 
     async def within_a_call() -> None:
-        monkeypatch.setattr(context, "MARGIN", 0.5)  # on a busy machine the usual one is over before we look
-        context.set_deadline(1.0)
-        patient = S3Store(S3Address(f"127.0.0.1:{port}", "bucket", "a", "s"), read_timeout=timedelta(seconds=5))
+        monkeypatch.setattr(context, "MARGIN", 9.5)  # on a busy machine the usual one is over before we look
+        context.set_deadline(10.0)
+        patient = S3Store(S3Address(f"127.0.0.1:{port}", "bucket", "a", "s"), read_timeout=timedelta(seconds=30))
         began = time.monotonic()
         with pytest.raises(errors.StoreUnavailable, match="within the time of the call"):
             await patient.get("k")
-        assert time.monotonic() - began < 1.0, "its caller still listens"
+        assert time.monotonic() - began < 10.0, "its caller still listens"
         patient.close()
 
     await asyncio.create_task(within_a_call())  # a task, for its deadline is no other test's

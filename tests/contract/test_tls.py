@@ -196,9 +196,9 @@ def nats_with_tls(authority: Authority, tmp_path: Path) -> Iterator[str]:
     child.stop(timedelta(seconds=10))
 
 
-async def reach(url: str, context: ssl.SSLContext | None) -> None:
+async def reach(url: str, context: ssl.SSLContext | None, patience: float = 20) -> None:
     connection = await nats_connection.connect(
-        url, user="u", password="secret-password", tls=context, patience=timedelta(seconds=2)
+        url, user="u", password="secret-password", tls=context, patience=timedelta(seconds=patience)
     )
     await connection.close()
 
@@ -234,7 +234,7 @@ async def test_nats_is_reached_with_certificates_only(authority: Authority, nats
     (tmp_path / "other").mkdir()
     stranger = Authority(tmp_path / "other")
     with pytest.raises(errors.StateUnavailable):
-        await reach(f"tls://{nats_with_tls}", nats_tls(CoreSettings(nats_ca_file=stranger.file)))
+        await reach(f"tls://{nats_with_tls}", nats_tls(CoreSettings(nats_ca_file=stranger.file)), patience=2)
     with pytest.raises(errors.InvalidArgument):
         nats_tls(CoreSettings(nats_ca_file=cert, nats_cert_file=cert, nats_key_file=authority.sign("other")[1]))
 
@@ -255,7 +255,11 @@ async def test_no_password_goes_to_a_server_that_offers_no_tls(authority: Author
     context = ssl.create_default_context(cafile=str(authority.file))
     with pytest.raises(errors.StateUnavailable, match="offers no TLS"):
         await nats_connection.connect(
-            f"nats://127.0.0.1:{port}", user="u", password="secret-password", tls=context, patience=timedelta(seconds=1)
+            f"nats://127.0.0.1:{port}",
+            user="u",
+            password="secret-password",
+            tls=context,
+            patience=timedelta(seconds=10),
         )
     assert b"secret-password" not in heard
     server.close()

@@ -104,7 +104,7 @@ class World:
         return (await self.runs.GetRun(pb.GetRunRequest(name=run.name))).run
 
     async def until(self, run: pb.Run, reached: Callable[[pb.Run], bool]) -> pb.Run:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not reached(now := await self.get(run)):
             assert time.monotonic() < deadline, f"did not happen in time: {now}"
             await asyncio.sleep(0.02)

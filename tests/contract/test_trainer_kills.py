@@ -32,6 +32,8 @@ from tests.contract.test_trainer import DATASET, PROJECT, QUICK, commit_dataset
 from tests.unit.inference.tiny import make_model, make_tokenizer
 
 KILLS = 3
+TRIES = 4
+"""Of a kill that has to come before a run's end, which is half a second away: the machine may stand still meanwhile."""
 SOON, LATE = 1, 120
 """Leases, in seconds: one that a test waits for, and one that it never sees end."""
 SETTINGS = {
@@ -158,9 +160,11 @@ async def scene(settings: CoreSettings, trainers: Trainers, tmp_path: Path) -> A
 
 
 def _is_at(run: Run, attempt: int, step: int) -> bool:
-    """Whether that attempt has begun, and the run reached the step once. So it is also killed while it loads."""
+    """Whether that attempt has begun, and the run reached the step once, or has ended. So it is also killed while it
+    loads."""
     status = run.status
-    return status.state == JOB_STATE_RUNNING and status.epoch >= attempt and status.progress.done >= step
+    is_there = status.state == JOB_STATE_RUNNING and status.epoch >= attempt and status.progress.done >= step
+    return is_there or is_final(status)
 
 
 async def test_killed_or_drained_at_any_moment_it_becomes_the_same_adapter(scene: Scene) -> None:
@@ -172,15 +176,18 @@ async def test_killed_or_drained_at_any_moment_it_becomes_the_same_adapter(scene
     seed = random.randrange(2**32)
     rng = random.Random(seed)
     print("seed of the moments:", seed)
-    killed = await scene.create("killed")
-    for number in range(KILLS):
-        step = rng.randrange(1 + number * 7, 8 + number * 7)
-        at = await scene.until(killed, lambda now, step=step, number=number: _is_at(now, number + 1, step))
-        assert lease_left(at.status).total_seconds() <= SOON
-        await asyncio.sleep(rng.uniform(0.0, 0.2))  # a step takes about 10 ms, a commit about 100
-        scene.trainers.kill()
-        scene.trainers.start()
-    last = await scene.until(killed, lambda now: is_final(now.status))
+    for attempt in range(TRIES):
+        killed = await scene.create(f"killed-{attempt}")
+        for number in range(KILLS):
+            step = rng.randrange(1 + number * 7, 8 + number * 7)
+            at = await scene.until(killed, lambda now, step=step, number=number: _is_at(now, number + 1, step))
+            assert is_final(at.status) or lease_left(at.status).total_seconds() <= SOON
+            await asyncio.sleep(rng.uniform(0.0, 0.2))  # a step takes about 10 ms, a commit about 100
+            scene.trainers.kill()
+            scene.trainers.start()
+        last = await scene.until(killed, lambda now: is_final(now.status))
+        if last.status.attempt > KILLS:
+            break
     assert last.status.state == JOB_STATE_SUCCEEDED and last.status.attempt > KILLS, last.status
     assert await scene.sha256(killed) == await scene.sha256(whole)
     assert last.best_test_loss == ended.best_test_loss and last.base_test_loss == ended.base_test_loss
@@ -203,16 +210,23 @@ async def _upgraded(scene: Scene, expected: str) -> None:
     """A rolling upgrade: each trainer gets a successor, then SIGTERM; the job goes on long before its lease ends."""
     await asyncio.sleep(0.5)  # until NATS has seen that the killed one is gone: nothing may be sent to it any more
     trainer = scene.trainers.start(LATE, "beside")
-    drained = await scene.create("drained")
-    for epoch in (1, 2):
-        before = await scene.until(drained, lambda now, epoch=epoch: _is_at(now, epoch, 7 * epoch))
-        assert lease_left(before.status).total_seconds() > LATE / 2
-        successor = scene.trainers.start(LATE, "beside")
-        os.kill(trainer, signal.SIGTERM)
-        began = time.monotonic()
-        after = await scene.until(drained, lambda now, epoch=epoch: now.status.epoch > epoch and now.status.worker)
-        assert after.status.worker != before.status.worker and time.monotonic() - began < LATE / 4
-        trainer = successor
-    last = await scene.until(drained, lambda now: is_final(now.status))
-    assert last.status.state == JOB_STATE_SUCCEEDED and last.status.epoch == 3, last.status
+    for attempt in range(TRIES):
+        drained = await scene.create(f"drained-{attempt}")
+        for epoch in (1, 2):
+            before = await scene.until(drained, lambda now, epoch=epoch: _is_at(now, epoch, 7 * epoch))
+            if is_final(before.status):
+                break
+            assert lease_left(before.status).total_seconds() > LATE / 2
+            successor = scene.trainers.start(LATE, "beside")
+            os.kill(trainer, signal.SIGTERM)
+            trainer, began = successor, time.monotonic()
+            after = await scene.until(drained, lambda now, epoch=epoch: _is_at(now, epoch + 1, 0))
+            if is_final(after.status):
+                break
+            assert after.status.worker != before.status.worker and time.monotonic() - began < LATE / 4
+        last = await scene.until(drained, lambda now: is_final(now.status))
+        assert last.status.state == JOB_STATE_SUCCEEDED, last.status
+        if last.status.epoch == 3:
+            break
+    assert last.status.epoch == 3, last.status
     assert await scene.sha256(drained) == expected

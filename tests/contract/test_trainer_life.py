@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,9 @@ from codegraft.common.v1.job_pb2 import (
 )
 from codegraft.trainer.v1 import run_pb2 as pb
 from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest
+from codegraft.trainer.v1.training_pb2 import TrainingMessage
 from services.core import errors
+from services.trainer.launch.folder import RunFolder
 from services.trainer.model import lora
 from services.trainer.run.resume import States
 from tests.contract import test_trainer
@@ -44,6 +48,26 @@ ENDLESS = {**test_trainer.ENDLESS, "max_eval_tokens": 256}
 STEADY = {**QUICK, "train_steps": 20, "eval_steps": 10, "checkpoint_steps": 20, "lora_dropout": 0.1}
 
 
+@dataclass
+class Halt:
+    """Where training stands still until it is asked to stop: however late that is, the run has not ended."""
+
+    step: float = math.inf
+
+
+@pytest.fixture
+def halt(monkeypatch: pytest.MonkeyPatch) -> Halt:
+    made, write = Halt(), RunFolder.write
+
+    def writes(folder: RunFolder, message: TrainingMessage) -> None:
+        write(folder, message)
+        while message.step.step >= made.step and not folder.is_stopped():
+            time.sleep(0.005)
+
+    monkeypatch.setattr(RunFolder, "write", writes)
+    return made
+
+
 async def sha256_of(world: World, run: pb.Run, step: int) -> str:
     name = f"{run.name}/checkpoints/{step}"
     found: pb.GetCheckpointResponse = await world.runs.GetCheckpoint(pb.GetCheckpointRequest(name=name))
@@ -63,12 +87,14 @@ async def pause(world: World, run: pb.Run) -> pb.Run:
 # --- pause and resume ---
 
 
-async def test_a_paused_run_frees_its_device_and_ends_as_if_it_had_never_been(world: World) -> None:
+async def test_a_paused_run_frees_its_device_and_ends_as_if_it_had_never_been(world: World, halt: Halt) -> None:
     whole, _ = await world.watch(await world.create(STEADY))
+    halt.step = 2
     run = await world.create(STEADY)
-    for reached in (2, 11):
+    for reached, following in ((2, 11), (11, math.inf)):
         await world.until(run, lambda now, reached=reached: now.status.progress.done >= reached)  # type: ignore[misc]
         paused = await pause(world, run)
+        halt.step = math.inf
         assert not paused.status.worker and not paused.status.pause_requested
         other, _ = await world.watch(
             await world.create({**QUICK, "train_steps": 2, "eval_steps": 2})
@@ -76,6 +102,7 @@ async def test_a_paused_run_frees_its_device_and_ends_as_if_it_had_never_been(wo
         assert other.status.state == JOB_STATE_SUCCEEDED
         again = (await world.runs.PauseRun(pb.PauseRunRequest(name=run.name))).run
         assert again.status.state == JOB_STATE_PAUSED
+        halt.step = following
         resumed = (await world.runs.ResumeRun(pb.ResumeRunRequest(name=run.name))).run
         assert resumed.status.state == JOB_STATE_QUEUED
     last, events = await world.watch(run)
@@ -285,13 +312,14 @@ async def test_a_run_that_does_not_fit_in_memory_says_so_before_its_first_step(
     assert last.status.failure.reason == "OUT_OF_MEMORY" and not last.step
 
 
-async def test_a_run_goes_on_where_there_is_less_memory(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_run_goes_on_where_there_is_less_memory(
+    world: World, halt: Halt, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = {**QUICK, "learning_rate": 4e-3, "train_steps": 12, "eval_steps": 12, "lora_dropout": 0.0}
     whole, _ = await world.watch(await world.create(settings))
     accumulate, is_short, trained = lora.Trainee.accumulate, False, set()
 
     def on_another_machine(trainee: Any, rows: Any, tokens: int) -> float:
-        time.sleep(0.02)  # so that the pause comes before the end
         in_low_memory_mode = trainee._arena is None
         if is_short and (len(rows) > 1 or not in_low_memory_mode):
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -299,9 +327,11 @@ async def test_a_run_goes_on_where_there_is_less_memory(world: World, monkeypatc
         return float(accumulate(trainee, rows, tokens))
 
     monkeypatch.setattr(lora.Trainee, "accumulate", on_another_machine)
+    halt.step = 2
     run = await world.create(settings)
     await world.until(run, lambda now: now.status.progress.done >= 2)
     planned = (await pause(world, run)).plan
+    halt.step = math.inf
     is_short = True
     trained.clear()
     await world.runs.ResumeRun(pb.ResumeRunRequest(name=run.name))
@@ -341,13 +371,18 @@ async def test_a_dataset_or_a_model_that_is_gone_fails_the_run(worlds: Callable[
 async def test_cancelling_while_the_model_is_loaded_ends_the_run_at_once(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    accumulate = lora.Trainee.accumulate
+    accumulate, stop, asked = lora.Trainee.accumulate, RunFolder.stop, threading.Event()
 
-    def slow(trainee: Any, rows: Any, tokens: int) -> float:
-        time.sleep(1.0)
+    def waits(trainee: Any, rows: Any, tokens: int) -> float:
+        asked.wait(20)
         return float(accumulate(trainee, rows, tokens))
 
-    monkeypatch.setattr(lora.Trainee, "accumulate", slow)
+    def tells(folder: RunFolder) -> None:
+        stop(folder)
+        asked.set()
+
+    monkeypatch.setattr(lora.Trainee, "accumulate", waits)
+    monkeypatch.setattr(RunFolder, "stop", tells)
     run = await world.create(QUICK)
     await world.until(run, lambda now: now.status.progress.message == "loading the model")
     began = time.monotonic()

@@ -158,7 +158,7 @@ def test_a_signal_stops_the_foreground_stack(data: Path, number: signal.Signals,
     assert len(everything) >= 1 + len(NAMES), "".join(lines)
     foreground.send_signal(number)
     foreground.send_signal(number)  # the impatient user's second one changes nothing
-    assert foreground.wait(30) == code
+    assert foreground.wait(60) == code
     assert_gone(everything)
 
 
@@ -167,7 +167,7 @@ def test_a_signal_while_starting_leaves_nothing(data: Path) -> None:
     until(lambda: len(tree(foreground.pid)) > 3)
     everything = tree(foreground.pid)
     foreground.send_signal(signal.SIGINT)
-    assert foreground.wait(30) == 130
+    assert foreground.wait(60) == 130
     assert_gone(everything)
 
 

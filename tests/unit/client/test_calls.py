@@ -107,7 +107,7 @@ async def test_the_services_retry_delay_is_honoured(
     fake.scripts["GetProject"] = [error("busy", retry_after=0.3), PROJECT]
     began = time.monotonic()
     await codegraft.call(lambda c: c.projects.get("p"))
-    assert 0.3 <= time.monotonic() - began < 2
+    assert 0.3 <= time.monotonic() - began < 10
     assert fake.count("GetProject") == 2
 
 
@@ -154,9 +154,10 @@ async def test_the_deadline_is_told_to_the_service_and_can_be_set(codegraft: Any
     seen = []
     fake.scripts["GetProject"] = [lambda _: seen.append(fake.remaining["GetProject"][-1]) or PROJECT]
     await codegraft.call(lambda c: c.projects.get("p"))
-    await codegraft.call(lambda c: c.with_timeout(5).projects.get("p"))
+    await codegraft.call(lambda c: c.with_timeout(90).projects.get("p"))
     await codegraft.call(lambda c: c.projects.get("p"))
-    assert seen == [pytest.approx(30, abs=1), pytest.approx(5, abs=1), pytest.approx(30, abs=1)]
+    # What a busy machine takes on the way is less than what tells them apart.
+    assert [20 < seen[0] <= 30, 80 < seen[1] <= 90, 20 < seen[2] <= 30] == [True] * 3, seen
 
 
 async def test_a_deadline_that_passes_is_an_error_of_its_own(codegraft: Any, fake: Any) -> None:
@@ -164,17 +165,17 @@ async def test_a_deadline_that_passes_is_an_error_of_its_own(codegraft: Any, fak
     began = time.monotonic()
     with pytest.raises(errors.DeadlineExceeded):
         await codegraft.call(lambda c: c.with_timeout(0.3).projects.get("p"))
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10
     assert fake.count("GetProject") == 1
     await asyncio.wait_for(fake.cancelled.wait(), 5)
 
 
 async def test_all_tries_share_one_deadline(codegraft: Any, fake: Any) -> None:
-    fake.scripts["GetProject"] = [errors.StateUnavailable("away", retry_after=0.2)]
+    fake.scripts["GetProject"] = [errors.StateUnavailable("away", retry_after=0.5)]
     began = time.monotonic()
     with pytest.raises(errors.StateUnavailable):
-        await codegraft.call(lambda c: c.with_timeout(0.9).projects.get("p"))
-    assert time.monotonic() - began < 1.2
+        await codegraft.call(lambda c: c.with_timeout(1.6).projects.get("p"))
+    assert time.monotonic() - began < 10
     assert 2 <= fake.count("GetProject") < retry.ATTEMPTS
 
 
@@ -182,7 +183,7 @@ async def test_within_a_service_a_call_ends_with_the_call_it_is_made_for(fake: A
     fake.scripts["GetProject"] = [hang]
 
     async def serve() -> None:
-        context.set_deadline(0.5)
+        context.set_deadline(1.0)
         context.request_id.set("req-9")
         async with AsyncCodegraft(Addresses(address, address, address, address)) as client:
             with pytest.raises(errors.DeadlineExceeded):
@@ -190,7 +191,7 @@ async def test_within_a_service_a_call_ends_with_the_call_it_is_made_for(fake: A
 
     began = time.monotonic()
     await asyncio.create_task(serve())
-    assert time.monotonic() - began < 0.55
+    assert time.monotonic() - began < 10 and fake.remaining["GetProject"][0] < 1.0, "what is left to its caller"
     metadata = fake.metadata["GetProject"][0]
     assert metadata["x-request-id"] == "req-9"
 

@@ -186,7 +186,9 @@ def test_cancel_frees_the_sequence_within_a_step(bench: Bench) -> None:
 
 
 def test_deadline_gives_the_text_so_far(bench: Bench) -> None:
-    heard = bench.submit(PROMPTS[1], 1900, deadline=time.monotonic() + 0.15).wait()
+    heard = bench.submit(PROMPTS[1], 1900, deadline=time.monotonic() + 20).wait(lambda output: output.tokens > 0)
+    heard.sequence.deadline = time.monotonic() + 0.1
+    heard.wait()
     assert heard.reason is Reason.DEADLINE
     assert 0 < heard.sequence.generated < 1900 and heard.text
 

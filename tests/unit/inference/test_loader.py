@@ -147,11 +147,11 @@ async def test_who_stages_waits_for_a_place(tmp_path: Path) -> None:
     with pytest.raises(errors.ResourceExhausted) as caught:
         await house.pinned(names[2])
     assert caught.value.retry_after and caught.value.hint
-    waiting = [asyncio.create_task(house.pinned(name, patience=5)) for name in names[2:]]
+    waiting = [asyncio.create_task(house.pinned(name, patience=20)) for name in names[2:]]
     await asyncio.sleep(0.02)
     assert not any(task.done() for task in waiting)
     threading.Thread(target=pins[0].release).start()  # the engine's thread
-    done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED, timeout=2)
+    done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED, timeout=15)
     assert len(done) == 1 and len(house.registry.holdings()) == 2
     pins[1].release()
     for pin in await asyncio.gather(*waiting):

@@ -129,7 +129,7 @@ async def test_without_a_disk_serving_goes_on(blobs: CountingBlobs, tmp_path: Pa
 
 
 async def test_a_file_is_served_before_it_is_written(blobs: CountingBlobs, tmp_path: Path) -> None:
-    disk = DiskCache(tmp_path / "adapters", blobs, 1000, later=0.2)
+    disk = DiskCache(tmp_path / "adapters", blobs, 1000, later=1.0)
     sha256 = await blobs.put(b"weights")
     assert await disk.read(sha256) == b"weights"
     await asyncio.sleep(0.05)

@@ -164,9 +164,15 @@ async def test_training_waits_while_checkpoints_do(base: Path, tmp_path: Path) -
     async for message in events:
         if message.HasField("checkpoint") and message.checkpoint.step == 3:
             break
-    await asyncio.sleep(0.5)
-    reached = [m.step.step for m in folder.read()[0] if m.HasField("step")][-1]
-    assert folder.waiting() == 3 and reached == 4
+
+    def reached() -> int:
+        return max(message.step.step for message in folder.read()[0])
+
+    async with asyncio.timeout(20):
+        while reached() < 4:  # noqa: ASYNC110  # a thread's
+            await asyncio.sleep(0.02)
+    await asyncio.sleep(0.3)
+    assert folder.waiting() == 3 and reached() == 4
     await training.fence()
 
 
