@@ -182,7 +182,7 @@ class House:
 async def opened(nursery: Nursery, settings: CoreSettings, folder: Path, **options: str) -> AsyncIterator[House]:
     """A house on these servers, its service started; options are settings of the service."""
     base = make_base("llama", folder / "base")
-    port, peer_port = (ports.choose(["it"], {})["it"] for _ in range(2))
+    port, peer_port = ports.choose(["it", "peers"], {}).values()
     environment = {
         "CODEGRAFT_LISTEN": f"{ports.HOST}:{port}",
         "CODEGRAFT_NATS_URL": settings.nats_url,

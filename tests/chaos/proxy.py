@@ -29,9 +29,9 @@ class Network:
         self._thread.start()
         self._proxies: list[Proxy] = []
 
-    def proxy(self, name: str, port: int) -> Proxy:
-        """A proxy before a port of this machine, listening."""
-        made = Proxy(self, name, port)
+    def proxy(self, name: str, port: int, target: int) -> Proxy:
+        """A proxy on a port of this machine, before another one; it listens."""
+        made = Proxy(self, name, port, target)
         self._proxies.append(made)
         made.mend()
         return made
@@ -55,12 +55,12 @@ class Proxy:
         address: host:port where the client finds the server.
     """
 
-    def __init__(self, network: Network, name: str, port: int) -> None:
+    def __init__(self, network: Network, name: str, port: int, target: int) -> None:
         self.name = name
-        self.port = ports.choose([name], {})[name]
+        self.port = port
         self.address = f"{ports.HOST}:{self.port}"
         self._network = network
-        self._target = port
+        self._target = target
         self._latency = 0.0
         self._bandwidth = 0.0
         self._server: asyncio.Server | None = None

@@ -34,11 +34,18 @@ SERVERS = ("nats", "s3")
 PARTS = (*SERVERS, *SERVICES)
 REPLICAS = {"second-scanner": "scanner", "second-trainer": "trainer"}
 """More workers, whom nobody calls."""
+WAYS = [*((service, server) for service in BEHIND for server in SERVERS), *(("", service) for service in SERVICES)]
+"""Who goes to whom over a proxy; "" is everybody."""
 LEASE = 4.0
 """Seconds after which a silent worker's job is another's, instead of 30."""
 NATS_ROOM = 128 << 20
 """Bytes that JetStream may take."""
 STARTUP = 90.0
+
+
+def _way(way: tuple[str, str]) -> str:
+    """The name of a proxy."""
+    return "-".join(["way", *way])
 
 
 class WholeStack:
@@ -69,19 +76,18 @@ class WholeStack:
         self.data = data
         self._settings = settings
         self.credentials = self.folder.credentials()
-        self._ports = ports.choose([*PARTS, *REPLICAS], {})
+        # All at once: what listens later only has its port chosen a second time otherwise, now and then.
+        self._ports = ports.choose([*PARTS, *REPLICAS, *map(_way, WAYS)], {})
         self.ways: dict[tuple[str, str], Proxy] = {}
         self.pids: dict[str, int] = {}
         spawned = multiprocessing.get_context("spawn")
-        self._starter = ProcessPoolExecutor(1, mp_context=spawned, initializer=starter.initialize)
+        left = sorted({*ports.RANGE} - {*self._ports.values()})
+        self._starter = ProcessPoolExecutor(1, mp_context=spawned, initializer=starter.initialize, initargs=(left,))
 
     def start(self) -> None:
         """Everything, until it serves."""
-        for service in BEHIND:
-            for server in SERVERS:
-                self.ways[service, server] = self._network.proxy(f"{service}-{server}", self._ports[server])
-        for service in SERVICES:
-            self.ways["", service] = self._network.proxy(service, self._ports[service])
+        for way in WAYS:
+            self.ways[way] = self._network.proxy(_way(way), self._ports[_way(way)], self._ports[way[1]])
         for name in PARTS:
             self.begin(name)
         for name in SERVICES:

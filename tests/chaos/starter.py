@@ -9,12 +9,12 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from services.cli.local import nats, s3
+from services.cli.local import nats, ports, s3
 from services.cli.local.process import PR_SET_PDEATHSIG, Child
 
 GRACE = timedelta(seconds=10)
@@ -22,8 +22,13 @@ GRACE = timedelta(seconds=10)
 _children: dict[str, Child] = {}
 
 
-def initialize() -> None:
-    """The kernel kills this process when the test ends, however it does."""
+def initialize(left: Sequence[int]) -> None:
+    """The kernel kills this process when the test ends, however it does.
+
+    Args:
+        left: ports to choose from for what is chosen here.
+    """
+    ports.RANGE = left  # type: ignore[assignment]
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

@@ -130,7 +130,8 @@ async def test_what_a_project_wants_no_more_goes_at_once(
     async def tell(project: str) -> None:
         await events.publish(forgetting.CHANGED, project, ProjectChanged(project=project), id=str(time.time_ns()))
 
-    await asyncio.sleep(0.01)
+    for _ in range(50):  # turns of the loop, until it listens
+        await asyncio.sleep(0)
     await tell(OTHER)  # it has another title now
     await tell("nonsense")
     await asyncio.sleep(0.002)
