@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import structlog
+from hypothesis import HealthCheck, settings
 from pydantic import SecretStr
 
 from services.cli.local import nats, ports, s3
@@ -23,6 +24,10 @@ from services.core.config import CoreSettings
 from services.core.store.s3 import S3Address
 from tests.order import OneComputes
 
+# A machine that stands still for a moment makes no example wrong, which hypothesis would have ended after 200 ms, and
+# no strategy unfit, which it says of one that has made too few within a second.
+settings.register_profile("whatever the machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("whatever the machine")
 # Services that tests start by themselves take calls from everybody; those of `codegraft up` do not, whatever this says.
 os.environ["CODEGRAFT_AUTH"] = "off"
 # Those who scan and train give way to whoever completes. Here they would give way to the other workers' tests, too.

@@ -22,6 +22,7 @@ from tests.hostile.fuzz import fuzz, mutated
 
 MiB = 1 << 20
 CASES = {case.name: case for case in archives.corpus()}
+ALLOWED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 MEMORY = 256 * MiB
 """What the issue of bombs allows a whole service."""
 
@@ -82,7 +83,7 @@ names = st.lists(
 contents = st.dictionaries(names, st.binary(max_size=2000), max_size=8)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=ALLOWED)
 @given(files=contents, form=st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]))
 def test_what_tarfile_packs_is_read_back(tmp_path: Path, files: dict[str, bytes], form: int) -> None:
     path = tmp_path / "archive"
@@ -90,7 +91,7 @@ def test_what_tarfile_packs_is_read_back(tmp_path: Path, files: dict[str, bytes]
     assert _files(path) == _safe(files)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=ALLOWED)
 @given(files=contents, method=st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]))
 def test_what_zipfile_packs_is_read_back(tmp_path: Path, files: dict[str, bytes], method: int) -> None:
     path = tmp_path / "archive"
@@ -98,7 +99,7 @@ def test_what_zipfile_packs_is_read_back(tmp_path: Path, files: dict[str, bytes]
     assert _files(path) == _safe(files)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=ALLOWED)
 @given(
     name=st.sampled_from([name for name, case in CASES.items() if len(case.data) < 64 << 10]),
     seed=st.integers(0, 2**32),
