@@ -22,6 +22,7 @@ from codegraft.trainer.v1.hyperparameters_pb2 import Hyperparameters
 from codegraft.trainer.v1.run_pb2 import Run
 from services.core.config import CoreSettings
 from services.core.jobs import is_final, new_status
+from services.core.jobs.nats import STREAM, durable
 from services.core.jobs.states import lease_left
 from services.core.runtime import Runtime
 from services.core.store.s3 import S3Address
@@ -208,7 +209,12 @@ async def test_killed_or_drained_at_any_moment_it_becomes_the_same_adapter(scene
 
 async def _upgraded(scene: Scene, expected: str) -> None:
     """A rolling upgrade: each trainer gets a successor, then SIGTERM; the job goes on long before its lease ends."""
-    await asyncio.sleep(0.5)  # until NATS has seen that the killed one is gone: nothing may be sent to it any more
+    queue: Any = scene.runtime.jobs
+    async with asyncio.timeout(
+        20
+    ):  # until NATS has seen that the killed one is gone: nothing may be sent to it any more
+        while (await queue._connection.js.consumer_info(STREAM, durable(KIND))).num_waiting:
+            await asyncio.sleep(0.05)
     trainer = scene.trainers.start(LATE, "beside")
     for attempt in range(TRIES):
         drained = await scene.create(f"drained-{attempt}")
