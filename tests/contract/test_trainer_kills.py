@@ -207,14 +207,17 @@ async def test_killed_or_drained_at_any_moment_it_becomes_the_same_adapter(scene
     await _upgraded(scene, await scene.sha256(whole))
 
 
+async def _nobody_asks(scene: Scene) -> None:
+    """Returns once NATS has seen that no trainer is there."""
+    queue: Any = scene.runtime.jobs
+    async with asyncio.timeout(20):
+        while (await queue._connection.js.consumer_info(STREAM, durable(KIND))).num_waiting:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
+
 async def _upgraded(scene: Scene, expected: str) -> None:
     """A rolling upgrade: each trainer gets a successor, then SIGTERM; the job goes on long before its lease ends."""
-    queue: Any = scene.runtime.jobs
-    async with asyncio.timeout(
-        20
-    ):  # until NATS has seen that the killed one is gone: nothing may be sent to it any more
-        while (await queue._connection.js.consumer_info(STREAM, durable(KIND))).num_waiting:
-            await asyncio.sleep(0.05)
+    await _nobody_asks(scene)  # else NATS may send the run to the one that was killed
     trainer = scene.trainers.start(LATE, "beside")
     for attempt in range(TRIES):
         drained = await scene.create(f"drained-{attempt}")
