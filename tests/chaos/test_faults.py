@@ -98,7 +98,7 @@ async def test_killed_it_serves_the_wanted_version_again(house: House) -> None:
     await house.until_answered_by(house.two, pinned)
     await house.until_held(chosen)
     await house.until_held(followed)
-    running = await house.complete(house.one, tokens=400).begin()
+    running = await house.complete(house.one, tokens=220).begin()
     house.kill()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await running.end()

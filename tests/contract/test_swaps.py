@@ -56,8 +56,9 @@ async def test_a_split_sends_every_session_to_one_side(world: World) -> None:
     assert state.serving.split == state.status.active_split and state.serving.split.sha256 == two.sha256
     assert state.status.converged and state.serving.split.percent == 30
     both = [sessions[sides.index(best.sha256)] for best in (one, two)]
-    running = [await world.complete(max_tokens=200, session=session).begin() for session in both]
-    assert dict((await world.status()).status.streams) == {one.sha256: 1, two.sha256: 1}
+    with world.unhurried(0.03):
+        running = [await world.complete(max_tokens=200, session=session).begin() for session in both]
+        assert dict((await world.status()).status.streams) == {one.sha256: 1, two.sha256: 1}
     await world.set("OFF", split=Split(checkpoint=two.checkpoint, percent=99))
     assert {await answered_by(world, session=session) for session in sessions[:12]} == {two.sha256}
     await world.set("PINNED", one.checkpoint)
@@ -180,17 +181,18 @@ async def test_without_a_free_place_the_swap_waits_and_the_requests_do_not(
     await world.publish(one)
     await world.until_active(one.sha256)
     choice = pb.AdapterChoice(checkpoint=two.checkpoint)
-    holding = [
-        await world.complete(max_tokens=220, adapter=choice).begin(),
-        await world.complete(max_tokens=220).begin(),
-    ]
-    await world.publish(three)
-    standing = world.replica.follower.standing(PROJECT)
-    await until(lambda: standing.failure is not None)
-    assert standing.failure is not None and standing.failure.reason == "RESOURCE_EXHAUSTED"
-    assert world.replica.registry.streams(PROJECT) == {one.sha256: 1, two.sha256: 1}, "both places are held"
-    assert await answered_by(world) == one.sha256
-    answer = await refused(world.complete(adapter=pb.AdapterChoice(checkpoint=three.checkpoint), timeout=0.2))
+    with world.unhurried(0.03):
+        holding = [
+            await world.complete(max_tokens=220, adapter=choice).begin(),
+            await world.complete(max_tokens=220).begin(),
+        ]
+        await world.publish(three)
+        standing = world.replica.follower.standing(PROJECT)
+        await until(lambda: standing.failure is not None)
+        assert standing.failure is not None and standing.failure.reason == "RESOURCE_EXHAUSTED"
+        assert world.replica.registry.streams(PROJECT) == {one.sha256: 1, two.sha256: 1}, "both places are held"
+        assert await answered_by(world) == one.sha256
+        answer = await refused(world.complete(adapter=pb.AdapterChoice(checkpoint=three.checkpoint), timeout=0.2))
     assert type(answer) is errors.ResourceExhausted and answer.retry_after
     assert not world.told("codegraft.inference.adapter.rejected.v1"), "nothing is wrong with it"
     for stream in holding:
@@ -205,12 +207,13 @@ async def test_a_project_that_never_had_a_place_is_not_answered_by_the_base_mode
     monkeypatch.setattr(follower, "_FIRST_WAIT", 0.05)
     one, two = await world.store(1, seed=1), await world.store(2, seed=2)
     late = await world.store(1, seed=3, run="projects/late/runs/r")
-    holding = [
-        await world.complete(max_tokens=220, adapter=pb.AdapterChoice(checkpoint=best.checkpoint)).begin()
-        for best in (one, two)
-    ]
-    await world.set("PINNED", late.checkpoint, "projects/late")
-    answer = await refused(world.complete(parent="projects/late"))
+    with world.unhurried(0.03):
+        holding = [
+            await world.complete(max_tokens=220, adapter=pb.AdapterChoice(checkpoint=best.checkpoint)).begin()
+            for best in (one, two)
+        ]
+        await world.set("PINNED", late.checkpoint, "projects/late")
+        answer = await refused(world.complete(parent="projects/late"))
     assert type(answer) is errors.ResourceExhausted and answer.retry_after and answer.hint
     for stream in holding:
         await stream.end()
