@@ -156,8 +156,8 @@ async def test_the_deadline_is_told_to_the_service_and_can_be_set(codegraft: Any
     await codegraft.call(lambda c: c.projects.get("p"))
     await codegraft.call(lambda c: c.with_timeout(90).projects.get("p"))
     await codegraft.call(lambda c: c.projects.get("p"))
-    # What a busy machine takes on the way is less than what tells them apart.
-    assert [20 < seen[0] <= 30, 80 < seen[1] <= 90, 20 < seen[2] <= 30] == [True] * 3, seen
+    # What a busy machine takes on the way, and gRPC rounds up, is less than what tells them apart.
+    assert [20 < seen[0] < 31, 80 < seen[1] < 91, 20 < seen[2] < 31] == [True] * 3, seen
 
 
 async def test_a_deadline_that_passes_is_an_error_of_its_own(codegraft: Any, fake: Any) -> None:
