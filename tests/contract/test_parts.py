@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from tests.conftest import NatsServer
 
 JOB = "projects/p/scans/s"
+ACK_WAIT = timedelta(seconds=3)
+"""Longer than the machine stands still, so that nothing is made twice. Who is cancelled while it tells of a failure
+leaves its message to whoever comes after so long."""
 RETRY = Backoff(first=timedelta(milliseconds=20), longest=timedelta(milliseconds=50))
 
 
@@ -62,11 +65,11 @@ class Desk:
 @pytest.fixture(params=["memory", "nats"])
 async def desk(request: pytest.FixtureRequest) -> AsyncIterator[Desk]:
     if request.param == "memory":
-        yield Desk(MemoryQueue())
+        yield Desk(MemoryQueue(ack_wait=ACK_WAIT))
         return
     server: NatsServer = request.getfixturevalue("nats_server")
     connection = await connect(server.url, user=server.user, password=server.password)
-    yield Desk(NatsQueue(connection))
+    yield Desk(NatsQueue(connection, ack_wait=ACK_WAIT))
     await connection.close()
 
 
