@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakValueDictionary
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     import torch
 
     from services.inference.adapters.lora import Weights
+
+_MOMENT = 0.3
+"""Seconds: an adapter of a small model comes from a store nearby in a tenth of it."""
 
 
 class Device(Protocol):
@@ -123,16 +126,14 @@ class Loader:
                 return Loaded(staged)
             phases = SwapPhases()
             held = self._host.get(sha256)
-            if (verified := held) is None:
-                # A step that two threads have begun waits for the one whose core is taken away.
-                with device.calm(), device.shared():
-                    verified = await self._verified(checkpoint, sha256, device, phases)
+            verified = held or await self._verified(checkpoint, sha256, device, phases)
             version = await self._staged(checkpoint, verified, device, phases, patience, probe=held is None)
             self._host.put(verified)
             return Loaded(version, phases)
 
     async def _verified(self, checkpoint: str, sha256: str, device: Device, phases: SwapPhases) -> Verified:
-        with _timed(phases, "fetch"):
+        # Of a step on all cores one thread would be waited for, whose core is taken away.
+        with _timed(phases, "fetch"), _at_first(device.calm(), device.shared()):
             manifest = await self._manifests.get(checkpoint)
             if manifest.sha256 != sha256:
                 raise DigestMismatch(f"{checkpoint} is version {manifest.sha256[:12]}, announced was {sha256[:12]}")
@@ -142,7 +143,7 @@ class Loader:
                 weights, config = await asyncio.gather(*(self._disk.read(files[path]) for path in (WEIGHTS, CONFIG)))
             except ObjectNotFound as error:
                 raise AdapterRejected(f"{checkpoint} is incomplete in the store: {error.message}") from None
-        with _timed(phases, "verify"), _strange_files(checkpoint):
+        with _timed(phases, "verify"), _strange_files(checkpoint), device.calm(), device.shared():
             return await asyncio.to_thread(_verify, manifest, weights, config, device)
 
     async def _staged(
@@ -201,6 +202,19 @@ def _verify(manifest: AdapterManifest, weights: bytes, config: bytes, device: De
     fmt = verify.prompt_format(manifest, device.base)
     probe = manifest.probe if manifest.HasField("probe") else None
     return Verified(manifest.sha256, manifest.name, pairs, scale, fmt, size, probe)
+
+
+@contextmanager
+def _at_first(*held: AbstractContextManager[Any]) -> Iterator[None]:
+    """Holds these for a moment at most: a store that takes longer keeps nobody's processor busy meanwhile."""
+    with ExitStack() as stack:
+        for one in held:
+            stack.enter_context(one)
+        timer = asyncio.get_running_loop().call_later(_MOMENT, stack.close)
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 @contextmanager

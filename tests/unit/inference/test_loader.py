@@ -179,3 +179,21 @@ async def test_one_that_fails_or_is_given_up_leaves_its_place(tmp_path: Path) ->
     house.device.busy.set()
     pins = [await house.pinned(name) for name in names[2:]]
     assert [holding.streams for holding in house.registry.holdings()] == [1, 1] and len(pins) == 2
+
+
+async def test_steps_do_not_give_way_for_as_long_as_a_store_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house, waited = House(tmp_path, places=3, host=10**6, disk=10**6), list[str]()
+    name, get = await house.store(1), house.runtime.store.get
+
+    async def slow(key: str) -> bytes:
+        async with asyncio.timeout(20):
+            while house.device.calming or house.device.sharing:  # nobody tells
+                waited.append(key)
+                await asyncio.sleep(0.01)
+        return await get(key)
+
+    monkeypatch.setattr(house.runtime.store, "get", slow)
+    (await house.pinned(name)).release()
+    assert waited, "at first they do"
