@@ -357,7 +357,9 @@ async def test_a_connection_that_breaks_cancels_its_handlers(echo: Echo) -> None
         await process.wait()
 
 
-async def test_a_stream_cancelled_while_it_writes_cleans_up_at_once(echo: Echo) -> None:
+async def test_a_stream_cancelled_while_it_writes_cleans_up_at_once(
+    echo: Echo, logged: pytest.CaptureFixture[str]
+) -> None:
     """A reader that never reads fills the window, so that the cancellation meets the server inside of a write."""
     async with serving(echo) as (address, _), client.channel(address) as opened:
         call = opened.unary_stream("/test.Echo/Count")(b"100000")
@@ -365,6 +367,9 @@ async def test_a_stream_cancelled_while_it_writes_cleans_up_at_once(echo: Echo) 
         await asyncio.sleep(0.3)
         call.cancel()
         await asyncio.wait_for(echo.cleaned_up.wait(), 5)
+        await asyncio.sleep(0.05)
+    told = [(line["event"], line.get("code")) for line in lines(logged) if line["level"] != "debug"]
+    assert told == [("call", "CANCELLED")], "that somebody has gone is no defect"
 
 
 async def test_the_deadline_ends_the_handler_and_is_logged_as_such(

@@ -123,7 +123,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     responses = inner(request, context)
                     if hasattr(responses, "__aiter__"):
                         async for response in responses:
-                            await context.write(response)
+                            await _write(context, response)
                     else:
                         await responses  # a handler that writes to the context itself (health)
             except asyncio.CancelledError:
@@ -165,6 +165,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return response
 
         return behaviour
+
+
+async def _write(context: Context, response: Any) -> None:
+    """Raises CancelledError where grpc finds out, before it tells, that the caller has gone."""
+    try:
+        await context.write(response)
+    except grpc.aio.InternalError:
+        raise asyncio.CancelledError from None
 
 
 class _Call:
