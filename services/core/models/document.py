@@ -35,6 +35,9 @@ In GB (10^9 bytes), by the formulas of [memory.py](../services/core/models/memor
 - *Train*: the same weights, a LoRA adapter of rank {memory.RANK} on every linear layer with its optimizer, activations
   of one row of {memory.TRAINED_TOKENS:,} tokens (or of the context). *Low*: with `low_gpu_memory_mode`, which keeps
   one activation a layer and computes the rest again.
+
+A CPU that has no products of bfloat16 (AVX2 and nothing newer) trains in float32, which takes up to twice as much, and
+serves from twice the weights.
 """
 
 

@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from services.core.models.weights import quick_dtype
 from services.inference.engine.rows import Batch, Grid, Row
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def attend(
     """
     kv = step.kv[module.layer_idx]  # type: ignore[index]
     keep(torch.cat([key[0], value[0]]).to(kv.dtype), kv, step)
-    seen = look(query[0].to(kv.dtype), kv, step, scaling, sliding_window, softcap)
+    seen = look(query[0], kv, step, scaling, sliding_window, softcap)
     return seen[None].to(query.dtype), None
 
 
@@ -102,8 +103,9 @@ def look(
         query: ``[heads, tokens, head_dim]``.
 
     Returns:
-        ``[tokens, heads, head_dim]``.
+        ``[tokens, heads, head_dim]``, of the type that it was computed in.
     """
+    query = query.to(_computed(kv.dtype, kv.device.type))
     if step.grid is not None:
         return _alike(step.grid, query, kv, scaling, window, softcap)
     if len(step.rows) == 1 and not step.batches:
@@ -111,7 +113,7 @@ def look(
     by_token = query.transpose(0, 1)
     out = torch.empty_like(by_token, memory_format=torch.contiguous_format)
     for batch in step.batches:
-        keys, values = batch.seen(kv[0], window), batch.seen(kv[1], window)
+        keys, values = batch.seen(kv[0], window).to(query.dtype), batch.seen(kv[1], window).to(query.dtype)
         queries = by_token.index_select(0, batch.tokens)[:, :, None]
         attended = _few(queries, keys, values, batch.mask(window), scaling, softcap)
         out.index_copy_(0, batch.tokens, attended[:, :, 0])
@@ -119,6 +121,11 @@ def look(
         span = slice(row.begin, row.begin + row.count)
         out[span] = _one(row, query[None, :, span], kv, scaling, window, softcap)[0].transpose(0, 1)
     return out
+
+
+def _computed(kept: torch.dtype, device: str) -> torch.dtype:
+    """What keys and values that are kept in a type are multiplied in: a CPU may have no products of bfloat16."""
+    return quick_dtype(device) if kept == torch.bfloat16 else kept
 
 
 def _alike(
@@ -141,7 +148,7 @@ def _one(
     softcap: float | None,
 ) -> torch.Tensor:
     """One sequence: ``[1, heads, count, head_dim]``, both ways."""
-    keys, values = row.seen(kv[0], window), row.seen(kv[1], window)
+    keys, values = row.seen(kv[0], window).to(query.dtype), row.seen(kv[1], window).to(query.dtype)
     if row.count == 1:
         return _few(query, keys, values, None, scaling, softcap)
     heads, kv_heads = query.shape[1], keys.shape[1]

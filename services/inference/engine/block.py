@@ -82,8 +82,8 @@ class Block(nn.Module):
         cos, sin = turns
         swapped = halves.flip(2)
         halves.mul_(cos).addcmul_(swapped, sin)
-        heads = qkv.to(kv.dtype).view(tokens, -1, self._width).transpose(0, 1)
-        keep(heads[self._query_heads :], kv, step)
+        heads = qkv.view(tokens, -1, self._width).transpose(0, 1)
+        keep(heads[self._query_heads :].to(kv.dtype), kv, step)
         return look(heads[: self._query_heads], kv, step, self._scale, self._window).flatten(1)
 
     def few(self, qkv: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor], step: Step, seen: torch.Tensor) -> None:
@@ -94,7 +94,7 @@ class Block(nn.Module):
         halves = heads.view(tokens, -1, 2, self._width // 2).numpy()
         kernels.turn(halves, self._turned, turns[0].numpy(), turns[1].numpy(), kv, few.slots, few.begun)
         if few.tables is None:
-            queries = heads[:, : self._query_heads].to(torch.bfloat16).transpose(0, 1)
+            queries = heads[:, : self._query_heads].transpose(0, 1)
             seen.copy_(look(queries, step.kv[self._layer], step, self._scale, self._window).flatten(1))
             return
         out = seen.view(tokens, self._query_heads, -1).numpy()

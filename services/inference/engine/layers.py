@@ -23,6 +23,11 @@ _FIRST = 2
 keep 16: with 8 they lose as much as all others. Without that 8 bits everywhere lose 0.5 % of the loss on code."""
 
 
+def packs(device: str) -> bool:
+    """Whether :func:`speed_up` does something for a bfloat16 model there: fbgemm needs a CPU with AVX2."""
+    return device == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
+
+
 def speed_up(model: PreTrainedModel, kind: Kind) -> None:
     """Packs the weights of a bfloat16 model on a CPU that has the kernels; any other stays as it is.
 
@@ -30,7 +35,7 @@ def speed_up(model: PreTrainedModel, kind: Kind) -> None:
         model: with its linear layers joined by :func:`services.inference.adapters.lora.install`.
         kind: see ``InferenceSettings.inference_weights``.
     """
-    if model.dtype != torch.bfloat16 or model.device.type != "cpu" or not _supported():
+    if model.dtype != torch.bfloat16 or not packs(model.device.type):
         return
     found = joints(model)
     last = max((_layer(joint) for joint in found), default=0)
@@ -105,8 +110,3 @@ class Norm(nn.Module):
 
 def _widen(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
     return output.float()
-
-
-def _supported() -> bool:
-    """fbgemm needs AVX2; without bfloat16 in the processor, prompts would be slower than by torch's own products."""
-    return "fbgemm" in torch.backends.quantized.supported_engines and torch.ops.mkldnn._is_mkldnn_bf16_supported()

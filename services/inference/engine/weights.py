@@ -5,7 +5,7 @@ product of bfloat16 matrices reaches a third of that on a CPU. These come near i
 
 - a few tokens: our own compiled ones (engine/kernels.py), activations in float32, weights of 16 bits or 8, as they are;
 - where these cannot be had: fbgemm's;
-- many tokens: oneDNN, weights in its own blocked order.
+- many tokens: oneDNN, weights in its own blocked order, or fbgemm where the processor has no products of bfloat16.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from numba import get_num_threads
 from torch.nn.functional import linear
 
+from services.core.models.weights import quick_dtype
 from services.inference.engine import kernels
 
 # Without their name's search for an overload, 5 microseconds a call.
@@ -95,7 +96,9 @@ class Packed16:
     """
 
     most = 4
-    """On one core they take 9 ms for one token, oneDNN's 17; 16 for four by either, 24 against 20 for eight."""
+    """On one core they take 9 ms for one token, oneDNN's 17; 16 for four by either, 24 against 20 for eight. Where
+    there are no products of bfloat16 they take for 1, 16 and 256 tokens 11, 32 and 380 ms on two cores; oneDNN's of
+    float32 21, 48 and 376, from twice the memory."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         exact = None if bias is None else bias.float()
@@ -160,12 +163,18 @@ class Fast:
 
     Many are computed by 16 bits, narrow weights or not: these products are bound by arithmetic, and lose nothing. A few
     are with float32 activations, but by fbgemm's 8 bits: more exact than bfloat16 all through.
+
+    Args:
+        narrow: a few are computed by 8 bits.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *, narrow: bool) -> None:
         kinds = (Rows16, Rows8) if kernels.in_threads() else (Packed16, Packed8)
         self.few: Rows | Packed16 | Packed8 = kinds[narrow](weight, bias)
-        self._many = Blocked(weight, bias)
+        if quick_dtype("cpu") == torch.bfloat16:
+            self._many: Blocked | Packed16 = Blocked(weight, bias)
+        else:
+            self._many = self.few if isinstance(self.few, Packed16) else Packed16(weight, bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.few(x) if x.shape[0] <= self.few.most else self._many(x)

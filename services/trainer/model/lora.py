@@ -1,7 +1,8 @@
 """A base model with a LoRA adapter on it, ready to train: what the loop calls, and nothing of how runs are managed.
 
 The base stays frozen in bf16. The adapter computes in bf16 as well, and is what is evaluated, saved and served; the
-optimizer works on fp32 master copies of it, because steps of 1e-3 are lost in 8 bits of mantissa.
+optimizer works on fp32 master copies of it, because steps of 1e-3 are lost in 8 bits of mantissa. On a CPU that has no
+products of bf16, all of it is fp32.
 """
 
 from __future__ import annotations
@@ -42,14 +43,15 @@ class Trainee:
         settings: Settings,
         *,
         device: torch.device,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype | None = None,
         shards: int = 1,
     ) -> None:
         """Loads the base and puts a fresh adapter on it.
 
         Args:
             folder: of the base model, see services/core/models/weights.
-            dtype: fp32 where exactness matters more than speed (tests).
+            dtype: None is the device's, see :func:`services.core.models.weights.quick_dtype`; fp32 where exactness
+                matters more than speed (tests).
             shards: ranks over which the base is spread, see services/trainer/model/shard.
 
         Raises:
@@ -57,6 +59,7 @@ class Trainee:
             NotSupported: the model's logits are not the product of hidden states and head, scaled or not.
         """
         torch.manual_seed(settings.seed)
+        dtype = dtype or weights.quick_dtype(device.type)
         base: Any = weights.load_model(folder, dtype)
         _drop_no_base(base)
         if shards > 1:

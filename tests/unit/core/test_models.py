@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from services.core.errors import DigestMismatch, ModelNotFound
 from services.core.models import catalogue, document, memory, prompts, weights
 from services.core.models.spec import Function, ModelSpec, Shape, WheelSource
+from tests.processors import without_bfloat16
 from tests.unit.inference import tiny
 
 
@@ -152,6 +153,15 @@ def test_a_folder_tells_what_it_holds(folder: Path) -> None:
     assert spec.context_length == 512 and "q_proj" in spec.lora_targets and Function.CHAT in spec.functions
     assert not model.training and weights.is_cached(spec, Path("/nowhere"))
     assert weights.load_tokenizer(folder).chat_template
+
+
+def test_a_processor_without_products_of_bfloat16_gets_float32(folder: Path) -> None:
+    before = weights.quick_dtype("cpu")
+    with without_bfloat16():
+        assert weights.load_model(folder).dtype == torch.float32
+        assert weights.load_model(folder, torch.bfloat16).dtype == torch.bfloat16
+        assert weights.quick_dtype("cuda") == torch.bfloat16
+    assert weights.quick_dtype("cpu") == before
 
 
 def test_a_broken_folder_is_no_model(folder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A prompt's piece in bfloat16 against attention by its definition."""
+"""Attention over bfloat16 against attention by its definition."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from services.inference.engine.attention import Step, keep, look
-from services.inference.engine.rows import Row
+from services.inference.engine.rows import Row, batches
 
 HEADS, KV_HEADS, SIZE = 4, 2, 16
 
@@ -15,7 +15,7 @@ HEADS, KV_HEADS, SIZE = 4, 2, 16
 @pytest.mark.parametrize("window", [None, 24, 100])
 @pytest.mark.parametrize(("past", "count"), [(0, 40), (13, 33), (30, 17)])
 def test_a_piece_of_a_prompt_sees_what_is_before_it(
-    past: int, count: int, window: int | None, blocks: list[int]
+    past: int, count: int, window: int | None, blocks: list[int], bfloat16: bool
 ) -> None:
     torch.manual_seed(1)
     end = past + count
@@ -34,4 +34,22 @@ def test_a_piece_of_a_prompt_sees_what_is_before_it(
     of_group = [part.float().repeat_interleave(HEADS // KV_HEADS, 0) for part in (keys, values)]
     scores = (query.float() @ of_group[0].mT * 0.3).masked_fill(~mask, -torch.inf)
     exact = (scores.softmax(-1) @ of_group[1])[:, past:].transpose(0, 1)
-    assert ((seen.float() - exact).norm() / exact.norm()).item() < 0.01
+    assert ((seen.float() - exact).norm() / exact.norm()).item() < (0.01 if bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 24])
+def test_sequences_that_decode_see_their_own_past_only(window: int | None, bfloat16: bool) -> None:
+    torch.manual_seed(1)
+    rows = [Row(begin, 1, past, [2 * begin, 2 * begin + 1]) for begin, past in enumerate((17, 30, 20, 25, 31, 18))]
+    kv = torch.randn(2, KV_HEADS, 12 * 16, SIZE).bfloat16()
+    query = torch.randn(HEADS, len(rows), SIZE).bfloat16()
+    together, alone = batches(rows, torch.device("cpu"))
+    assert together and not alone
+    seen = look(query, kv, Step(together, [], torch.empty(0, dtype=torch.int64), None, [kv]), 0.3, window)
+    for row in rows:
+        first = 0 if window is None else max(0, row.past + 1 - window)
+        span = slice(row.blocks[0] * 16 + first, row.blocks[0] * 16 + row.past + 1)
+        keys, values = (part[:, span].float().repeat_interleave(HEADS // KV_HEADS, 0) for part in kv)
+        scores = (query[:, row.begin, None].float() @ keys.mT * 0.3).softmax(-1)
+        exact = (scores @ values)[:, 0]
+        assert ((seen[row.begin].float() - exact).norm() / exact.norm()).item() < (0.01 if bfloat16 else 1e-6)

@@ -25,8 +25,9 @@ from services.inference.engine.sequence import Sampling
 from services.inference.engine.weights import Rows8
 from tests.unit.inference.tiny import Bench, marker
 
+pytestmark = pytest.mark.usefixtures("bfloat16")
 needs_kernels = pytest.mark.skipif(
-    not layers._supported() or not kernels.in_threads(), reason="this machine has no such kernels"
+    not layers.packs("cpu") or not kernels.in_threads(), reason="this machine has no such kernels"
 )
 SIZES: dict[str, Any] = {
     "hidden_size": 64,

@@ -16,7 +16,7 @@ from tests.unit.inference.tiny import Bench, greedy, marker
 
 IN_THREADS = kernels.in_threads()
 PROMPT = [5, 9, 2, 60, 33, 7, 8, 120, 44, 91]
-needs_kernels = pytest.mark.skipif(not layers._supported(), reason="this processor has no such kernels")
+needs_kernels = pytest.mark.skipif(not layers.packs("cpu"), reason="this processor has no such kernels")
 
 
 @needs_kernels
@@ -24,8 +24,10 @@ needs_kernels = pytest.mark.skipif(not layers._supported(), reason="this process
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("narrow", "error"), [(False, 0.003), (None, 0.004), (True, 0.02)])
 def test_products_are_the_exact_ones_within_their_rounding(
-    narrow: bool | None, error: float, bias: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
+    narrow: bool | None, error: float, bias: bool, tokens: int, bfloat16: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if narrow is None and not bfloat16:
+        return  # nothing is multiplied in oneDNN's order there
     torch.manual_seed(1)
     weight, x = torch.randn(96, 64).bfloat16(), torch.randn(tokens, 64)
     offset = torch.randn(96).bfloat16() if bias else None
@@ -61,7 +63,7 @@ def test_a_token_in_eight_bits_does_not_depend_on_the_others(threads: bool, monk
 @needs_kernels
 @pytest.mark.parametrize("kind", ["bf16", "int8"])
 def test_a_model_on_packed_weights_computes_what_it_did(
-    kind: layers.Kind, reference: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+    kind: layers.Kind, bfloat16: bool, reference: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     rounded = copy.deepcopy(reference).bfloat16()
     exact = copy.deepcopy(rounded).float()
@@ -74,7 +76,7 @@ def test_a_model_on_packed_weights_computes_what_it_did(
     bench.engine.stop()
     with torch.inference_mode():
         wanted = exact(torch.tensor([PROMPT])).logits[0, -1].log_softmax(-1).max().item()
-    assert heard.outputs[-1].logprobs[0].logprob == pytest.approx(wanted, abs=0.15)
+    assert heard.outputs[-1].logprobs[0].logprob == pytest.approx(wanted, abs=0.15 if bfloat16 else 0.05)
     assert changed.new != greedy(exact, PROMPT, 8)
 
 

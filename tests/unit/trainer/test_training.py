@@ -24,6 +24,7 @@ from services.trainer.planning.settings import Settings
 from services.trainer.proving.evaluate import HeldOut
 from services.trainer.state import State
 from services.trainer.story import CheckpointDue, Evaluated, StepDone
+from tests.processors import without_bfloat16
 
 Make = Callable[..., Any]
 
@@ -160,6 +161,14 @@ def test_a_fresh_adapter_is_the_base_model(settings: Make, trainee: Make, base: 
     model = weights.load_model(base, torch.float32)
     expected = model(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss.item()
     assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_products_of_bfloat16_it_trains_in_float32(settings: Make, trainee: Make, base: Path) -> None:
+    batch, made = [row(list(range(30, 60)))], trainee(settings())
+    with without_bfloat16():
+        own = Trainee(base, settings(), device=torch.device("cpu"))
+    assert {part.dtype for part in own.weights().values()} == {torch.float32}
+    assert own.accumulate(batch, 30) == made.accumulate(batch, 30)
 
 
 def test_init_scale_is_the_norm_of_every_row(settings: Make, trainee: Make) -> None:
