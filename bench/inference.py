@@ -169,13 +169,13 @@ class Foreign(Peer):
 
 
 def adapter(model: PreTrainedModel, seed: int) -> lora.Weights:
-    """One of rank 16 on all linear layers."""
+    """One of rank 16 on all linear layers, in the model's type, as the service has them."""
     generator = torch.Generator().manual_seed(seed)
     pairs = {
         path: (torch.randn(RANK, width, generator=generator) * 0.02, torch.randn(out, RANK, generator=generator) * 0.02)
         for path, (out, width) in lora.adaptable(model).items()
     }
-    return lora.prepare(pairs, 1.0, torch.float32, torch.device("cpu"), sha256=str(seed))
+    return lora.prepare(pairs, 1.0, model.dtype, torch.device("cpu"), sha256=str(seed))
 
 
 def best(sides: Mapping[str, Callable[[], float]], rounds: int = ROUNDS) -> dict[str, float]:

@@ -194,8 +194,11 @@ def _adapt(begin: int, end: int, x: Any, y: Any, a: Any, b: Any, owners: Any, sl
         if slot >= 0:
             _down(x[begin:after], a[slot], ranks)
             for part in range(pieces):
+                first = owners[part] * rank
+                if after - begin == _SHARED:
+                    _up_shared(ranks, first, b[slot, part], y, begin, part * piece)
+                    continue
                 for token in range(begin, after):
-                    first = owners[part] * rank
                     _up(ranks[token - begin, first : first + rank], b[slot, part], y[token, part * piece :])
         begin = after
 
@@ -238,6 +241,45 @@ def _up(ranks: Any, b: Any, out: Any) -> None:
         weight, row = ranks[n], b[n]
         for at in range(piece):
             out[at] += weight * _wide(row[at])
+
+
+@_compiled
+def _up_shared(ranks: Any, first: int, b: Any, y: Any, begin: int, at_piece: int) -> None:
+    """The same of _SHARED tokens from begin on: each row of B is read once for all.
+
+    Args:
+        ranks: ``[_SHARED, ranks]``, of which those from first on are B's.
+        y: the whole of :func:`adapt`'s, so that its rows are known to be without gaps; where at_piece begins the piece.
+    """
+    rank, piece = b.shape
+    out0, out1, out2, out3 = (
+        y[begin, at_piece:],
+        y[begin + 1, at_piece:],
+        y[begin + 2, at_piece:],
+        y[begin + 3, at_piece:],
+    )
+    for n in range(0, rank // 4 * 4, 4):
+        at = first + n
+        w00, w01, w02, w03 = ranks[0, at], ranks[0, at + 1], ranks[0, at + 2], ranks[0, at + 3]
+        w10, w11, w12, w13 = ranks[1, at], ranks[1, at + 1], ranks[1, at + 2], ranks[1, at + 3]
+        w20, w21, w22, w23 = ranks[2, at], ranks[2, at + 1], ranks[2, at + 2], ranks[2, at + 3]
+        w30, w31, w32, w33 = ranks[3, at], ranks[3, at + 1], ranks[3, at + 2], ranks[3, at + 3]
+        row0, row1, row2, row3 = b[n], b[n + 1], b[n + 2], b[n + 3]
+        for place in range(piece):
+            b0, b1, b2, b3 = _wide(row0[place]), _wide(row1[place]), _wide(row2[place]), _wide(row3[place])
+            out0[place] += w00 * b0 + w01 * b1 + w02 * b2 + w03 * b3
+            out1[place] += w10 * b0 + w11 * b1 + w12 * b2 + w13 * b3
+            out2[place] += w20 * b0 + w21 * b1 + w22 * b2 + w23 * b3
+            out3[place] += w30 * b0 + w31 * b1 + w32 * b2 + w33 * b3
+    for n in range(rank // 4 * 4, rank):
+        w0, w1, w2, w3 = ranks[0, first + n], ranks[1, first + n], ranks[2, first + n], ranks[3, first + n]
+        row = b[n]
+        for place in range(piece):
+            value = _wide(row[place])
+            out0[place] += w0 * value
+            out1[place] += w1 * value
+            out2[place] += w2 * value
+            out3[place] += w3 * value
 
 
 @_compiled
