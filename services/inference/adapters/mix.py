@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numba import get_num_threads
 
 from services.inference.adapters.indexed import Indexed, Memory
 from services.inference.adapters.stack import Paths, Shape, Stack
@@ -22,6 +21,7 @@ from services.inference.engine import kernels
 
 if TYPE_CHECKING:
     from services.inference.adapters.lora import Segment, Weights
+    from services.inference.engine.few import Sheet
 
 _FEW = 8
 """Tokens of a segment up to which torch's product takes it from a stack, where all are padded to the longest."""
@@ -75,14 +75,18 @@ class Placed:
 
     def add(self, paths: Paths, x: torch.Tensor, y: torch.Tensor) -> None:
         """See :meth:`Mix.add`."""
-        a, b, owners = self.stack.arrays[paths]
-        inputs, out = x.float().contiguous().numpy(), y.float()  # mostly x and y themselves
-        if self.threads and len(self.slots) > 1 and kernels.in_threads():
-            kernels.adapt_in_threads(inputs, out.numpy(), a, b, owners, self.slots, get_num_threads())
-        else:
-            kernels.adapt(inputs, out.numpy(), a, b, owners, self.slots)
+        out = y.float()  # mostly y itself
+        self.onto(paths, x.float().contiguous().numpy(), out.numpy())
         if out is not y:
             y.copy_(out)
+
+    def onto(self, paths: Paths, x: Any, y: Any) -> None:
+        """The same with arrays of float32, without gaps."""
+        a, b, owners = self.stack.arrays[paths]
+        if self.threads and len(self.slots) > 1 and kernels.in_threads():
+            kernels.adapt_in_threads(x, y, a, b, owners, self.slots, kernels.threads())
+        else:
+            kernels.adapt(x, y, a, b, owners, self.slots)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +107,12 @@ class Mix:
             add_one(segment.weights, paths, x[segment.begin : segment.end], y[segment.begin : segment.end], outs)
         for stacked in self.stacked:
             stacked.add(paths, x, y)
+
+    def add_few(self, paths: Paths, x: Sheet, y: Sheet) -> None:
+        """As :meth:`add`, on a CPU where all adapters lie in stacks."""
+        for stacked in self.stacked:
+            assert isinstance(stacked, Placed)
+            stacked.onto(paths, x.array, y.array)
 
 
 def add_one(weights: Weights, paths: Paths, x: torch.Tensor, y: torch.Tensor, outs: tuple[int, ...]) -> None:

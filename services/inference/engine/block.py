@@ -16,6 +16,7 @@ from services.inference.adapters.lora import Joint
 from services.inference.engine import kernels
 from services.inference.engine.attention import Step, keep, look
 from services.inference.engine.blocks import BLOCK
+from services.inference.engine.few import Heads
 
 _FAMILY = ("LlamaDecoderLayer", "Qwen2DecoderLayer", "MistralDecoderLayer")
 """Two norms, rotary embeddings by halves, a gated MLP, and nothing else."""
@@ -31,7 +32,7 @@ class Block(nn.Module):
         attention, mlp = layer.self_attn, layer.mlp
         self._qkv, self._o = attention.q_proj.joint, attention.o_proj.joint
         self._gate_up, self._down = mlp.gate_proj.joint, mlp.down_proj.joint
-        self._layer, self._width, self._scale = attention.layer_idx, attention.head_dim, attention.scaling
+        self._layer, self.width, self._scale = attention.layer_idx, attention.head_dim, attention.scaling
         self._window = None
         if "Qwen2" in type(layer).__name__:
             self._window = attention.sliding_window
@@ -68,8 +69,9 @@ class Block(nn.Module):
         if step.few is None or qkv.dtype != torch.float32:
             seen = self._many(qkv, position_embeddings, step)
         else:
-            seen = qkv.new_empty(len(qkv), self._query_heads * self._width)
-            self.few(qkv, position_embeddings, step, seen)
+            seen = qkv.new_empty(len(qkv), self._query_heads * self.width)
+            cos, sin = position_embeddings
+            self.few(Heads.of(qkv, seen, self.width), (cos.numpy(), sin.numpy()), step)
         x = self._o.compute(seen).add_(x)
         gate_up = self._gate_up.compute(self.post_attention_layernorm(x))
         gate, up = torch.split_with_sizes(gate_up, self._gate_up.outs, 1)
@@ -78,29 +80,27 @@ class Block(nn.Module):
     def _many(self, qkv: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor], step: Step) -> torch.Tensor:
         """From queries, keys and values to what is seen, ``[tokens, hidden]``."""
         tokens, kv = qkv.shape[0], step.kv[self._layer]
-        halves = qkv.view(tokens, -1, 2, self._width // 2)[:, : self._turned]
+        halves = qkv.view(tokens, -1, 2, self.width // 2)[:, : self._turned]
         cos, sin = turns
         swapped = halves.flip(2)
         halves.mul_(cos).addcmul_(swapped, sin)
-        heads = qkv.view(tokens, -1, self._width).transpose(0, 1)
+        heads = qkv.view(tokens, -1, self.width).transpose(0, 1)
         keep(heads[self._query_heads :].to(kv.dtype), kv, step)
         return look(heads[: self._query_heads], kv, step, self._scale, self._window).flatten(1)
 
-    def few(self, qkv: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor], step: Step, seen: torch.Tensor) -> None:
-        """The same for a few tokens on a CPU, into ``seen``; all float32."""
-        few, tokens = step.few, qkv.shape[0]
+    def few(self, heads: Heads, turns: tuple[Any, Any], step: Step) -> None:
+        """The same for a few tokens on a CPU; all float32."""
+        few = step.few
         assert few is not None
-        heads, kv = qkv.view(tokens, -1, self._width), few.kv[self._layer]
-        halves = heads.view(tokens, -1, 2, self._width // 2).numpy()
-        kernels.turn(halves, self._turned, turns[0].numpy(), turns[1].numpy(), kv, few.slots, few.begun)
+        kv = few.kv[self._layer]
+        kernels.turn(heads.turned, self._turned, *turns, kv, few.slots, few.begun)
         if few.tables is None:
-            queries = heads[:, : self._query_heads].transpose(0, 1)
-            seen.copy_(look(queries, step.kv[self._layer], step, self._scale, self._window).flatten(1))
+            found = look(heads.queries, step.kv[self._layer], step, self._scale, self._window)
+            heads.seen.copy_(found.flatten(1))
             return
-        out = seen.view(tokens, self._query_heads, -1).numpy()
         window = self._window or few.tables.size * BLOCK
         attend = kernels.attend_in_threads if kernels.in_threads() else kernels.attend
-        attend(heads.numpy(), kv, few.tables, few.pasts, window, self._scale, out)
+        attend(heads.all, kv, few.tables, few.pasts, window, self._scale, heads.out)
 
 
 class Rotary(nn.Module):

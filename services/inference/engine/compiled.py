@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from services.inference.adapters.lora import Active, Joint
 from services.inference.engine.attention import Step
 from services.inference.engine.block import Block, Rotary
-from services.inference.engine.few import MOST
+from services.inference.engine.few import MOST, Heads, Sheet
 from services.inference.engine.layers import Norm
 from services.inference.engine.weights import Fast, Rows
 
@@ -37,18 +37,22 @@ def fits(model: PreTrainedModel) -> bool:
 
 @dataclass(slots=True)
 class Desk:
-    """What the layers write to, for one number of tokens; float32."""
+    """What the layers write to, for one number of tokens."""
 
-    hidden: torch.Tensor
+    hidden: Sheet
     """``[tokens, hidden]``, the residual stream."""
-    normed: torch.Tensor
-    qkv: torch.Tensor
+    normed: Sheet
+    qkv: Sheet
     """``[tokens, queries, keys and values]``"""
-    seen: torch.Tensor
+    seen: Sheet
     """``[tokens, query heads * head_dim]``"""
-    gate_up: torch.Tensor
+    gate_up: Sheet
     """``[tokens, 2 * inner]``"""
-    gated: torch.Tensor
+    gated: Sheet
+    heads: Heads
+    """Of qkv and seen."""
+    halves: tuple[torch.Tensor, torch.Tensor]
+    """Of gate_up."""
 
 
 class Product:
@@ -58,11 +62,11 @@ class Product:
         assert isinstance(joint.product, Fast)
         self._packed, self.outs, self._paths, self._active = joint.product, joint.outs, joint.paths, active
 
-    def add(self, x: torch.Tensor, out: torch.Tensor, *, keep: bool) -> None:
+    def add(self, x: Sheet, out: Sheet, *, keep: bool) -> None:
         """See :meth:`services.inference.engine.weights.Fast.add`; with what the step's adapters give."""
         self._packed.add(x, out, keep=keep)
         if (mix := self._active.mix) is not None:
-            mix.add(self._paths, x, out, self.outs)
+            mix.add_few(self._paths, x, out)
 
 
 class CompiledLayer:
@@ -73,16 +77,16 @@ class CompiledLayer:
         self._before, self._between = block.norms
         self.qkv, self.o, self.gate_up, self.down = (Product(joint, active) for joint in block.joints)
 
-    def run(self, desk: Desk, turns: tuple[torch.Tensor, torch.Tensor], step: Step) -> None:
+    def run(self, desk: Desk, turns: tuple[Any, Any], step: Step) -> None:
         """Changes the desk's hidden states as the layer does."""
-        self._before.into(desk.hidden, desk.normed)
+        self._before.into(desk.hidden.array, desk.normed.array)
         self.qkv.add(desk.normed, desk.qkv, keep=False)
-        self._block.few(desk.qkv, turns, step, desk.seen)
+        self._block.few(desk.heads, turns, step)
         self.o.add(desk.seen, desk.hidden, keep=True)
-        self._between.into(desk.hidden, desk.normed)
+        self._between.into(desk.hidden.array, desk.normed.array)
         self.gate_up.add(desk.normed, desk.gate_up, keep=False)
-        gate, up = desk.gate_up.chunk(2, 1)
-        torch.mul(silu(gate), up, out=desk.gated)
+        gate, up = desk.halves
+        torch.mul(silu(gate), up, out=desk.gated.tensor)
         self.down.add(desk.gated, desk.hidden, keep=True)
 
 
@@ -104,6 +108,7 @@ class Compiled:
         self._head: Fast = head.product
         first, hidden = self._layers[0], self._table.shape[1]
         both, seen = sum(first.gate_up.outs), first.qkv.outs[0]
+        self._width = body.layers[0].width
         widths = (hidden, hidden, sum(first.qkv.outs), seen, both, both // 2)
         self._all = [torch.empty(MOST, width, dtype=torch.float32) for width in widths]
         self._desks: dict[int, Desk] = {}
@@ -115,17 +120,21 @@ class Compiled:
             last: tokens whose outputs are wanted.
         """
         desk = self._desk(len(ids))
-        desk.hidden.copy_(self._table[torch.tensor(ids)])
-        turns = self._rotary(desk.hidden[None], torch.tensor([positions]))
+        desk.hidden.tensor.copy_(self._table[torch.tensor(ids)])
+        cos, sin = self._rotary(desk.hidden.tensor[None], torch.tensor([positions]))
+        turns = cos.numpy(), sin.numpy()
         for layer in self._layers:
             if step.between is not None:
                 step.between()
             layer.run(desk, turns, step)
-        self._norm.into(desk.hidden, desk.normed)
-        wanted = desk.normed if len(last) == len(ids) else desk.normed[last]
-        return self._head(wanted)
+        self._norm.into(desk.hidden.array, desk.normed.array)
+        normed = desk.normed.tensor
+        return self._head(normed if len(last) == len(ids) else normed[last])
 
     def _desk(self, tokens: int) -> Desk:
         if tokens not in self._desks:
-            self._desks[tokens] = Desk(*(part[:tokens] for part in self._all))
+            hidden, normed, qkv, seen, gate_up, gated = (Sheet.of(part[:tokens]) for part in self._all)
+            heads = Heads.of(qkv.tensor, seen.tensor, self._width)
+            gate, up = gate_up.tensor.chunk(2, 1)
+            self._desks[tokens] = Desk(hidden, normed, qkv, seen, gate_up, gated, heads, (gate, up))
         return self._desks[tokens]

@@ -28,6 +28,49 @@ _NO_BFLOAT16 = 16
 
 
 @dataclass(frozen=True, slots=True)
+class Sheet:
+    """The same memory for torch and for the kernels. To make the array of a tensor takes as long as a small kernel."""
+
+    tensor: torch.Tensor
+    """``[tokens, width]``, float32, without gaps."""
+    array: Any
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Sheet:
+        """Of a tensor that lies so."""
+        return cls(tensor, tensor.numpy())
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Queries, keys and values of a few tokens, and what they see; the same memory as theirs."""
+
+    turned: Any
+    """``[tokens, heads, 2, head_dim / 2]``, as all arrays float32."""
+    all: Any
+    """``[tokens, heads, head_dim]``"""
+    queries: torch.Tensor
+    """``[query_heads, tokens, head_dim]``"""
+    seen: torch.Tensor
+    """``[tokens, query_heads * head_dim]``"""
+    out: Any
+    """``[tokens, query_heads, head_dim]``"""
+
+    @classmethod
+    def of(cls, qkv: torch.Tensor, seen: torch.Tensor, width: int) -> Heads:
+        """Of a joint's output and where to put what is seen.
+
+        Args:
+            width: of a head.
+        """
+        tokens = len(qkv)
+        heads, out = qkv.view(tokens, -1, width), seen.view(tokens, -1, width)
+        halves = heads.view(tokens, -1, 2, width // 2)
+        queries = heads[:, : out.shape[1]].transpose(0, 1)
+        return cls(halves.numpy(), heads.numpy(), queries, seen, out.numpy())
+
+
+@dataclass(frozen=True, slots=True)
 class Few:
     """Arrays over the same memory as the step's tensors."""
 

@@ -97,15 +97,15 @@ class Norm(nn.Module):
         """Over the last dimension."""
         if x.numel() <= MOST * x.shape[-1]:
             out = torch.empty_like(x)
-            self.into(x.view(-1, x.shape[-1]), out.view(-1, x.shape[-1]))
+            self.into(x.view(-1, x.shape[-1]).numpy(), out.view(-1, x.shape[-1]).numpy())
             return out
         size = torch.linalg.vector_norm(x, 2, -1, keepdim=True)
         normed: torch.Tensor = x / size.hypot_(torch.tensor(self._least))
         return normed.mul_(self.weight)
 
-    def into(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """A few tokens, ``[tokens, width]``, on a CPU."""
-        kernels.norm(x.numpy(), self._array, self._least, out.numpy())
+    def into(self, x: Any, out: Any) -> None:
+        """A few tokens, arrays ``[tokens, width]``."""
+        kernels.norm(x, self._array, self._least, out)
 
 
 def _widen(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:

@@ -15,11 +15,11 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from numba import get_num_threads
 from torch.nn.functional import linear
 
 from services.core.models.weights import quick_dtype
 from services.inference.engine import kernels
+from services.inference.engine.few import Sheet
 
 # Without their name's search for an overload, 5 microseconds a call.
 _HALF = torch.ops.quantized.linear_dynamic_fp16.default
@@ -70,7 +70,7 @@ class Rows16(Rows):
         self._weight = weight.bfloat16().contiguous().view(torch.uint16).numpy()
 
     def add(self, x: Any, out: Any, *, keep: bool) -> None:
-        kernels.half(x, self._weight, self._bias, keep, out, get_num_threads())
+        kernels.half(x, self._weight, self._bias, keep, out, kernels.threads())
 
 
 class Rows8(Rows):
@@ -86,7 +86,7 @@ class Rows8(Rows):
         self._scale = scale.numpy()
 
     def add(self, x: Any, out: Any, *, keep: bool) -> None:
-        kernels.narrow(x, self._weight, self._scale, self._bias, keep, out, get_num_threads())
+        kernels.narrow(x, self._weight, self._scale, self._bias, keep, out, kernels.threads())
 
 
 class Packed16:
@@ -179,14 +179,14 @@ class Fast:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.few(x) if x.shape[0] <= self.few.most else self._many(x)
 
-    def add(self, x: torch.Tensor, out: torch.Tensor, *, keep: bool) -> None:
-        """The same to, or with ``keep`` onto, ``out``; float32."""
-        if isinstance(self.few, Rows) and x.shape[0] <= self.few.most:
-            self.few.add(x.numpy(), out.numpy(), keep=keep)
+    def add(self, x: Sheet, out: Sheet, *, keep: bool) -> None:
+        """The same to, or with ``keep`` onto, ``out``."""
+        if isinstance(self.few, Rows) and len(x.array) <= self.few.most:
+            self.few.add(x.array, out.array, keep=keep)
         elif keep:
-            out.add_(self(x))
+            out.tensor.add_(self(x.tensor))
         else:
-            out.copy_(self(x))
+            out.tensor.copy_(self(x.tensor))
 
 
 Product = Plain | Fast

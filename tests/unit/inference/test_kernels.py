@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from services.inference.adapters.lora import install
 from services.inference.engine import kernels
 from services.inference.engine.attention import Step
 from services.inference.engine.block import Block, Rotary, simplify
-from services.inference.engine.few import bits, few
+from services.inference.engine.few import Heads, bits, few
 from services.inference.engine.layers import Norm
 from services.inference.engine.rows import Row, batches
 
@@ -39,6 +41,19 @@ def make_block(window: int | None) -> tuple[Block, Rotary]:
     (block,), rotary = model.model.layers, model.model.rotary_emb
     assert isinstance(block, Block) and isinstance(rotary, Rotary)
     return block, rotary
+
+
+def test_every_thread_has_the_number_of_its_own() -> None:
+    def own(count: int | None) -> tuple[int, int]:
+        kernels.use(count)
+        return kernels.threads(), numba.get_num_threads()
+
+    for count in (1, 2, None, 10**6):
+        with ThreadPoolExecutor(1) as thread:
+            mine, numbas = thread.submit(own, count).result()
+            assert mine == numbas <= numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+            assert (mine, mine) == thread.submit(own, None).result()
+            assert thread.submit(own, 1).result() == (1, 1)
 
 
 @pytest.mark.parametrize("tokens", [1, 7])
@@ -90,7 +105,8 @@ def test_what_tokens_see(
             assert arrays is not None
             step = Step(together, alone, step.slots, step.begun, memory, few(step, arrays, made))
         if compiled:
-            block.few(qkv.clone(), turns, step, seen := torch.empty(begin, 96))
+            heads = Heads.of(qkv.clone(), seen := torch.empty(begin, 96), block.width)
+            block.few(heads, (turns[0].numpy(), turns[1].numpy()), step)
         else:
             seen = block._many(qkv.clone(), turns, step)
         found.append((seen.float(), memory[0].float()))
