@@ -36,8 +36,8 @@ In GB (10^9 bytes), by the formulas of [memory.py](../services/core/models/memor
   of one row of {memory.TRAINED_TOKENS:,} tokens (or of the context). *Low*: with `low_gpu_memory_mode`, which keeps
   one activation a layer and computes the rest again.
 
-A CPU that has no products of bfloat16 (AVX2 and nothing newer) trains in float32, which takes up to twice as much, and
-serves from twice the weights.
+On a CPU inference holds the weights twice, for steps of few tokens and for those of many. One that has no products of
+bfloat16 (AVX2 and nothing newer) trains in float32, which takes up to twice as much.
 """
 
 

@@ -126,7 +126,7 @@ def quick_dtype(device: str) -> torch.dtype:
     """
     import torch
 
-    if device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if device != "cpu" or (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return torch.bfloat16
     return torch.float32
 

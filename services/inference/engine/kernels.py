@@ -253,12 +253,8 @@ def _up_shared(ranks: Any, first: int, b: Any, y: Any, begin: int, at_piece: int
         y: the whole of :func:`adapt`'s, so that its rows are known to be without gaps; where at_piece begins the piece.
     """
     rank, piece = b.shape
-    out0, out1, out2, out3 = (
-        y[begin, at_piece:],
-        y[begin + 1, at_piece:],
-        y[begin + 2, at_piece:],
-        y[begin + 3, at_piece:],
-    )
+    out0, out1 = y[begin, at_piece:], y[begin + 1, at_piece:]
+    out2, out3 = y[begin + 2, at_piece:], y[begin + 3, at_piece:]
     for n in range(0, rank // 4 * 4, 4):
         at = first + n
         w00, w01, w02, w03 = ranks[0, at], ranks[0, at + 1], ranks[0, at + 2], ranks[0, at + 3]
