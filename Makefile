@@ -18,7 +18,7 @@ pin = $(shell grep '^$(1)==' constraints.txt)
 # Named by what it was made from: a change of either file makes the set-up run again, nothing else does.
 STAMP := $(VENV)/.set-up-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 
-.PHONY: help setup proto proto-image docs demo promtool test chaos bench fuzz sshd chromium lint format types deploy-check clean
+.PHONY: help setup proto kernels proto-image docs demo promtool test chaos bench fuzz sshd chromium lint format types deploy-check clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,10 @@ $(STAMP):
 
 proto: setup ## Generate gen/ from protos/
 	@$(BIN)/python hatch_build.py
+
+# Each process would compile them for itself, in the time in which a test waits for an answer.
+kernels: proto ## Compile inference's kernels for this processor, half a minute; services do it at their first start
+	@$(BIN)/python -c 'from services.inference.engine import kernels; kernels.warm()'
 
 proto-image: setup ## Accept the contract as it is: refresh the image that `buf breaking` compares with
 	$(BIN)/buf build --exclude-source-info --output protos/codegraft.binpb
@@ -93,12 +97,12 @@ fuzz: proto ## Hostile inputs against every reader of ingest (FUZZ_INPUTS=100000
 
 # Files side by side, as tests/order.py deals them out: most tests wait for servers, and those of one file share theirs.
 TEST_WORKERS ?= 2
-test: proto sshd chromium promtool ## Every test: unit, contract, chaos (short), end to end (ARGS="-k name")
+test: kernels sshd chromium promtool ## Every test: unit, contract, chaos (short), end to end (ARGS="-k name")
 	@$(BIN)/python -m pytest --quiet --numprocesses $(TEST_WORKERS) --dist loadfile tests/unit tests/contract tests/chaos tests/e2e $(ARGS)
 
 CHAOS_SECONDS ?= 600
 CHAOS_REPORT ?= dist/chaos
-chaos: proto ## Kills, pauses, bad networks, full disks for ten minutes (CHAOS_SECONDS=600 CHAOS_SEED=1 CHAOS_REPORT=dist/chaos)
+chaos: kernels ## Kills, pauses, bad networks, full disks for ten minutes (CHAOS_SECONDS=600 CHAOS_SEED=1 CHAOS_REPORT=dist/chaos)
 	@CHAOS_SECONDS=$(CHAOS_SECONDS) CHAOS_SEED=$(CHAOS_SEED) CHAOS_REPORT=$(abspath $(CHAOS_REPORT)) \
 	  $(BIN)/python -m pytest --quiet -rP tests/chaos $(ARGS)
 

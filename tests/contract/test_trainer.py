@@ -296,7 +296,9 @@ async def test_inference_accepts_the_adapter(world: World, base: Path, fim_rate:
 
 
 async def test_a_run_that_never_beats_the_base_publishes_no_best(world: World) -> None:
-    last, events = await world.watch(await world.create({**QUICK, "learning_rate": 1e-9, "weight_decay": 0.0}))
+    # Where all is float32 the least rate alone changes the loss, by a part in a hundred million.
+    still = {"learning_rate": 1e-9, "lora_init_scale": 1e-6}
+    last, events = await world.watch(await world.create({**QUICK, **still, "weight_decay": 0.0}))
     assert last.status.state == JOB_STATE_SUCCEEDED and not last.best_checkpoint
     assert not world.told("codegraft.trainer.checkpoint.best.v1")
     lowest = min(event.evaluation.test_loss for event in events if event.evaluation.step)

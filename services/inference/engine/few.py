@@ -23,8 +23,9 @@ _TOGETHER = 8
 _GUESSED = 4
 """Tokens of fewer sequences up to which two threads are about as fast, though each reads its sequence anew."""
 _NO_BFLOAT16 = 16
-"""Single tokens up to which the kernel is quicker, by one thread or two, where torch has no products of bfloat16: after
-500 tokens, 1.0 ms for 16 by two threads, 1.2 by one; torch in float32 1.7 and 3.1."""
+"""The same where torch has no products of bfloat16: after 500 tokens, 0.8 ms for four sequences of four tokens and 1.4
+for four of seven; torch in float32 1.0 and 1.2. There the kernel is the quicker one for all single tokens: of 16, 0.8
+and 2.5."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +114,8 @@ def few(step: Step, kv: list[Any], rows: Sequence[Row]) -> Few:
 
 def _most(*, guesses: bool) -> int:
     """Tokens up to which the kernel attends."""
-    if not guesses and quick_dtype("cpu") != torch.bfloat16:
-        return _NO_BFLOAT16
+    if quick_dtype("cpu") != torch.bfloat16:
+        return _NO_BFLOAT16 if guesses else MOST
     if kernels.in_threads():
         return _GUESSED if guesses else _TOGETHER
     return 0 if guesses else _ALONE

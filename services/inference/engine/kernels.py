@@ -102,48 +102,86 @@ def turn(qkv: Any, turned: int, cos: Any, sin: Any, kv: Any, slots: Any, begun: 
 
 
 @_compiled
+def _exp(x: Any) -> Any:
+    """The exponential function of a float32 of at most 0, to 1.2e-7 of it; below e^-87, that. By Cephes' expf
+    (netlib.org/cephes), whose loop is compiled to vectors, as a call of the C library's is not."""
+    x = max(x, np.float32(-87.0))
+    whole = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
+    rest = x - whole * np.float32(0.693359375) + whole * np.float32(2.12194440e-4)
+    y = np.float32(1.9875691500e-4)
+    y = y * rest + np.float32(1.3981999507e-3)
+    y = y * rest + np.float32(8.3334519073e-3)
+    y = y * rest + np.float32(4.1665795894e-2)
+    y = y * rest + np.float32(1.6666665459e-1)
+    y = y * rest + np.float32(5.0000001201e-1)
+    y = y * rest * rest + rest + np.float32(1.0)
+    return y * np.uint32(np.uint32(np.int32(whole) + np.int32(127)) << np.uint32(23)).view(np.float32)
+
+
+@_compiled
+def _widen(kept: Any, table: Any, begin: int, last: int, rows: Any) -> None:
+    """Four neighbouring keys or values of one head as float32; for those behind the last one it again.
+
+    Args:
+        kept: ``[slots, head_dim]``, bfloat16.
+        table: blocks of the sequence.
+        rows: ``[4, head_dim]``, uint32.
+    """
+    for place in range(4):
+        at, row = min(begin + place, last), rows[place]
+        found = kept[table[at // BLOCK] * BLOCK + at % BLOCK]
+        for n in range(len(row)):
+            row[n] = np.uint32(found[n]) << np.uint32(16)
+
+
+@_compiled
 def _attend(
     token: int, head: int, qkv: Any, kv: Any, tables: Any, pasts: Any, window: int, scale: float, out: Any
 ) -> None:
-    """What one token sees through the queries of one head of keys; see :func:`attend`."""
+    """What one token sees through the queries of one head of keys, four keys at a time; see :func:`attend`."""
     head_dim = out.shape[2]
     group = out.shape[1] // kv.shape[1]
-    row = np.empty(head_dim, np.float32)
-    bits = row.view(np.uint32)
+    rows = np.empty((4, head_dim), np.float32)
+    row0, row1, row2, row3 = rows[0], rows[1], rows[2], rows[3]
+    bits, table = rows.view(np.uint32), tables[token]
     end = pasts[token] + 1
     begin = max(0, end - window)
-    weights = np.empty((group, end - begin), np.float32)
-    for at in range(begin, end):
-        key = kv[0, head, tables[token, at // BLOCK] * BLOCK + at % BLOCK]
-        for n in range(head_dim):
-            bits[n] = np.uint32(key[n]) << np.uint32(16)
+    count = end - begin
+    shares = np.empty((group, (count + 3) // 4 * 4), np.float32)
+    for at in range(0, count, 4):
+        _widen(kv[0, head], table, begin + at, end - 1, bits)
         for member in range(group):
             query = qkv[token, head * group + member]
-            score = np.float32(0.0)
+            score0, score1, score2, score3 = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
             for n in range(head_dim):
-                score += query[n] * row[n]
-            weights[member, at - begin] = score * np.float32(scale)
+                number = query[n]
+                score0 += number * row0[n]
+                score1 += number * row1[n]
+                score2 += number * row2[n]
+                score3 += number * row3[n]
+            own = shares[member]
+            own[at], own[at + 1], own[at + 2], own[at + 3] = score0, score1, score2, score3
     for member in range(group):
+        own = shares[member]
+        own[count:] = 0.0
         largest = np.float32(-np.inf)
-        for at in range(end - begin):
-            largest = max(largest, weights[member, at])
+        for at in range(count):
+            largest = max(largest, own[at])
         total = np.float32(0.0)
-        for at in range(end - begin):
-            weight = np.float32(math.exp(weights[member, at] - largest))
-            weights[member, at] = weight
-            total += weight
-        for at in range(end - begin):
-            weights[member, at] /= total
+        for at in range(count):
+            share = _exp((own[at] - largest) * np.float32(scale))
+            own[at] = share
+            total += share
+        for at in range(count):
+            own[at] /= total
         out[token, head * group + member] = 0.0
-    for at in range(begin, end):
-        value = kv[1, head, tables[token, at // BLOCK] * BLOCK + at % BLOCK]
-        for n in range(head_dim):
-            bits[n] = np.uint32(value[n]) << np.uint32(16)
+    for at in range(0, count, 4):
+        _widen(kv[1, head], table, begin + at, end - 1, bits)
         for member in range(group):
-            seen = out[token, head * group + member]
-            weight = weights[member, at - begin]
+            seen, own = out[token, head * group + member], shares[member]
+            share0, share1, share2, share3 = own[at], own[at + 1], own[at + 2], own[at + 3]
             for n in range(head_dim):
-                seen[n] += weight * row[n]
+                seen[n] += (share0 * row0[n] + share1 * row1[n]) + (share2 * row2[n] + share3 * row3[n])
 
 
 @_compiled

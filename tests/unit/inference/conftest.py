@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from services.core.models.weights import quick_dtype
+from services.inference.engine import kernels
 from services.inference.engine.scheduler import Limits
 from tests.processors import without_bfloat16
 from tests.unit.inference.tiny import Bench, make_model, make_tokenizer
@@ -17,6 +18,7 @@ from tests.unit.inference.tiny import Bench, make_model, make_tokenizer
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     torch.set_num_threads(1)
+    kernels.warm()  # compiling them in a new checkout takes as long as an answer may
 
 
 @pytest.fixture(params=[True, False], ids=["bfloat16", "no bfloat16"])

@@ -56,6 +56,33 @@ def test_every_thread_has_the_number_of_its_own() -> None:
             assert thread.submit(own, 1).result() == (1, 1)
 
 
+@pytest.mark.parametrize("threads", [True, False])
+@pytest.mark.parametrize(("past", "window"), [(0, 99), (1, 99), (2, 99), (15, 99), (16, 99), (50, 99), (50, 7), (3, 1)])
+@pytest.mark.parametrize("size", [1.0, 30.0])
+def test_what_a_token_sees_is_exact(past: int, window: int, size: float, threads: bool) -> None:
+    if threads and not IN_THREADS:
+        return
+    torch.manual_seed(past)
+    blocks = [3, 0, 5, 1]
+    kv = torch.randn(2, 2, 6 * 16, 16).bfloat16()
+    qkv, out = torch.randn(1, 8, 16) * size, torch.empty(1, 4, 16)
+    slots = [blocks[at // 16] * 16 + at % 16 for at in range(max(0, past + 1 - window), past + 1)]
+    attend = kernels.attend_in_threads if threads else kernels.attend
+    arrays = np.array([blocks]), np.array([past])
+    kv[:, :, [slot for slot in range(6 * 16) if slot not in slots]] = math.nan
+    attend(qkv.numpy(), kv.view(torch.uint16).numpy(), *arrays, window, 0.3, out.numpy())
+    keys, values = kv[:, :, slots].double().repeat_interleave(2, 1)
+    exact = (qkv[0, :4, None].double() @ keys.mT * 0.3).softmax(-1) @ values
+    torch.testing.assert_close(out[0].double(), exact[:, 0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_exponential_function_is_exact() -> None:
+    for x in [*np.linspace(-87, 0, 3001, dtype=np.float32), np.float32(-1e-6), np.float32(-0.0)]:
+        assert kernels._exp(x) == pytest.approx(math.exp(x), rel=2e-7)
+    for x in (np.float32(-100), np.float32(-math.inf)):
+        assert kernels._exp(x) == pytest.approx(math.exp(-87), rel=1e-6)
+
+
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_norms(tokens: int) -> None:
     exact = LlamaRMSNorm(96, eps=1e-5)
