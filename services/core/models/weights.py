@@ -126,9 +126,10 @@ def quick_dtype(device: str) -> torch.dtype:
     """
     import torch
 
-    if device != "cpu" or (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if device != "cpu":
         return torch.bfloat16
-    return torch.float32
+    has_onednn = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    return torch.bfloat16 if has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
 def load_model(folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> PreTrainedModel:
