@@ -305,14 +305,14 @@ async def test_a_project_does_not_see_what_another_one_has_sent(world: World) ->
 
 
 async def test_a_new_best_is_swapped_in_under_a_running_stream(world: World) -> None:
-    base_text = (await world.complete(max_tokens=200).end()).text
+    base_text = (await world.complete(max_tokens=200, timeout=90).end()).text
     with world.unhurried():
-        running = await world.complete(max_tokens=200).begin()
+        running = await world.complete(max_tokens=200, timeout=90).begin()
         best = await world.store(10, seed=1)
         await world.publish(best)
         await world.until_active(best.sha256)
         assert world.replica.registry.streams(PROJECT) == {"": 1}, "the stream must still run when the swap happens"
-    after = await world.complete(max_tokens=200).end()
+    after = await world.complete(max_tokens=200, timeout=90).end()
     assert (await running.end()).text == base_text and running.started.adapter_sha256 == ""
     assert after.started.adapter_sha256 == best.sha256 and after.started.checkpoint == best.checkpoint
     assert after.text != base_text
