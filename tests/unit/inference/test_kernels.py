@@ -142,7 +142,9 @@ def test_what_tokens_see(
     torch.testing.assert_close(own, kept, rtol=0.01, atol=1e-6)  # to a bit of bfloat16
 
 
-def test_single_tokens_are_read_in_place_and_others_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_tokens_are_read_in_place_and_others_left_to_torch(
+    bfloat16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     memory = [torch.zeros(2, 2, SLOTS, 16, dtype=torch.bfloat16)]
     arrays = bits(memory)
     assert arrays is not None
@@ -152,7 +154,10 @@ def test_single_tokens_are_read_in_place_and_others_left_to_torch(monkeypatch: p
     found = few(Step([], [one, many], torch.arange(4), None, memory), arrays, [one, many])
     assert found.tables.tolist() == [[4, 2], [7, 0], [7, 0], [7, 0]] and found.pasts.tolist() == [20, 0, 1, 2]
     monkeypatch.setattr(kernels, "in_threads", lambda: False)
-    assert few(Step([], [one, many], torch.arange(4), None, memory), arrays, [one, many]).tables is None
+    alone = few(Step([], [one, many], torch.arange(4), None, memory), arrays, [one, many])
+    assert (alone.tables is None) == bfloat16, "torch has to have quick products for it"
+    long = Row(1, 17, 0, [7, 8])
+    assert few(Step([], [one, long], torch.arange(18), None, memory), arrays, [one, long]).tables is None
     assert few(Step([], [one], torch.tensor([36]), None, memory), arrays, [one]).tables is not None
     arrays[0][1, 1, 3, 5] = 0x3F80
     assert memory[0][1, 1, 3, 5] == 1.0, "another memory"
