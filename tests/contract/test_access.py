@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import pytest
@@ -79,8 +80,16 @@ class Everything(grpc.GenericRpcHandler):
         return stream
 
 
+class Wire(NamedTuple):
+    """Channels of both libraries to one server."""
+
+    aio: grpc.aio.Channel
+    blocking: grpc.Channel
+    """For streams of requests: see services.client.streams.answer_async."""
+
+
 @pytest.fixture
-async def house() -> AsyncIterator[tuple[Everything, grpc.aio.Channel, dict[str, str]]]:
+async def house() -> AsyncIterator[tuple[Everything, Wire, dict[str, str]]]:
     """Every service behind the gate; keys of an operator of project a, of project b, and of everything."""
     state, everything = MemoryState(), Everything()
     keys, gate = Keys(state), Gate(Keyring(state))
@@ -93,68 +102,68 @@ async def house() -> AsyncIterator[tuple[Everything, grpc.aio.Channel, dict[str,
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     following = asyncio.create_task(gate.run())
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        yield everything, channel, secrets
+    address = f"127.0.0.1:{port}"
+    async with grpc.aio.insecure_channel(address) as channel:
+        with grpc.insecure_channel(address) as blocking:
+            yield everything, Wire(channel, blocking), secrets
     following.cancel()
     await server.stop(None)
 
 
-async def call(channel: grpc.aio.Channel, path: str, message: Message | bytes, key: str = "") -> str:
+async def call(wire: Wire, path: str, message: Message | bytes, key: str = "") -> str:
     """The reason that the call ends with; "" when it is answered."""
     method = METHODS.get(path)
-    kind = {
-        (False, False): channel.unary_unary,
-        (True, False): channel.stream_unary,
-        (False, True): channel.unary_stream,
-        (True, True): channel.stream_stream,
-    }[(method.client_streaming, method.server_streaming) if method else (False, False)]
+    sends, receives = (method.client_streaming, method.server_streaming) if method else (False, False)
     serialize = type(message).SerializeToString if isinstance(message, Message) else None
     metadata = (("authorization", f"Bearer {key}"),) if key else ()
-    sent = iter([message]) if method and method.client_streaming else message
+    given: dict[str, Any] = {"metadata": metadata, "timeout": 20}
     try:
-        made = kind(path, request_serializer=serialize)(sent, metadata=metadata, timeout=20)  # type: ignore[operator]
-        if method and method.server_streaming:
-            async for _ in made:
+        if sends:
+            kind: Any = wire.blocking.stream_stream if receives else wire.blocking.stream_unary
+            answered = await asyncio.to_thread(kind(path, request_serializer=serialize), iter([message]), **given)
+            await asyncio.to_thread(list, answered if receives else [])
+        elif receives:
+            async for _ in wire.aio.unary_stream(path, request_serializer=serialize)(message, **given):
                 pass
         else:
-            await made
-    except grpc.aio.AioRpcError as error:
+            await wire.aio.unary_unary(path, request_serializer=serialize)(message, **given)
+    except grpc.RpcError as error:
         return from_rpc(error).reason
     return ""
 
 
 async def test_a_key_of_one_project_reaches_no_handler_with_names_of_another(house: Any) -> None:
-    everything, channel, keys = house
+    everything, wire, keys = house
     tried = 0
     for path, rule in NAMED.items():
         own = named(path, "projects/b", rule.fields[0], "/runs/r")
         for field in rule.fields:
             foreign = request(path, own | named(path, "projects/a", field, "/runs/r"))
-            assert await call(channel, path, foreign, keys["b"]) == "PERMISSION_DENIED", (path, field)
+            assert await call(wire, path, foreign, keys["b"]) == "PERMISSION_DENIED", (path, field)
             tried += 1
     for path, rule in RULES.items():
         if rule.all_projects:
-            assert await call(channel, path, request(path, {}), keys["b"]) == "PERMISSION_DENIED", path
+            assert await call(wire, path, request(path, {}), keys["b"]) == "PERMISSION_DENIED", path
     assert tried > 60 and everything.reached == []
 
 
 async def test_the_right_key_reaches_every_handler_and_no_key_none(house: Any) -> None:
-    everything, channel, keys = house
+    everything, wire, keys = house
     for path, rule in RULES.items():
         own = request(path, named(path, "projects/b", rule.fields[0]) if rule.fields else {})
         if rule.role is not None:
-            assert await call(channel, path, own) == "UNAUTHENTICATED", path
+            assert await call(wire, path, own) == "UNAUTHENTICATED", path
         assert everything.reached == [], path
         key = "" if rule.role is None else keys["all" if rule.all_projects else "b"]
-        assert await call(channel, path, own, key) == "", path
+        assert await call(wire, path, own, key) == "", path
         assert everything.reached == [path]
         everything.reached.clear()
 
 
 async def test_a_method_without_a_rule_is_denied_to_everybody(house: Any) -> None:
-    everything, channel, keys = house
+    everything, wire, keys = house
     for path in ("/codegraft.ingest.v1.ProjectService/StealProject", "/codegraft.new.v1.NewService/Get"):
-        assert await call(channel, path, b"", keys["all"]) == "PERMISSION_DENIED"
+        assert await call(wire, path, b"", keys["all"]) == "PERMISSION_DENIED"
     assert everything.reached == []
 
 
@@ -170,7 +179,7 @@ def times(descriptor: Descriptor, path: str = "", seen: tuple[str, ...] = ()) ->
 
 
 async def test_a_time_that_is_none_reaches_no_handler(house: Any) -> None:
-    everything, channel, keys = house
+    everything, wire, keys = house
     tried = set()
     for method, rule in RULES.items():
         for path, kind in times(METHODS[method].input_type):
@@ -180,7 +189,7 @@ async def test_a_time_that_is_none_reaches_no_handler(house: Any) -> None:
                 for part in path.split("."):
                     holder = getattr(holder, part)
                 holder.seconds, holder.nanos = seconds, nanos
-                assert await call(channel, method, made, keys["all"]) == "INVALID_ARGUMENT", (method, path)
+                assert await call(wire, method, made, keys["all"]) == "INVALID_ARGUMENT", (method, path)
             tried.add(kind)
     assert tried == {"Timestamp", "Duration"} and everything.reached == []
 
@@ -342,28 +351,30 @@ async def test_a_revoked_key_loses_its_calls_and_its_streams_within_seconds(inge
 @pytest.mark.parametrize("begun", [True, False], ids=["under way", "that says nothing yet"])
 async def test_an_upload_ends_with_its_key(ingest: tuple[AsyncCodegraft, str], begun: bool) -> None:
     client, root = ingest
-    revoked = asyncio.Event()
     operator = client.with_key(root)
     await operator.projects.create("a")
     made, secret = await operator.keys.create(ROLE_CONTRIBUTOR, projects=["a"])
 
-    async def slowly() -> AsyncIterator[upload_pb2.UploadContentRequest]:
-        if not begun:
-            await revoked.wait()
+    speak, ended = threading.Event(), threading.Event()
+
+    def slowly() -> Iterator[upload_pb2.UploadContentRequest]:
+        speak.wait(10)
         header = upload_pb2.UploadHeader(parent="projects/a", sha256="0" * 64, size=1 << 20, filename="f")
         yield upload_pb2.UploadContentRequest(header=header)
-        await asyncio.sleep(20)
+        ended.wait(20)
 
-    async with grpc.aio.insecure_channel(client.addresses.ingest) as channel:
-        stub = upload_pb2_grpc.UploadServiceStub(channel)
-        call = stub.UploadContent(slowly(), metadata=(("authorization", f"Bearer {secret}"),))
-        await call.initial_metadata()
+    with grpc.insecure_channel(client.addresses.ingest) as channel:
+        upload: Any = upload_pb2_grpc.UploadServiceStub(channel).UploadContent
+        call = upload.future(slowly(), metadata=(("authorization", f"Bearer {secret}"),))
+        await asyncio.to_thread(call.initial_metadata)
+        if begun:
+            speak.set()
         await asyncio.sleep(0.1)  # it is let in by now
         await operator.keys.revoke(made.name)
-        revoked.set()
-        with pytest.raises(grpc.aio.AioRpcError) as ended:
-            await asyncio.wait_for(call, 5)
-    assert from_rpc(ended.value).reason == "KEY_REVOKED"
+        speak.set()
+        failure = await asyncio.wait_for(asyncio.to_thread(call.exception), 5)
+        ended.set()
+    assert from_rpc(failure).reason == "KEY_REVOKED"
 
 
 async def test_secrets_are_stored_as_hashes_and_seeds_stay_revoked() -> None:
