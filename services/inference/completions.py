@@ -176,7 +176,6 @@ class Completions:
         try:
             # The version that answers says how it wants its prompts.
             fmt = (pin.version.format if pin.version else None) or model.format
-            model.engine.check(request.project, _session(request), request.deadline)
             prompt = await self._prompt(model, fmt, request)
             sequences = self._sequences(model, fmt, request, prompt, inbox)
             most = len(prompt.ids) + request.n * request.stop.max_tokens
@@ -227,16 +226,18 @@ class Completions:
         """The model, and the version that answers; the caller releases it.
 
         Raises:
+            QueueFull: it would be refused, before any work on it.
             ProjectNotFound, CheckpointNotFound, ModelLoading, AdapterRejected.
         """
         if not await self._projects.exists(request.project):
             raise ProjectNotFound(
                 f"no project {request.project}", field="parent", hint="Create the project first.", name=request.project
             )
-        model = await self._loaded(request.deadline)
+        model = self.loaded or await self._wait_for_model(request.deadline)
+        model.engine.check(request.project, _session(request), request.deadline)
         return model, await self._pin(model, request)
 
-    async def _loaded(self, deadline: float | None) -> LoadedModel:
+    async def _wait_for_model(self, deadline: float | None) -> LoadedModel:
         wait = self._load_wait
         if deadline is not None:
             wait = min(wait, deadline - time.monotonic())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any, Literal
 
 import grpc
@@ -153,18 +152,19 @@ def _request(
                 hint=f"Name a checkpoint of {request.parent}.",
             )
     remaining = context.time_remaining()
-    wanted = Request(
+    asked: dict[str, Any] = {}
+    if not isinstance(request, pb.ScoreRequest):
+        asked = {"sampling": _sampling(request.sampling), "stop": _stop(request.stop)}
+        asked["n"] = _whole(request.sampling, "n", 1, 8) or 1
+    return Request(
         project=request.parent,
         prompt=prompt,
         base=request.adapter.base,
         checkpoint=checkpoint,
         session=session,
         deadline=None if remaining is None else time.monotonic() + remaining - min(_MARGIN, remaining / 10),
+        **asked,
     )
-    if isinstance(request, pb.ScoreRequest):
-        return wanted
-    n = _whole(request.sampling, "n", 1, 8) or 1
-    return replace(wanted, sampling=_sampling(request.sampling), stop=_stop(request.stop), n=n)
 
 
 def _sampling(sampling: pb.Sampling) -> Sampling:

@@ -139,7 +139,12 @@ async def test_a_full_queue_refuses_with_a_time_to_come_back(worlds: Callable[..
         waiting = asyncio.create_task(world.complete(max_tokens=2).end())
         await until(lambda: engine.load == (1, 1))
         answer = await refused(world.complete(max_tokens=2))
+        nowhere = pb.AdapterChoice(checkpoint=f"{RUN}/checkpoints/404")  # which nobody has looked for by then
+        code = pb.CodePrompt(path="a.py", prefix="x")
+        scoring = pb.ScoreRequest(parent=PROJECT, prompt=code, continuation="y", adapter=nowhere)
+        others = [await refused(world.complete(adapter=nowhere)), await refused_call(world.completions.Score(scoring))]
     assert type(answer) is errors.QueueFull and answer.retry_after
+    assert [type(other) for other in others] == [errors.QueueFull, errors.QueueFull]
     assert (await running.end()).finished and (await waiting).reason == "LENGTH"
 
 
