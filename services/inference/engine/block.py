@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from services.inference.adapters.lora import Joint
-from services.inference.engine import kernels
+from services.inference.engine import attention_kernels, kernels
 from services.inference.engine.attention import Step, keep, look
 from services.inference.engine.blocks import BLOCK
 from services.inference.engine.few import Heads
@@ -93,13 +93,14 @@ class Block(nn.Module):
         few = step.few
         assert few is not None
         kv = few.kv[self._layer]
-        kernels.turn(heads.turned, self._turned, *turns, kv, few.slots, few.begun)
+        attention_kernels.turn(heads.turned, self._turned, *turns, kv, few.slots, few.begun)
         if few.tables is None:
             found = look(heads.queries, step.kv[self._layer], step, self._scale, self._window)
             heads.seen.copy_(found.flatten(1))
             return
         window = self._window or few.tables.size * BLOCK
-        attend = kernels.attend_in_threads if kernels.in_threads() else kernels.attend
+        threads = kernels.in_threads()
+        attend = attention_kernels.attend_in_threads if threads else attention_kernels.attend
         attend(heads.all, kv, few.tables, few.pasts, window, self._scale, heads.out)
 
 

@@ -13,7 +13,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from services.inference.adapters.lora import install
-from services.inference.engine import kernels
+from services.inference.engine import attention_kernels, kernels
 from services.inference.engine.attention import Step
 from services.inference.engine.block import Block, Rotary, simplify
 from services.inference.engine.few import Heads, bits, few
@@ -67,7 +67,7 @@ def test_what_a_token_sees_is_exact(past: int, window: int, size: float, threads
     kv = torch.randn(2, 2, 6 * 16, 16).bfloat16()
     qkv, out = torch.randn(1, 8, 16) * size, torch.empty(1, 4, 16)
     slots = [blocks[at // 16] * 16 + at % 16 for at in range(max(0, past + 1 - window), past + 1)]
-    attend = kernels.attend_in_threads if threads else kernels.attend
+    attend = attention_kernels.attend_in_threads if threads else attention_kernels.attend
     arrays = np.array([blocks]), np.array([past])
     kv[:, :, [slot for slot in range(6 * 16) if slot not in slots]] = math.nan
     attend(qkv.numpy(), kv.view(torch.uint16).numpy(), *arrays, window, 0.3, out.numpy())
@@ -78,9 +78,9 @@ def test_what_a_token_sees_is_exact(past: int, window: int, size: float, threads
 
 def test_the_exponential_function_is_exact() -> None:
     for x in [*np.linspace(-87, 0, 3001, dtype=np.float32), np.float32(-1e-6), np.float32(-0.0)]:
-        assert kernels._exp(x) == pytest.approx(math.exp(x), rel=2e-7)
+        assert attention_kernels._exp(x) == pytest.approx(math.exp(x), rel=2e-7)
     for x in (np.float32(-100), np.float32(-math.inf)):
-        assert kernels._exp(x) == pytest.approx(math.exp(-87), rel=1e-6)
+        assert attention_kernels._exp(x) == pytest.approx(math.exp(-87), rel=1e-6)
 
 
 @pytest.mark.parametrize("tokens", [1, 7])

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from services.core.models.weights import quick_dtype
-from services.inference.engine import kernels, layers
+from services.inference.engine import attention_kernels, kernels, layers
 from services.inference.engine.layers import speed_up
 from services.inference.engine.scheduler import Limits
 from services.inference.engine.weights import Blocked, Fast
@@ -101,7 +101,7 @@ def test_float32_stays_as_it_is(reference: LlamaForCausalLM, tokenizer: PreTrain
 def test_no_step_has_to_compile(reference: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     bench = Bench(copy.deepcopy(reference).bfloat16(), tokenizer, Limits(running=8, kv_tokens=2048))
     speed_up(bench.model, "int8")
-    used = (kernels.norm, kernels.turn, kernels.attend, kernels.adapt, kernels.narrow)
+    used = (kernels.norm, attention_kernels.turn, attention_kernels.attend, kernels.adapt, kernels.narrow)
     kernels.warm()
     before = [list(kernel.signatures) for kernel in used]  # type: ignore[attr-defined]
     bench.engine.start()
