@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import signal
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,7 @@ from services.cli.bundle import make_bundle
 from services.cli.connect import id_of
 from services.cli.demo import editor, report
 from services.cli.demo.editor import Editor, Swap
-from services.cli.demo.house import started
+from services.cli.demo.house import heed_signals, started
 from services.cli.demo.material import HELD_OUT, Package, find_package
 from services.cli.demo.report import Figures
 from services.cli.output import ExitCode, print_table
@@ -77,8 +76,7 @@ def demo(
     codegraft demo --keep
     """
     began = time.monotonic()
-    for number in (signal.SIGINT, signal.SIGTERM):  # both end it as Ctrl-C does, also where a shell had it ignore them
-        signal.signal(number, signal.default_int_handler)
+    heed_signals()
     package = find_package()
     folder, is_kept = data or Path(tempfile.mkdtemp(prefix="codegraft-demo-")), data is not None
     figures = Figures()

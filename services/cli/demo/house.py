@@ -8,6 +8,8 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from services.cli.local import gateway, supervisor
 from services.cli.local.files import DataFolder, StackInfo
@@ -16,6 +18,8 @@ from services.cli.output import err
 from services.cli.stack import sign_in
 from services.client import Codegraft
 from services.core.errors import FailedPrecondition
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +94,27 @@ def _runs(data: DataFolder) -> FailedPrecondition:
     return FailedPrecondition(f"a stack runs in {data.root} already", hint="Stop it, or choose another --data.")
 
 
+def heed_signals() -> None:
+    """Ctrl-C and SIGTERM end the demo, also where a shell had it ignore them.
+
+    Only the first does: no other is in the way while everything is being ended (make and timeout send two).
+    """
+    for number in _SIGNALS:
+        signal.signal(number, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    for other in _SIGNALS:
+        signal.signal(other, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """A second Ctrl-C while everything is being ended would leave something running."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A signal while everything is being ended would leave something running."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in _SIGNALS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)

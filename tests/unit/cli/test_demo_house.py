@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from services.cli.demo import house
 from services.cli.local.files import DataFolder, ProcessInfo, StackInfo, StackState
 from services.core.errors import FailedPrecondition
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GATEWAY = {"gateway": ProcessInfo("gateway", 1, "127.0.0.1:1", "log")}
 
 
@@ -45,6 +47,16 @@ def said(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     yield done
 
 
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """Signals are heeded as in a demo."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    house.heed_signals()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def test_it_ends_with_the_demo(said: list[str], tmp_path: Path) -> None:
     with house.started(tmp_path, keep=False) as there:
         assert there.console == "http://127.0.0.1:1/console"
@@ -70,3 +82,38 @@ def test_one_that_fails_leaves_nothing_running(said: list[str], tmp_path: Path) 
     with pytest.raises(FailedPrecondition), house.started(tmp_path, keep=True):
         raise FailedPrecondition("no checkpoint beat the base model")
     assert said[-1] == "down"
+
+
+@pytest.mark.parametrize("first", SIGNALS)
+@pytest.mark.parametrize("again", SIGNALS)
+@pytest.mark.usefixtures("heeded")
+def test_a_second_signal_is_not_in_the_way(
+    said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: signal.Signals, again: signal.Signals
+) -> None:
+    @contextlib.contextmanager
+    def client(folder: Path) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            signal.raise_signal(again)
+            said.append("closed")
+
+    monkeypatch.setattr(house, "Codegraft", SimpleNamespace(local=client))
+    with pytest.raises(KeyboardInterrupt), house.started(tmp_path, keep=False):
+        signal.raise_signal(first)
+    assert said[-2:] == ["closed", "stop"]
+
+
+@pytest.mark.usefixtures("heeded")
+def test_what_is_being_ended_is_ended(said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(stack: Any) -> None:
+        for number in SIGNALS:
+            signal.raise_signal(number)
+        said.append("stop")
+
+    monkeypatch.setattr(house.Stack, "stop", stop)
+    with house.started(tmp_path, keep=False):
+        pass
+    assert said[-1] == "stop"
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)
