@@ -12,7 +12,7 @@ import numpy as np
 from numba import prange
 
 from services.inference.engine.blocks import BLOCK
-from services.inference.engine.jit import compiled, in_threads
+from services.inference.engine.jit import compiled, parallel
 
 
 @compiled
@@ -150,7 +150,7 @@ def attend(qkv: Any, kv: Any, tables: Any, pasts: Any, window: int, scale: float
         _attend(pair // heads, pair % heads, qkv, kv, tables, pasts, window, scale, out)
 
 
-@in_threads
+@parallel
 def attend_in_threads(qkv: Any, kv: Any, tables: Any, pasts: Any, window: int, scale: float, out: Any) -> None:
     """As :func:`attend`, where :func:`services.inference.engine.kernels.in_threads`."""
     heads = kv.shape[1]

@@ -28,6 +28,6 @@ def compiled(function: Kernel, **options: Any) -> Kernel:
         return cast(Kernel, njit(fastmath=_EXACT, nogil=True, **options)(function))
 
 
-def in_threads(function: Kernel) -> Kernel:
-    """In as many threads as numba.set_num_threads said in the calling one; see kernels.in_threads."""
+def parallel(function: Kernel) -> Kernel:
+    """In as many threads as numba.set_num_threads said in the calling one, where kernels.in_threads says so."""
     return compiled(function, parallel=True)

@@ -1,4 +1,6 @@
-"""The products of a step over a few tokens on a CPU, compiled: one call for torch's dozens. With attention_kernels.py.
+"""Products and norms of a step over a few tokens on a CPU, compiled: one call for torch's dozens.
+
+Attention's are in attention_kernels.py, how all are compiled in jit.py.
 
 torch takes 2 to 10 microseconds for a call, and for one token that is longer than the arithmetic. These take 1 to 3.
 What is worth it has a form for several threads (:func:`in_threads`), the others run in the calling one. bfloat16 is the
@@ -18,8 +20,8 @@ import numpy as np
 from numba import prange
 from numba.extending import overload
 
-from services.inference.engine import attention_kernels, jit
-from services.inference.engine.jit import compiled
+from services.inference.engine import attention_kernels
+from services.inference.engine.jit import compiled, parallel
 
 _SHARED = 4
 """Tokens on one adapter that read a row of it together."""
@@ -166,14 +168,14 @@ def adapt(x: Any, y: Any, a: Any, b: Any, owners: Any, slots: Any) -> None:
     _adapt(0, len(slots), x, y, a, b, owners, slots)
 
 
-@jit.in_threads
+@parallel
 def adapt_in_threads(x: Any, y: Any, a: Any, b: Any, owners: Any, slots: Any, threads: int) -> None:
     """As :func:`adapt`, where :func:`in_threads`; for ``threads`` see :func:`narrow`."""
     for thread in prange(threads):
         _adapt(len(slots) * thread // threads, len(slots) * (thread + 1) // threads, x, y, a, b, owners, slots)
 
 
-@jit.in_threads
+@parallel
 def narrow(x: Any, weight: Any, scale: Any, bias: Any, keep: bool, out: Any, threads: int) -> None:
     """A product with weights of 8 bits; nothing else is rounded. Each weight is read once for four tokens.
 
@@ -211,7 +213,7 @@ def narrow(x: Any, weight: Any, scale: Any, bias: Any, keep: bool, out: Any, thr
                 out[token, n] = before + total * factor + offset
 
 
-@jit.in_threads
+@parallel
 def half(x: Any, weight: Any, bias: Any, keep: bool, out: Any, threads: int) -> None:
     """A product with bfloat16 weights, ``[outs, in]`` as uint16; the rest as :func:`narrow` takes it."""
     outs, width = weight.shape

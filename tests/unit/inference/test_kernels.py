@@ -21,6 +21,7 @@ from services.inference.engine.layers import Norm
 from services.inference.engine.rows import Row, batches
 
 IN_THREADS = kernels.in_threads()
+needs_threads = pytest.mark.skipif(not IN_THREADS, reason="this machine has no threads for kernels")
 SLOTS = 24 * 16
 
 
@@ -56,12 +57,10 @@ def test_every_thread_has_the_number_of_its_own() -> None:
             assert thread.submit(own, 1).result() == (1, 1)
 
 
-@pytest.mark.parametrize("threads", [True, False])
+@pytest.mark.parametrize("threads", [pytest.param(True, marks=needs_threads), False])
 @pytest.mark.parametrize(("past", "window"), [(0, 99), (1, 99), (2, 99), (15, 99), (16, 99), (50, 99), (50, 7), (3, 1)])
 @pytest.mark.parametrize("size", [1.0, 30.0])
 def test_what_a_token_sees_is_exact(past: int, window: int, size: float, threads: bool) -> None:
-    if threads and not IN_THREADS:
-        return
     torch.manual_seed(past)
     blocks = [3, 0, 5, 1]
     kv = torch.randn(2, 2, 6 * 16, 16).bfloat16()
