@@ -103,7 +103,7 @@ def measure(settings: list[int], kind: Kind, threads: int) -> None:
     """Prints what each setting gives."""
     torch.set_num_threads(1)
     folder = weights.ensure_weights(catalogue.find(""), Path.home() / ".cache/codegraft")
-    model, tokenizer = weights.load_model(folder), weights.load_tokenizer(folder)
+    model, tokenizer = weights.load_model(folder, torch.bfloat16), weights.load_tokenizer(folder)
     vocabulary = token_bytes(tokenizer)
     texts = prompts(tokenizer)
     runner = Runner(model, Sampler(Spelling(vocabulary)), Limits().blocks, threads)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numba import prange
 
+from services.inference.engine.bfloat16 import wide
 from services.inference.engine.blocks import BLOCK
 from services.inference.engine.jit import compiled, parallel
 
@@ -68,69 +69,129 @@ def _exp(x: Any) -> Any:
 
 
 @compiled
-def _widen(kept: Any, table: Any, begin: int, last: int, rows: Any) -> None:
-    """Four neighbouring keys or values of one head as float32; for those behind the last one it again.
+def _kept(kept: Any, table: Any, at: int) -> Any:
+    """The key or value of a place in a sequence, ``[head_dim]``.
 
     Args:
         kept: ``[slots, head_dim]``, bfloat16.
         table: blocks of the sequence.
-        rows: ``[4, head_dim]``, uint32.
     """
-    for place in range(4):
-        at, row = min(begin + place, last), rows[place]
-        found = kept[table[at // BLOCK] * BLOCK + at % BLOCK]
-        for n in range(len(row)):
-            row[n] = np.uint32(found[n]) << np.uint32(16)
+    return kept[table[at // BLOCK] * BLOCK + at % BLOCK]
+
+
+@compiled
+def _score_three(keys: Any, table: Any, begin: int, end: int, queries: Any, scores: Any) -> None:
+    """Products of three queries, ``[3, head_dim]``, with the keys of places, to ``[3, places]``. Each key is widened
+    once, in registers."""
+    query0, query1, query2 = queries[0], queries[1], queries[2]
+    for at in range(begin, end):
+        key = _kept(keys, table, at)
+        score0, score1, score2 = np.float32(0.0), np.float32(0.0), np.float32(0.0)
+        for n in range(len(query0)):
+            number = wide(key[n])
+            score0 += number * query0[n]
+            score1 += number * query1[n]
+            score2 += number * query2[n]
+        scores[0, at - begin], scores[1, at - begin], scores[2, at - begin] = score0, score1, score2
+
+
+@compiled
+def _score_one(keys: Any, table: Any, begin: int, end: int, query: Any, scores: Any) -> None:
+    """The same of one query, four places in one pass; for places behind the last one, that one again.
+
+    Args:
+        scores: ``[places rounded up to four]``
+    """
+    last = end - 1
+    for at in range(begin, end, 4):
+        key0, key1 = _kept(keys, table, at), _kept(keys, table, min(at + 1, last))
+        key2, key3 = _kept(keys, table, min(at + 2, last)), _kept(keys, table, min(at + 3, last))
+        score0, score1, score2, score3 = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
+        for n in range(len(query)):
+            number = query[n]
+            score0 += number * wide(key0[n])
+            score1 += number * wide(key1[n])
+            score2 += number * wide(key2[n])
+            score3 += number * wide(key3[n])
+        place = at - begin
+        scores[place], scores[place + 1], scores[place + 2], scores[place + 3] = score0, score1, score2, score3
+
+
+@compiled
+def _mix_three(values: Any, table: Any, begin: int, end: int, shares: Any, seen: Any) -> None:
+    """Adds the values of places to what three queries see, ``[3, head_dim]``; four places in one pass.
+
+    Args:
+        shares: ``[3, places rounded up to four]``, 0 behind the last.
+    """
+    last = end - 1
+    share0, share1, share2 = shares[0], shares[1], shares[2]
+    seen0, seen1, seen2 = seen[0], seen[1], seen[2]
+    for at in range(begin, end, 4):
+        value0, value1 = _kept(values, table, at), _kept(values, table, min(at + 1, last))
+        value2, value3 = _kept(values, table, min(at + 2, last)), _kept(values, table, min(at + 3, last))
+        place = at - begin
+        share00, share01, share02, share03 = share0[place], share0[place + 1], share0[place + 2], share0[place + 3]
+        share10, share11, share12, share13 = share1[place], share1[place + 1], share1[place + 2], share1[place + 3]
+        share20, share21, share22, share23 = share2[place], share2[place + 1], share2[place + 2], share2[place + 3]
+        for n in range(len(seen0)):
+            number0, number1, number2, number3 = wide(value0[n]), wide(value1[n]), wide(value2[n]), wide(value3[n])
+            seen0[n] += (share00 * number0 + share01 * number1) + (share02 * number2 + share03 * number3)
+            seen1[n] += (share10 * number0 + share11 * number1) + (share12 * number2 + share13 * number3)
+            seen2[n] += (share20 * number0 + share21 * number1) + (share22 * number2 + share23 * number3)
+
+
+@compiled
+def _mix_one(values: Any, table: Any, begin: int, end: int, shares: Any, seen: Any) -> None:
+    """The same for one query, ``[head_dim]``."""
+    last = end - 1
+    for at in range(begin, end, 4):
+        value0, value1 = _kept(values, table, at), _kept(values, table, min(at + 1, last))
+        value2, value3 = _kept(values, table, min(at + 2, last)), _kept(values, table, min(at + 3, last))
+        place = at - begin
+        share0, share1, share2, share3 = shares[place], shares[place + 1], shares[place + 2], shares[place + 3]
+        for n in range(len(seen)):
+            first = share0 * wide(value0[n]) + share1 * wide(value1[n])
+            seen[n] += first + (share2 * wide(value2[n]) + share3 * wide(value3[n]))
+
+
+@compiled
+def _softmax(scores: Any, count: int, scale: float) -> None:
+    """Scores become shares, in place; those behind the last one 0."""
+    scores[count:] = 0.0
+    largest, total = np.float32(-np.inf), np.float32(0.0)
+    for at in range(count):
+        largest = max(largest, scores[at])
+    for at in range(count):
+        share = _exp((scores[at] - largest) * np.float32(scale))
+        scores[at] = share
+        total += share
+    for at in range(count):
+        scores[at] /= total
 
 
 @compiled
 def _attend(
     token: int, head: int, qkv: Any, kv: Any, tables: Any, pasts: Any, window: int, scale: float, out: Any
 ) -> None:
-    """What one token sees through the queries of one head of keys, four keys at a time; see :func:`attend`."""
-    head_dim = out.shape[2]
+    """What one token sees through the queries of one head of keys; see :func:`attend`."""
     group = out.shape[1] // kv.shape[1]
-    rows = np.empty((4, head_dim), np.float32)
-    row0, row1, row2, row3 = rows[0], rows[1], rows[2], rows[3]
-    bits, table = rows.view(np.uint32), tables[token]
-    end = pasts[token] + 1
+    queries, seen = qkv[token, head * group : (head + 1) * group], out[token, head * group : (head + 1) * group]
+    keys, values, table, end = kv[0, head], kv[1, head], tables[token], pasts[token] + 1
     begin = max(0, end - window)
-    count = end - begin
-    shares = np.empty((group, (count + 3) // 4 * 4), np.float32)
-    for at in range(0, count, 4):
-        _widen(kv[0, head], table, begin + at, end - 1, bits)
-        for member in range(group):
-            query = qkv[token, head * group + member]
-            score0, score1, score2, score3 = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
-            for n in range(head_dim):
-                number = query[n]
-                score0 += number * row0[n]
-                score1 += number * row1[n]
-                score2 += number * row2[n]
-                score3 += number * row3[n]
-            own = shares[member]
-            own[at], own[at + 1], own[at + 2], own[at + 3] = score0, score1, score2, score3
+    shares = np.empty((group, (end - begin + 3) // 4 * 4), np.float32)
+    threes = group // 3 * 3
+    for member in range(0, threes, 3):
+        _score_three(keys, table, begin, end, queries[member : member + 3], shares[member : member + 3])
+    for member in range(threes, group):
+        _score_one(keys, table, begin, end, queries[member], shares[member])
     for member in range(group):
-        own = shares[member]
-        own[count:] = 0.0
-        largest = np.float32(-np.inf)
-        for at in range(count):
-            largest = max(largest, own[at])
-        total = np.float32(0.0)
-        for at in range(count):
-            share = _exp((own[at] - largest) * np.float32(scale))
-            own[at] = share
-            total += share
-        for at in range(count):
-            own[at] /= total
-        out[token, head * group + member] = 0.0
-    for at in range(0, count, 4):
-        _widen(kv[1, head], table, begin + at, end - 1, bits)
-        for member in range(group):
-            seen, own = out[token, head * group + member], shares[member]
-            share0, share1, share2, share3 = own[at], own[at + 1], own[at + 2], own[at + 3]
-            for n in range(head_dim):
-                seen[n] += (share0 * row0[n] + share1 * row1[n]) + (share2 * row2[n] + share3 * row3[n])
+        _softmax(shares[member], end - begin, scale)
+        seen[member] = 0.0
+    for member in range(0, threes, 3):
+        _mix_three(values, table, begin, end, shares[member : member + 3], seen[member : member + 3])
+    for member in range(threes, group):
+        _mix_one(values, table, begin, end, shares[member], seen[member])
 
 
 @compiled

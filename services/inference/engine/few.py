@@ -9,23 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from services.core.models.weights import quick_dtype
-from services.inference.engine import kernels
 from services.inference.engine.attention import Step
 from services.inference.engine.rows import Row
 
 MOST = 32
 """Tokens up to which one thread that calls no torch is faster than torch with all of them."""
-_ALONE = 3
-"""Single tokens up to which one thread that reads their keys and values in place is faster than torch."""
-_TOGETHER = 8
-"""The same for two threads: after 500 tokens, 128 microseconds for four and 266 for eight; torch 218 and 383."""
-_GUESSED = 4
-"""Tokens of fewer sequences up to which two threads are about as fast, though each reads its sequence anew."""
-_NO_BFLOAT16 = 16
-"""The same where torch has no products of bfloat16: after 500 tokens, 0.8 ms for four sequences of four tokens and 1.4
-for four of seven; torch in float32 1.0 and 1.2. There the kernel is the quicker one for all single tokens: of 16, 0.8
-and 2.5."""
+_EACH = 8
+"""Tokens of one sequence up to which the kernel attends, which reads its keys for each anew. Without products of
+bfloat16 and after 500 tokens, two threads take for 1, 4, 8 and 16 tokens of one sequence 52, 133, 250 and 458
+microseconds, torch 307, 363, 468 and 609; one thread for 8 312, torch 301. For 16 sequences of one token it is 686 and
+2,833."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +95,7 @@ def few(step: Step, kv: list[Any], rows: Sequence[Row]) -> Few:
     """
     begun = np.empty(0, np.int64) if step.begun is None else step.begun.numpy()
     slots, tokens = step.slots.numpy(), sum(row.count for row in rows)
-    if tokens > _most(guesses=tokens > len(rows)):
+    if any(row.count > _EACH for row in rows):
         return Few(kv, slots, begun)
     tables = np.zeros((tokens, max(len(row.blocks) for row in rows)), np.int64)
     pasts = np.zeros(tokens, np.int64)
@@ -110,12 +103,3 @@ def few(step: Step, kv: list[Any], rows: Sequence[Row]) -> Few:
         tables[row.begin : row.begin + row.count, : len(row.blocks)] = row.blocks
         pasts[row.begin : row.begin + row.count] = range(row.past, row.past + row.count)
     return Few(kv, slots, begun, tables, pasts)
-
-
-def _most(*, guesses: bool) -> int:
-    """Tokens up to which the kernel attends."""
-    if quick_dtype("cpu") != torch.bfloat16:
-        return _NO_BFLOAT16 if guesses else MOST
-    if kernels.in_threads():
-        return _GUESSED if guesses else _TOGETHER
-    return 0 if guesses else _ALONE

@@ -18,9 +18,9 @@ from typing import Any
 import numba
 import numpy as np
 from numba import prange
-from numba.extending import overload
 
 from services.inference.engine import attention_kernels
+from services.inference.engine.bfloat16 import wide
 from services.inference.engine.jit import compiled, parallel
 
 _SHARED = 4
@@ -44,18 +44,6 @@ def norm(x: Any, weight: Any, least: float, out: Any) -> None:
         factor = np.float32(1.0) / np.float32(math.sqrt(total))
         for at in range(x.shape[1]):
             out[token, at] = x[token, at] * factor * weight[at]
-
-
-def _wide(number: Any) -> Any:
-    """The float32 that a number is, or whose upper half it is."""
-    raise NotImplementedError  # see below: compiled functions take the form that is for its type
-
-
-@overload(_wide, strict=False)
-def _wide_compiled(number: Any) -> Any:
-    if isinstance(number, numba.types.Integer):
-        return lambda number: np.uint32(np.uint32(number) << np.uint32(16)).view(np.float32)
-    return lambda number: number
 
 
 @compiled
@@ -89,7 +77,7 @@ def _down(x: Any, a: Any, ranks: Any) -> None:
             x0, x1, x2, x3 = x[0], x[1], x[2], x[3]
             sum0, sum1, sum2, sum3 = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
             for at in range(width):
-                value = _wide(row[at])
+                value = wide(row[at])
                 sum0 += value * x0[at]
                 sum1 += value * x1[at]
                 sum2 += value * x2[at]
@@ -99,7 +87,7 @@ def _down(x: Any, a: Any, ranks: Any) -> None:
             for token in range(len(x)):
                 one, total = x[token], np.float32(0.0)
                 for at in range(width):
-                    total += _wide(row[at]) * one[at]
+                    total += wide(row[at]) * one[at]
                 ranks[token, n] = total
 
 
@@ -111,12 +99,12 @@ def _up(ranks: Any, b: Any, out: Any) -> None:
         weight0, weight1, weight2, weight3 = ranks[n], ranks[n + 1], ranks[n + 2], ranks[n + 3]
         row0, row1, row2, row3 = b[n], b[n + 1], b[n + 2], b[n + 3]
         for at in range(piece):
-            first = weight0 * _wide(row0[at]) + weight1 * _wide(row1[at])
-            out[at] += first + weight2 * _wide(row2[at]) + weight3 * _wide(row3[at])
+            first = weight0 * wide(row0[at]) + weight1 * wide(row1[at])
+            out[at] += first + weight2 * wide(row2[at]) + weight3 * wide(row3[at])
     for n in range(rank // 4 * 4, rank):
         weight, row = ranks[n], b[n]
         for at in range(piece):
-            out[at] += weight * _wide(row[at])
+            out[at] += weight * wide(row[at])
 
 
 @compiled
@@ -138,7 +126,7 @@ def _up_shared(ranks: Any, first: int, b: Any, y: Any, begin: int, at_piece: int
         w30, w31, w32, w33 = ranks[3, at], ranks[3, at + 1], ranks[3, at + 2], ranks[3, at + 3]
         row0, row1, row2, row3 = b[n], b[n + 1], b[n + 2], b[n + 3]
         for place in range(piece):
-            b0, b1, b2, b3 = _wide(row0[place]), _wide(row1[place]), _wide(row2[place]), _wide(row3[place])
+            b0, b1, b2, b3 = wide(row0[place]), wide(row1[place]), wide(row2[place]), wide(row3[place])
             out0[place] += w00 * b0 + w01 * b1 + w02 * b2 + w03 * b3
             out1[place] += w10 * b0 + w11 * b1 + w12 * b2 + w13 * b3
             out2[place] += w20 * b0 + w21 * b1 + w22 * b2 + w23 * b3
@@ -147,7 +135,7 @@ def _up_shared(ranks: Any, first: int, b: Any, y: Any, begin: int, at_piece: int
         w0, w1, w2, w3 = ranks[0, first + n], ranks[1, first + n], ranks[2, first + n], ranks[3, first + n]
         row = b[n]
         for place in range(piece):
-            value = _wide(row[place])
+            value = wide(row[place])
             out0[place] += w0 * value
             out1[place] += w1 * value
             out2[place] += w2 * value
@@ -222,7 +210,7 @@ def half(x: Any, weight: Any, bias: Any, keep: bool, out: Any, threads: int) -> 
             for token in range(x.shape[0]):
                 total = np.float32(0.0)
                 for at in range(width):
-                    total += _wide(weight[n, at]) * x[token, at]
+                    total += wide(weight[n, at]) * x[token, at]
                 before = out[token, n] if keep else np.float32(0.0)
                 out[token, n] = before + total + bias[n]
 

@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -22,7 +21,7 @@ from services.inference.engine.block import simplify
 from services.inference.engine.blocks import BLOCK, blocks_for
 from services.inference.engine.compiled import Compiled, fits
 from services.inference.engine.cores import reserve
-from services.inference.engine.few import MOST, Few, bits, few
+from services.inference.engine.few import MOST, bits, few
 from services.inference.engine.graphs import CudaGraphs, Graphs, Record
 from services.inference.engine.layout import Layout, lay_out
 from services.inference.engine.pace import Pace
@@ -180,7 +179,7 @@ class Runner:
         step = Step(batches=[], rows=[row], slots=torch.tensor(row.written(), device=device), begun=None, kv=kv)
         with self.beside, self._active.beside(Segment(0, count, weights)):
             if self._compiled is not None and count <= MOST and (own := bits(kv)) is not None:
-                step = replace(step, few=Few(own, step.slots.numpy(), np.empty(0, np.int64)))
+                step = replace(step, few=few(step, own, [row]))
                 compiled = Compiled(self._model, self._active)  # with memory of its own for what is in between
                 return compiled.logits(ids, list(range(count)), list(range(count)), step)
             logits: torch.Tensor = self._model(

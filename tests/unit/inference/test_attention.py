@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from services.inference.engine.attention import Step, keep, look
+from services.inference.engine.attention_kernels import attend
+from services.inference.engine.few import Few, bits, few
 from services.inference.engine.rows import Row, batches
 
 HEADS, KV_HEADS, SIZE = 4, 2, 16
@@ -53,3 +55,26 @@ def test_sequences_that_decode_see_their_own_past_only(window: int | None, bfloa
         scores = (query[:, row.begin, None].float() @ keys.mT * 0.3).softmax(-1)
         exact = (scores @ values)[:, 0]
         assert ((seen[row.begin].float() - exact).norm() / exact.norm()).item() < (0.01 if bfloat16 else 1e-6)
+
+
+def a_few(counts: tuple[int, ...]) -> tuple[Step, Few]:
+    """Sequences of 17 tokens and so many more each."""
+    rows = [Row(sum(counts[:n]), count, 17, [2 * n, 2 * n + 1]) for n, count in enumerate(counts)]
+    kv = torch.randn(2, KV_HEADS, 6 * 16, SIZE).bfloat16()
+    step = Step([], rows, torch.tensor([slot for row in rows for slot in row.written()]), None, [kv])
+    return step, few(step, bits([kv]) or [], rows)
+
+
+def test_the_compiled_attention_sees_what_torch_sees(bfloat16: bool) -> None:
+    torch.manual_seed(1)
+    step, made = a_few((1, 8, 3))
+    qkv, out = torch.randn(12, HEADS + 2 * KV_HEADS, SIZE), torch.full((12, HEADS, SIZE), torch.nan)
+    attend(qkv.numpy(), made.kv[0], made.tables, made.pasts, 99, 0.3, out.numpy())
+    seen = look(qkv[:, :HEADS].transpose(0, 1), step.kv[0], step, 0.3, None)
+    apart = 0.02 if bfloat16 else 1e-5
+    torch.testing.assert_close(out, seen.float(), rtol=apart, atol=apart)
+
+
+def test_many_tokens_of_one_sequence_are_left_to_torch() -> None:
+    assert a_few((1, 8, 3))[1].tables is not None
+    assert a_few((1, 9, 3))[1].tables is None, "its keys would be read for each of nine"

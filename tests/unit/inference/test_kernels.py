@@ -60,18 +60,20 @@ def test_every_thread_has_the_number_of_its_own() -> None:
 @pytest.mark.parametrize("threads", [pytest.param(True, marks=needs_threads), False])
 @pytest.mark.parametrize(("past", "window"), [(0, 99), (1, 99), (2, 99), (15, 99), (16, 99), (50, 99), (50, 7), (3, 1)])
 @pytest.mark.parametrize("size", [1.0, 30.0])
-def test_what_a_token_sees_is_exact(past: int, window: int, size: float, threads: bool) -> None:
+@pytest.mark.parametrize("group", [1, 2, 3, 7])
+def test_what_a_token_sees_is_exact(past: int, window: int, size: float, group: int, threads: bool) -> None:
     torch.manual_seed(past)
     blocks = [3, 0, 5, 1]
     kv = torch.randn(2, 2, 6 * 16, 16).bfloat16()
-    qkv, out = torch.randn(1, 8, 16) * size, torch.empty(1, 4, 16)
+    queries = 2 * group
+    qkv, out = torch.randn(1, queries + 4, 16) * size, torch.full((1, queries, 16), math.nan)
     slots = [blocks[at // 16] * 16 + at % 16 for at in range(max(0, past + 1 - window), past + 1)]
     attend = attention_kernels.attend_in_threads if threads else attention_kernels.attend
     arrays = np.array([blocks]), np.array([past])
     kv[:, :, [slot for slot in range(6 * 16) if slot not in slots]] = math.nan
     attend(qkv.numpy(), kv.view(torch.uint16).numpy(), *arrays, window, 0.3, out.numpy())
-    keys, values = kv[:, :, slots].double().repeat_interleave(2, 1)
-    exact = (qkv[0, :4, None].double() @ keys.mT * 0.3).softmax(-1) @ values
+    keys, values = kv[:, :, slots].double().repeat_interleave(group, 1)
+    exact = (qkv[0, :queries, None].double() @ keys.mT * 0.3).softmax(-1) @ values
     torch.testing.assert_close(out[0].double(), exact[:, 0], rtol=1e-5, atol=1e-5)
 
 
