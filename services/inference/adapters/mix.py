@@ -70,8 +70,6 @@ class Placed:
     stack: Stack
     slots: Any
     """Each token's up to the last of these, int64; -1 for those whose adapters lie elsewhere."""
-    threads: bool = True
-    """Whether to compute in several, where there are more tokens than one."""
 
     def add(self, paths: Paths, x: torch.Tensor, y: torch.Tensor) -> None:
         """See :meth:`Mix.add`."""
@@ -83,8 +81,8 @@ class Placed:
     def onto(self, paths: Paths, x: Any, y: Any) -> None:
         """The same with arrays of float32, without gaps."""
         a, b, owners = self.stack.arrays[paths]
-        if self.threads and len(self.slots) > 1 and kernels.in_threads():
-            kernels.adapt_in_threads(x, y, a, b, owners, self.slots, kernels.threads())
+        if len(self.slots) > 1 and (threads := kernels.threads()) > 1:
+            kernels.adapt_in_threads(x, y, a, b, owners, self.slots, threads)
         else:
             kernels.adapt(x, y, a, b, owners, self.slots)
 
@@ -169,7 +167,7 @@ class Mixer:
 
     @contextmanager
     def beside(self, segment: Segment) -> Iterator[Mix]:
-        """What one adapter needs from any thread, beside the steps: as a step would have it, in this thread alone."""
+        """What one adapter needs from any thread, beside the steps: as a step would have it."""
         if not self._is_compiled(segment.weights):
             yield Mix(alone=[segment])
             return
@@ -177,7 +175,7 @@ class Mixer:
         with stack.held(segment.weights) as slot:
             slots = np.full(segment.end, -1, np.int64)
             slots[segment.begin :] = slot
-            yield Mix(stacked=[Placed(stack, slots, threads=False)])
+            yield Mix(stacked=[Placed(stack, slots)])
 
     def index(self, segments: list[Segment]) -> list[tuple[Memory, list[int]]]:
         """The stacks of a recorded step's adapters, and in each the slot of every segment, -1 for those of others."""

@@ -99,8 +99,7 @@ class Block(nn.Module):
             heads.seen.copy_(found.flatten(1))
             return
         window = self._window or few.tables.size * BLOCK
-        threads = kernels.in_threads()
-        attend = attention_kernels.attend_in_threads if threads else attention_kernels.attend
+        attend = attention_kernels.attend_in_threads if kernels.threads() > 1 else attention_kernels.attend
         attend(heads.all, kv, few.tables, few.pasts, window, self._scale, heads.out)
 
 

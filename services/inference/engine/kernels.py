@@ -239,14 +239,16 @@ def in_threads() -> bool:
 def use(threads: int | None) -> None:
     """Gives the calling thread's products so many threads; None leaves them all cores."""
     if threads is not None:
-        _own.threads = max(1, min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+        most = numba.config.NUMBA_NUM_THREADS if in_threads() else 1  # type: ignore[attr-defined]
+        _own.threads = max(1, min(threads, most))
         numba.set_num_threads(_own.threads)
 
 
 def threads() -> int:
-    """Of the calling thread's products: what :func:`numba.get_num_threads` says, in a tenth of its time."""
+    """Of the calling thread's products: what :func:`numba.get_num_threads` says, in a tenth of its time; 1 where there
+    are none to be had."""
     if _own.threads is None:
-        _own.threads = numba.get_num_threads()
+        _own.threads = numba.get_num_threads() if in_threads() else 1
     return _own.threads
 
 

@@ -177,6 +177,7 @@ class Runner:
         # Memory of its own, so that the engine's is not touched.
         kv = [torch.zeros_like(layer[:, :, : len(row.blocks) * BLOCK]) for layer in self._kv]
         step = Step(batches=[], rows=[row], slots=torch.tensor(row.written(), device=device), begun=None, kv=kv)
+        kernels.use(1)  # a team of this thread's, too, would be too many, see engine/cores.py
         with self.beside, self._active.beside(Segment(0, count, weights)):
             if self._compiled is not None and count <= MOST and (own := bits(kv)) is not None:
                 step = replace(step, few=few(step, own, [row]))

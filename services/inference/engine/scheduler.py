@@ -24,7 +24,7 @@ from services.core.errors import InvalidArgument
 from services.inference.engine.admission import Admission
 from services.inference.engine.blocks import BLOCK, Blocks, blocks_for
 from services.inference.engine.sequence import Reason, Result, Sequence
-from services.inference.engine.speculate import price
+from services.inference.engine.speculate import most, price, share
 from services.inference.engine.waiting import Waiting
 
 
@@ -228,18 +228,22 @@ class Scheduler:
     def _draft(self, work: list[Work], budget: int) -> None:
         """Adds guesses to the decodes of a step, as far as the budget goes and they are worth their arithmetic."""
         cost = price(sum(item.count for item in work))
+        guesses = dict[int, tuple[int, ...]]()
         for at, item in enumerate(work):
-            sequence = item.sequence
             if item.count > 1 or not item.samples or item.drafts:
                 continue  # its prompt is not through, or has just come to its end
-            most = min(self.limits.draft_tokens, budget, sequence.draftable)
+            sequence = item.sequence
+            size = min(self.limits.draft_tokens, sequence.draftable)
+            guesses[at] = sequence.drafter.draft(sequence.tokens, size, cost)
+        sizes = {at: len(guess) for at, guess in guesses.items()}
+        likely = {at: work[at].sequence.drafter.trust for at in guesses}
+        for at, size in share(likely, sizes, min(budget, most(len(work)))).items():
+            sequence = work[at].sequence
             assert sequence.table is not None
             if self.blocks.available <= len(self.running):  # others may have to grow into these
-                most = min(most, len(sequence.table.blocks) * BLOCK - len(sequence.tokens))
-            drafts = sequence.drafter.draft(sequence.tokens, most, cost)
-            if drafts and self.blocks.grow(sequence.table, len(sequence.tokens) + len(drafts), sequence.capacity):
-                work[at] = replace(item, drafts=drafts)
-                budget -= len(drafts)
+                size = min(size, len(sequence.table.blocks) * BLOCK - len(sequence.tokens))
+            if size and self.blocks.grow(sequence.table, len(sequence.tokens) + size, sequence.capacity):
+                work[at] = replace(work[at], drafts=guesses[at][:size])
 
     def _grow(self) -> None:
         """Sees that every running sequence has blocks for its tokens, at the cost of those admitted last."""

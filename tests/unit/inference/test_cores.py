@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from services.inference.engine import runner
+from services.inference.engine import kernels, runner
 from services.inference.engine.cores import reserve
 from services.inference.engine.engine import Engine
 from services.inference.engine.layout import Layout
 from services.inference.engine.scheduler import Limits, Work
 from services.inference.engine.sequence import Result
-from tests.unit.inference.tiny import Bench
+from tests.unit.inference.tiny import Bench, marker
 
 
 def threads_of_another() -> int:
@@ -93,3 +93,12 @@ def test_a_step_in_progress_leaves_half_of_the_cores_once_others_need_them(
     bench.engine.stop()
     assert asked[:2] == [2, 2] and found == [1, 2], "the next step has all of them again"
     assert sum(len(costs) for costs in pace._costs.values()) == 1, "a step of both says nothing"
+
+
+def test_a_probe_beside_the_steps_has_no_team_of_threads(
+    reference: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    bench = Bench(reference, tokenizer, Limits(), threads=2)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(bench.runner.probe, marker(bench.model, 1), [1, 2, 3]).result()
+        assert thread.submit(kernels.threads).result() == 1

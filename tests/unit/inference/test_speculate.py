@@ -17,7 +17,7 @@ from services.inference.engine.blocks import BLOCK
 from services.inference.engine.engine import Engine
 from services.inference.engine.scheduler import Limits, Scheduler
 from services.inference.engine.sequence import Reason, Result, Sampling
-from services.inference.engine.speculate import Drafter, price
+from services.inference.engine.speculate import Drafter, price, share
 from tests.unit.inference.test_scheduler import compute, make
 from tests.unit.inference.tiny import Bench, Heard, Knowing, greedy, marker
 
@@ -84,6 +84,24 @@ def test_who_guesses_wrong_stops_and_tries_again_now_and_then() -> None:
 def test_the_more_run_the_less_is_guessed() -> None:
     sizes = [len(Drafter().draft([1, 2] * 9, 8, price(tokens))) for tokens in (1, 2, 4, 8, 16, 64)]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > 2 and sizes[-1] == 0
+
+
+def test_what_is_most_likely_to_be_right_is_guessed() -> None:
+    likely, sizes = {3: 0.9, 5: 0.5, 8: 0.8}, {3: 4, 5: 2, 8: 3}  # 0.9 0.81 0.73 0.66, 0.5 0.25, 0.8 0.64 0.51
+    assert share(likely, sizes, 4) == {3: 3, 8: 1}
+    assert share(likely, sizes, 7) == {3: 4, 8: 3}
+    assert share(likely, sizes, 8) == {3: 4, 8: 3, 5: 1}
+    assert share(likely, sizes, 99) == sizes and share(likely, sizes, 0) == {}
+
+
+@pytest.mark.parametrize(("count", "most"), [(1, 7), (4, 12), (8, 16)])
+def test_a_step_has_so_many_guesses_and_no_more(count: int, most: int) -> None:
+    scheduler = Scheduler(Limits())
+    scheduler.submit(*(make(6, 40) for _ in range(count)))
+    compute(scheduler, scheduler.plan(0))
+    for sequence in scheduler.running:
+        sequence.drafter.learn(99, 99)
+    assert sum(len(work.drafts) for work in scheduler.plan(0).work) == most
 
 
 def test_who_waits_for_the_first_token_waits_for_no_guesses() -> None:
