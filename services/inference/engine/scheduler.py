@@ -24,7 +24,7 @@ from services.core.errors import InvalidArgument
 from services.inference.engine.admission import Admission
 from services.inference.engine.blocks import BLOCK, Blocks, blocks_for
 from services.inference.engine.sequence import Reason, Result, Sequence
-from services.inference.engine.speculate import most, price, share
+from services.inference.engine.speculate import most_guesses, price, share
 from services.inference.engine.waiting import Waiting
 
 
@@ -237,7 +237,7 @@ class Scheduler:
             guesses[at] = sequence.drafter.draft(sequence.tokens, size, cost)
         sizes = {at: len(guess) for at, guess in guesses.items()}
         likely = {at: work[at].sequence.drafter.trust for at in guesses}
-        for at, size in share(likely, sizes, min(budget, most(len(work)))).items():
+        for at, size in share(likely, sizes, min(budget, most_guesses(len(work)))).items():
             sequence = work[at].sequence
             assert sequence.table is not None
             if self.blocks.available <= len(self.running):  # others may have to grow into these

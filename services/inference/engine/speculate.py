@@ -105,6 +105,6 @@ def share(likely: Mapping[int, float], sizes: Mapping[int, int], budget: int) ->
     return Counter(name for *_, name in places[:budget])
 
 
-def most(sequences: int) -> int:
+def most_guesses(sequences: int) -> int:
     """Guesses of a step of so many sequences."""
     return max(_LEAST, _EACH * sequences)
