@@ -79,6 +79,7 @@ bench: proto sshd ## Benchmarks against named peers; the figures are in bench/RE
 	@$(BIN)/python -m bench.near
 	@$(BIN)/python -m bench.scanner
 	@$(BIN)/python -m bench.trainer
+	@$(BIN)/python -m bench.inference
 	@$(BIN)/python -m bench.speculation
 	@$(BIN)/python -m bench.gpu
 	@$(BIN)/python -m bench.start

@@ -28,6 +28,7 @@ import torch
 from transformers import PreTrainedModel
 
 from bench import llama_cpp, vllm_cpu
+from bench.figures import Stolen
 from services.core.models import catalogue, weights
 from services.core.models.spelling import Spelling, token_bytes
 from services.inference.adapters import lora
@@ -261,6 +262,7 @@ def main() -> None:
         global clock
         clock, asked.threads = time.process_time, 1
     torch.set_num_threads(1)
+    stolen = Stolen()
     folder = weights.ensure_weights(catalogue.find(""), Path.home() / ".cache" / "codegraft")
     base, tokenizer = weights.load_model(folder, torch.bfloat16), weights.load_tokenizer(folder)
     theirs = weights.load_model(folder)
@@ -287,6 +289,7 @@ def main() -> None:
                     adapters(sides)
                 case "loss":
                     loss(sides, theirs, tokenizer, vocabulary)
+    print(f"taken by the host meanwhile: {stolen.share()}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """Overload: ``python -m bench.overload [--seconds N]``.
 
 First as many clients as keep a real inference process busy, each with its next request when the last one has ended:
-the peak. Then four times as many requests as that were, at random moments, for a minute once the first have ended.
+the peak. Then four times as many requests as that were, at random moments, for a minute once the first have ended. Then
+the peak again: where the machine is another one's guest its speed changes from minute to minute, and both sides of the
+overload say what it gave. Tokens count when they come, of completions that end as a whole: sixteen that began together
+end together, and to count them at their ends would have one more or less of these bursts in the time.
 """
 
 from __future__ import annotations
@@ -17,13 +20,13 @@ from pathlib import Path
 
 import grpc
 
-from bench.figures import milliseconds, row
-from bench.replica import Replica, ended, replica
+from bench.figures import Stolen, milliseconds, row
+from bench.replica import Replica, replica
 from codegraft.inference.v1 import completion_pb2 as pb
 
 CLIENTS = 24
 """Of the closed loop: the engine's 16 places are never empty."""
-WARM, PEAK_SECONDS = 3.0, 20.0
+WARM, PEAK_SECONDS = 3.0, 30.0
 TIMES = 4
 PROJECTS = 4
 PROMPT, TOKENS = 200, 32
@@ -39,16 +42,19 @@ WHOLE = {pb.FINISH_REASON_LENGTH, pb.FINISH_REASON_END_OF_TEXT, pb.FINISH_REASON
 class Seen:
     """What became of the requests."""
 
-    whole: list[tuple[float, int]] = field(default_factory=list)
-    """(when a completion ended as a whole, its tokens)"""
+    whole: list[list[tuple[float, int]]] = field(default_factory=list)
+    """Of each completion that ended as a whole: (when a message came, its tokens)."""
     refused: list[float] = field(default_factory=list)
     """Seconds until a refusal."""
     others: Counter[str] = field(default_factory=Counter)
 
-    def goodput(self, begin: float, end: float) -> tuple[float, float]:
-        """Tokens and completions a second of those that ended as a whole between two moments."""
-        tokens = [count for at, count in self.whole if begin <= at < end]
-        return sum(tokens) / (end - begin), len(tokens) / (end - begin)
+    def goodput(self, begin: float, end: float) -> float:
+        """Tokens a second between two moments, of completions that ended as a whole."""
+        return sum(count for came in self.whole for at, count in came if begin <= at < end) / (end - begin)
+
+    def length(self) -> float:
+        """Tokens of a completion, on average."""
+        return sum(count for came in self.whole for _, count in came) / len(self.whole)
 
 
 class Prompts:
@@ -66,20 +72,21 @@ class Prompts:
 
 async def request(on: Replica, prefix: str, number: int, seen: Seen, patience: float) -> None:
     """One completion of one of the projects."""
-    began = time.monotonic()
+    began, came, reason = time.monotonic(), list[tuple[float, int]](), pb.FINISH_REASON_UNSPECIFIED
     try:
-        call = on.complete(prefix, TOKENS, timeout=patience, parent=f"projects/bench-{number % PROJECTS}")
-        _, finished, tokens = await ended(call)
+        async for part in on.complete(prefix, TOKENS, timeout=patience, parent=f"projects/bench-{number % PROJECTS}"):
+            came.append((time.monotonic(), part.delta.tokens))
+            reason = part.finished.reason
     except grpc.aio.AioRpcError as error:
         if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
             seen.refused.append(time.monotonic() - began)
         else:
             seen.others[error.code().name] += 1
         return
-    if finished.reason in WHOLE:
-        seen.whole.append((time.monotonic(), tokens))
+    if reason in WHOLE:
+        seen.whole.append(came)
     else:
-        seen.others[pb.FinishReason.Name(finished.reason)] += 1
+        seen.others[pb.FinishReason.Name(reason)] += 1
 
 
 async def closed(on: Replica, prompts: Prompts) -> tuple[float, float]:
@@ -93,7 +100,10 @@ async def closed(on: Replica, prompts: Prompts) -> tuple[float, float]:
     await asyncio.gather(*(client(number) for number in range(CLIENTS)))
     if seen.others or seen.refused:
         raise SystemExit(f"completions failed while nothing was overloaded: {seen.others}, {len(seen.refused)} refused")
-    return seen.goodput(until - PEAK_SECONDS, until)
+    if not seen.whole:
+        raise SystemExit("no completion came to its end: the machine is too busy to measure anything")
+    peak = seen.goodput(until - PEAK_SECONDS, until)
+    return peak, peak / seen.length()
 
 
 async def offered(
@@ -115,33 +125,30 @@ async def offered(
         number, following = number + 1, following + times.expovariate(rate)
         if time.monotonic() > began + 5 * len(memory):
             memory.append(on.resident())
-    goodput, _ = seen.goodput(began + warm, began + warm + seconds)
     await asyncio.wait(tasks, timeout=patience + 5)
     for task in tasks:
         task.cancel()
     memory.append(on.resident())
-    return seen, goodput, memory
+    return seen, seen.goodput(began + warm, began + warm + seconds), memory
 
 
 async def main(seconds: float) -> None:
     # So few blocks have all been used after the peak; the memory of others, taken at their first use, is no growth.
     async with replica(CODEGRAFT_INFERENCE_KV_TOKENS="8192") as on:
         await on.ready()
-        prompts = Prompts()
-        peak, completions = await closed(on, prompts)
-        if not completions:
-            raise SystemExit("no completion came to its end: the machine is too busy to measure anything")
-        patience = PATIENCE * CLIENTS / completions
-        said = f"{peak:.0f} tokens/s, {completions:.1f} completions/s of {CLIENTS / completions:.1f} s"
+        prompts, stolen = Prompts(), Stolen()
+        before, completions = await closed(on, prompts)
+        taken, took = [stolen.share()], CLIENTS / completions
+        seen, goodput, memory = await offered(on, prompts, TIMES * completions, PATIENCE * took, seconds, warm=took)
+        taken.append(stolen.share())
+        after, _ = await closed(on, prompts)
+        taken.append(stolen.share())
+        peak = (before + after) / 2
+        said = f"{before:.0f} tokens/s before, {after:.0f} after; a completion took {took:.1f} s"
         row(f"peak, {CLIENTS} clients", said)
-        seen, goodput, memory = await offered(
-            on, prompts, TIMES * completions, patience, seconds, warm=CLIENTS / completions
-        )
-        row(
-            f"{TIMES} x offered for {seconds:.0f} s",
-            f"{goodput:.0f} tokens/s, {goodput / peak:.0%} of the peak",
-            "90 %",
-        )
+        said = f"{goodput:.0f} tokens/s, {goodput / peak:.0%} of the peak (of both)"
+        row(f"{TIMES} x offered for {seconds:.0f} s", said, "90 %")
+        row("taken by the host: before, in it, after", ", ".join(taken))
         row("refused", f"{len(seen.refused)} of {_count(seen)}")
         row("a refusal took", milliseconds(seen.refused) if seen.refused else "none was refused", "p95 50 ms")
         if seen.others:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.figures import milliseconds, percentile, row
+from bench.figures import Stolen, milliseconds, percentile, row
 from bench.replica import PROJECT, Replica, replica
 from codegraft.event.v1.events_pb2 import AdapterSwapped, SwapPhases
 from codegraft.inference.v1 import serving_pb2
@@ -221,10 +221,13 @@ async def main(swaps: int) -> None:
         notes = Path(folder) / "notes.json"
         async with replica("bench.observed", BENCH_NOTES=str(notes)) as on:
             bests = [await on.store(step) for step in range(1, swaps + 2)]
+            stolen = Stolen()
             load, times, begins = await measure(on, bests)
+            taken = stolen.share()
             await on.stop()
             loading = await peer(on, bests[:4])
         report(load, times, begins, json.loads(notes.read_text()))
+        row("taken by the host meanwhile", taken)
         row("peer: PEFT's load_adapter", f"{statistics.median(loading) * 1e3:.0f} ms without a token")
 
 
