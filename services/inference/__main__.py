@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from typing import TYPE_CHECKING
 
+from services.core import garbage
 from services.core.auth import keyring
 from services.core.models import catalogue
 from services.core.rpc import server
@@ -23,18 +24,19 @@ async def main(settings: InferenceSettings) -> None:
     spec = catalogue.find(settings.inference_model)
 
     def load() -> LoadedModel:
-        from services.inference import model  # imports torch: seconds in which calls are answered already
+        with garbage.unsearched():
+            from services.inference import model  # imports torch: seconds in which calls are answered already
 
-        loaded = model.load(
-            spec,
-            settings.cache_dir,
-            limits(settings),
-            threads=settings.inference_threads,
-            max_rank=settings.inference_max_rank,
-            kind=settings.inference_weights,
-        )
-        # Half a million objects that stay: to look through them again takes 0.3 s, in which no step is computed.
-        gc.collect()
+            loaded = model.load(
+                spec,
+                settings.cache_dir,
+                limits(settings),
+                threads=settings.inference_threads,
+                max_rank=settings.inference_max_rank,
+                kind=settings.inference_weights,
+            )
+        # Half a million objects that stay, but for a fiftieth: to look through them, once or again and again, takes 0.3
+        # s, in which no step is computed and nothing answered.
         gc.freeze()
         return loaded
 

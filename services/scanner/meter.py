@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from services.core import garbage
 from services.core.errors import JobCancelled
 from services.core.models import weights
 from services.scanner.config import ScannerSettings
@@ -66,9 +67,10 @@ class Meter:
         return list(meter.measure(files, stop=stop.is_set))
 
     def _load(self, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        import torch
+        with garbage.unsearched():
+            import torch
 
-        from services.scanner import attention
+            from services.scanner import attention
 
         if self._loaded is None or self._loaded[0] != folder:
             self._loaded = None  # the old one goes before the new one comes

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from services.core import disk
+from services.core import disk, garbage
 from services.core.errors import DigestMismatch, ModelNotFound, Unavailable
 from services.core.models.catalogue import FolderSource, HubSource, ModelSpec, StoreSource, WheelSource
 
@@ -144,13 +144,15 @@ def load_model(folder: Path, dtype: torch.dtype | None = None, device: str = "cp
         DigestMismatch: the weights are damaged; the message says which folder to delete.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
-    _hide_progress_bars()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or quick_dtype(device), use_safetensors=True, local_files_only=True
-        )
+        with garbage.unsearched():
+            from transformers import AutoModelForCausalLM
+
+            _hide_progress_bars()
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype or quick_dtype(device), use_safetensors=True, local_files_only=True
+            )
     except SafetensorError as error:
         raise DigestMismatch(
             f"the weights in {folder} are damaged: {error}", hint="Delete that folder; it is made again."
@@ -180,9 +182,10 @@ def _forget_pages(address: int, size: int) -> None:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder from :func:`ensure_weights`."""
-    from transformers import AutoTokenizer
+    with garbage.unsearched():
+        from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return tokenizer
 
 

@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from services.core import log
+from services.core import garbage, log
 from services.trainer.launch import AGENT_VARIABLE
 from services.trainer.launch.folder import RunFolder
 
@@ -21,8 +21,9 @@ def main(folder: str) -> None:
     """Trains; the exit status says whether the group has to start again."""
     _end_with_agent()
     log.configure("trainer")
-    from services.trainer import rank  # imports torch: seconds in which the agent may end already
-    from services.trainer.ranks import joined
+    with garbage.unsearched():
+        from services.trainer import rank  # imports torch: seconds in which the agent may end already
+        from services.trainer.ranks import joined
 
     with joined() as ranks, log.bound(rank=str(ranks.rank)):
         try:
