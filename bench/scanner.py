@@ -193,7 +193,9 @@ def losses(folder: Path | None) -> None:
     from services.scanner import attention
 
     base = weights.ensure_weights(catalogue.find(catalogue.DEFAULT_MODEL), Path.home() / ".cache/codegraft")
-    plain: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    # Both sides compute in the type that this processor is quick with.
+    dtype = weights.quick_dtype("cpu")
+    plain: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     model, tokenizer = weights.load_model(base), weights.load_tokenizer(base)
     attention.use(model)
     rules = Rules()
@@ -217,7 +219,7 @@ def losses(folder: Path | None) -> None:
                 with torch.inference_mode():
                     plain(input_ids=part, labels=part).loss.item()
 
-    a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, dtype=dtype) for _ in range(2))
     seconds: dict[str, list[float]] = defaultdict(list)
     read = 0
     for _ in range(ROUNDS):
@@ -230,7 +232,7 @@ def losses(folder: Path | None) -> None:
     matmul = 2 * MATMUL_SIZE**3 / statistics.median(seconds["matmul"])
     parameters = sum(weight.numel() for weight in model.parameters())
     rate = 2 * parameters * read / statistics.median(seconds["ours"])
-    print(f"  matrix products in bf16    {matmul / 1e9:7.0f} GFLOP/s")
+    print(f"  matrix products, {str(dtype)[6:]:8}  {matmul / 1e9:7.0f} GFLOP/s")
     print(f"  stage 2                    {read / statistics.median(seconds['ours']):7.0f} tokens/s")
     print(f"  of the products' rate      {rate / matmul:7.0%} (asked: 60 %)")
     for peer, how in {"whole": "whole files", "windows": f"windows of {rules.window_tokens}"}.items():
