@@ -75,7 +75,8 @@ class Replica:
         self.registry = Registry(settings.inference_device_adapters)
         table = Table(runtime.state("inference"), Serving, missing=ServingNotFound)
         self.mirror = mirror(table, runtime.store)
-        manifests, host = Manifests(runtime.artifacts), HostCache(settings.inference_host_adapter_mb * _MB)
+        manifests = Manifests(runtime.artifacts, settings.cache_dir / "manifests")
+        host = HostCache(settings.inference_host_adapter_mb * _MB)
         disk = DiskCache(settings.cache_dir / "adapters", runtime.blobs, settings.inference_disk_adapter_mb * _MB)
         loader = Loader(manifests, disk, host, self.registry)
         self.follower = Follower(

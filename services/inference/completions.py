@@ -30,6 +30,7 @@ from services.inference.adapters.follower import Follower
 from services.inference.adapters.loader import Loader
 from services.inference.adapters.registry import Pin, Registry
 from services.inference.adapters.route import Version
+from services.inference.adapters.swapper import wanted
 from services.inference.engine import sequence as engine
 from services.inference.engine.text import TextStream, suffix_stop
 from services.inference.inbox import Inbox, Post
@@ -42,7 +43,8 @@ if TYPE_CHECKING:
 _log = log.get("inference.completions")
 _RETRY_LOADING = 2.0
 _POLICY_WAIT = 5.0
-"""Seconds that a project's first completion waits for its policy; then the base model answers."""
+"""Seconds that a project's first completion waits for its policy, and for the adapter that it names: where no policy
+can be read by then the base model answers."""
 _PLACE_WAIT = 5.0
 """Seconds that a completion waits for a place in device memory, for a version that has none."""
 
@@ -262,12 +264,19 @@ class Completions:
                 loaded = await self._loader.load(request.checkpoint, model, patience=_patience(request))
                 if pin := self._registry.pin_version(request.project, loaded.version):
                     return pin
+        standing = self._follower.standing(request.project)
         try:
             async with asyncio.timeout(_POLICY_WAIT):
-                await self._follower.ensure(request.project)
+                await self._follower.ensure(request.project, confirmed=self._projects.confirmed(request.project))
         except (Unavailable, TimeoutError) as error:  # without NATS completions go on
+            if isinstance(error, TimeoutError) and not standing.tried and standing.serving and wanted(standing.serving):
+                raise ModelLoading(
+                    f"the adapter of {request.project} is still being loaded",
+                    hint="Try again in a moment.",
+                    retry_after=_RETRY_LOADING,
+                ) from None
             _log.warning("the policy cannot be read, serving what is there", project=request.project, error=str(error))
-        if self._follower.standing(request.project).homeless:
+        if standing.homeless:
             raise ResourceExhausted(
                 f"no place is free for the adapter of {request.project}",
                 hint="Try again, or set CODEGRAFT_INFERENCE_DEVICE_ADAPTERS higher.",

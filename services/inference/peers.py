@@ -37,6 +37,8 @@ class IngestProjects:
         self._stub = project_pb2_grpc.ProjectServiceStub(ingest)
         self._due: dict[str, float] = {}
         """When to ask again for those that are taken to be there, on the monotonic clock; the oldest first."""
+        self._unsaid: set[str] = set()
+        """Those of them of which ingest never said so."""
         self._asking: set[asyncio.Task[bool]] = set()
 
     async def exists(self, project: str) -> bool:
@@ -52,9 +54,14 @@ class IngestProjects:
             task.add_done_callback(self._asking.discard)
         return True
 
+    def confirmed(self, project: str) -> bool:
+        """See :class:`services.inference.policy.Projects`."""
+        return project in self._due and project not in self._unsaid
+
     def forget(self, project: str) -> None:
         """See :class:`services.inference.policy.Projects`."""
         self._due.pop(project, None)
+        self._unsaid.discard(project)
 
     async def kept_since(self, project: str) -> float | None:
         """See :class:`services.inference.policy.Projects`. It is asked every time: off means off at once."""
@@ -79,15 +86,18 @@ class IngestProjects:
         again = _REMEMBERED
         try:
             if await self._get(project) is None:
-                self._due.pop(project, None)
+                self.forget(project)
                 return False
+            self._unsaid.discard(project)
         except CodegraftError as error:
             _logger.warning("ingest does not say whether a project exists", project=project, error=str(error))
             again = _AGAIN
+            if project not in self._due:
+                self._unsaid.add(project)
         self._due.pop(project, None)
         self._due[project] = time.monotonic() + again
         if len(self._due) > _MOST:
-            del self._due[next(iter(self._due))]
+            self.forget(next(iter(self._due)))
         return True
 
 

@@ -72,6 +72,10 @@ class Projects(Protocol):
         """Whether there is a project of that name; True when that cannot be found out now."""
         ...
 
+    def confirmed(self, project: str) -> bool:
+        """Whether a project that :meth:`exists` is known to, so that something may be written of it."""
+        ...
+
     def forget(self, project: str) -> None:
         """It was deleted: what is remembered of it is not true any more."""
         ...
@@ -189,12 +193,14 @@ def called(serving: Serving, sha256: str) -> str:
     return next((name for known, name in names if known == sha256), "")
 
 
-def set_mode(serving: Serving, mode: ServingMode, pinned: Choice, best: Best | None, split: Split | None) -> None:
+def set_mode(
+    serving: Serving, mode: ServingMode, pinned: Choice, best: Best | Choice | None, split: Split | None
+) -> None:
     """Sets the policy as a whole.
 
     Args:
         pinned: what PINNED names.
-        best: what LATEST_BEST finds now; None when that is not known.
+        best: what LATEST_BEST finds now, the base model when no run has a checkpoint; None when that is not known.
         split: with its SHA-256; None ends one.
     """
     before = serving.mode
@@ -208,10 +214,13 @@ def set_mode(serving: Serving, mode: ServingMode, pinned: Choice, best: Best | N
     elif mode == SERVING_MODE_PINNED:
         want(serving, pinned)
     elif before == SERVING_MODE_LATEST_BEST:
-        if best:
+        if isinstance(best, Best):
             follow_best(serving, best)
-    else:  # a person has asked for the best, so it need not wait for one
-        want(serving, best or BASE)
+    elif best is not None:  # a person has asked for the best, so it need not wait for one
+        want(serving, best)
+    else:  # what serves goes on until the best is known, which need not wait then either
+        serving.ClearField("wanted_test_loss")
+        serving.wanted_test_set = ""
 
 
 def follow_best(serving: Serving, best: Best) -> None:

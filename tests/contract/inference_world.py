@@ -49,9 +49,14 @@ class Peers:
     kept: list[str] = field(default_factory=list)
     held: list[str] = field(default_factory=list)
     keeps: bool = False
+    unsaid: bool = False
+    """Whether ingest is away, so that any project may be there."""
 
     async def exists(self, project: str) -> bool:
         return project != "projects/none"
+
+    def confirmed(self, project: str) -> bool:
+        return not self.unsaid
 
     def forget(self, project: str) -> None:
         pass

@@ -57,6 +57,13 @@ class Bests:
             await self._news.waiting(serving)
         return serving, loaded
 
+    async def none(self, project: str, base_model: str) -> bool:
+        """Whether the trainer says that no run has a checkpoint; False when it does not answer."""
+        try:
+            return await self._source.best(project, base_model) is None
+        except CodegraftError:
+            return False
+
     async def verified(
         self,
         project: str,

@@ -91,6 +91,8 @@ class Follower:
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._at_once = asyncio.Semaphore(_AT_ONCE)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._firsts: dict[str, asyncio.Task[None]] = {}
+        """By project that somebody asked for: it is brought to its policy for the first time."""
         loop = asyncio.get_running_loop()
 
         def place_freed() -> None:  # called by the engine's thread, also after the end of the loop
@@ -126,30 +128,50 @@ class Follower:
                 group.create_task(self._follow_bests())
                 group.create_task(self._reconcile_always())
         finally:
-            for task in self._tasks:
+            for task in (*self._tasks, *self._firsts.values()):
                 task.cancel()
 
     # --- what people decide ---
 
-    async def ensure(self, project: str) -> None:
+    async def ensure(self, project: str, *, confirmed: bool) -> None:
         """Brings a project that nobody asked for yet to its policy; later calls return at once.
 
-        A project without a policy gets its first one here, so that every replica follows it from now on.
+        A project without a policy gets its first one here, so that every replica follows it from now on. It goes on
+        when the caller gives up: whoever asks next waits for the rest of it.
+
+        Args:
+            confirmed: the project is known to exist. Of one that may be there or not nothing is written.
 
         Raises:
             Unavailable: the state store does not answer.
         """
         if self._standings[project].tried:
             return
+        if (first := self._firsts.get(project)) is None:
+            loop = asyncio.get_running_loop()
+            first = self._firsts[project] = loop.create_task(
+                self._first(project, confirmed), context=without_deadline()
+            )
+            first.add_done_callback(lambda done: self._first_done(project, done))
+        await asyncio.shield(first)
+
+    async def _first(self, project: str, confirmed: bool) -> None:
         async with self._locks[project]:
             if self._standings[project].tried:
                 return
             if (serving := await self._policies.find(project)) is None:
+                if not confirmed:
+                    return
                 began = time.monotonic()
                 best = await self._bests.verified(project, await self._device, began)
                 serving = await self._policies.change(project, lambda s: follow_best(s, best[0]) if best else None)
             self._standings.see(serving, project)
             await self._converge(project, time.monotonic(), patience=_FIRST_WAIT)
+
+    def _first_done(self, project: str, first: asyncio.Task[None]) -> None:
+        del self._firsts[project]
+        if not first.cancelled():
+            first.exception()  # it was told to those who waited, if anybody did
 
     async def set_policy(
         self, project: str, mode: ServingMode, checkpoint: str, split: Split | None, etag: str
@@ -168,12 +190,16 @@ class Follower:
             second = await self._choice(split.checkpoint, "split.checkpoint") if split.checkpoint else BASE
             split = Split(checkpoint=second.checkpoint, sha256=second.sha256, percent=split.percent)
         # Resolved before the one write, so that no replica ever falls back to the base model in between.
-        best = None
+        best: Best | Choice | None = None
         if mode == SERVING_MODE_LATEST_BEST and self._device.done():
-            best = await self._bests.verified(project, self._device.result(), began)
+            device = self._device.result()
+            if found := await self._bests.verified(project, device, began):
+                best = found[0]
+            elif await self._bests.none(project, device.base.model):
+                best = BASE
 
         def change(serving: Serving) -> None:
-            set_mode(serving, mode, pinned, best[0] if best else None, split)
+            set_mode(serving, mode, pinned, best, split)
 
         return await self._decide(project, await self._policies.change(project, change, etag=etag), began)
 

@@ -51,8 +51,10 @@ class HostCache:
 
     def put(self, verified: Verified) -> None:
         """Holds an adapter, and lets go of the longest unused ones that do not fit beside it."""
-        if verified.size > self._limit or verified.sha256 in self._held:
+        if verified.size > self._limit:
             return
+        if (before := self._held.pop(verified.sha256, None)) is not None:  # perhaps of another scale
+            self.size -= before.size
         self._held[verified.sha256] = verified
         self.size += verified.size
         while self.size > self._limit:

@@ -30,6 +30,7 @@ from services.inference.adapters.route import Version
 if TYPE_CHECKING:
     import torch
 
+    from services.core.models.prompts import PromptFormat
     from services.inference.adapters.lora import Weights
 
 _MOMENT = 0.3
@@ -116,6 +117,7 @@ class Loader:
         Raises:
             CheckpointNotFound, StoreUnavailable: as :meth:`Manifests.get`.
             AdapterRejected, BaseModelMismatch, DigestMismatch: it does not verify.
+            AdapterRejected: its weights are here as another checkpoint's, which means something else by them.
             ResourceExhausted: all places are in use.
         """
         if staged := self._registry.ask(checkpoint, sha256):
@@ -124,12 +126,35 @@ class Loader:
         async with self._loading.setdefault(sha256, asyncio.Lock()):
             if staged := self._registry.ask(checkpoint, sha256):  # by somebody who asked at the same time
                 return Loaded(staged)
+            if staged := await self._by_another_name(checkpoint, sha256, device):
+                return Loaded(staged)
             phases = SwapPhases()
             held = self._host.get(sha256)
+            if held and held.checkpoint != checkpoint and _means(held) != await self._meaning(checkpoint, device):
+                held = None
             verified = held or await self._verified(checkpoint, sha256, device, phases)
             version = await self._staged(checkpoint, verified, device, phases, patience, probe=held is None)
             self._host.put(verified)
             return Loaded(version, phases)
+
+    async def _by_another_name(self, checkpoint: str, sha256: str, device: Device) -> Version | None:
+        """A version of the same weights that is staged already, by this name from now on."""
+        if (twin := self._registry.find(sha256)) is None:
+            return None
+        if _means(twin) != (here := await self._meaning(checkpoint, device)):
+            raise AdapterRejected(
+                f"{checkpoint} has the weights of {twin.checkpoint}, which is served by scale {twin.scale:g}; "
+                f"here it is {here[0]:g}, or the prompts are others",
+                hint="Unload that one first, or save the adapter with the scale in its weights.",
+            )
+        return self._registry.call(checkpoint, sha256)
+
+    async def _meaning(self, checkpoint: str, device: Device) -> tuple[float, PromptFormat]:
+        """What the file of the weights, by which a version is named, does not say: scale and prompts."""
+        manifest = await self._manifests.get(checkpoint)
+        files = {file.path: file.sha256 for file in manifest.files}
+        config = await self._disk.read(files[CONFIG])
+        return verify.check_config(config, manifest), verify.prompt_format(manifest, device.base)
 
     async def _verified(self, checkpoint: str, sha256: str, device: Device, phases: SwapPhases) -> Verified:
         # Of a step on all cores one thread would be waited for, whose core is taken away.
@@ -174,7 +199,9 @@ class Loader:
             self._registry.cancel()
             raise
         # By the name that is asked for: in host memory it may have that of another run, or none of this time.
-        version = Version(verified.sha256, checkpoint, weights.rank, weights.size, verified.format)
+        version = Version(
+            verified.sha256, checkpoint, weights.rank, weights.size, verified.format, scale=verified.scale
+        )
         self._registry.put(version, weights)
         return version
 
@@ -193,6 +220,10 @@ class Loader:
                     hint="Try again, unload some, or set CODEGRAFT_INFERENCE_DEVICE_ADAPTERS higher.",
                     retry_after=1.0,
                 ) from None
+
+
+def _means(of: Verified | Version) -> tuple[float, PromptFormat | None]:
+    return of.scale, of.format
 
 
 def _verify(manifest: AdapterManifest, weights: bytes, config: bytes, device: Device) -> Verified:

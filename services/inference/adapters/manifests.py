@@ -1,23 +1,41 @@
-"""What the store says of checkpoints, remembered: a manifest never changes under its name."""
+"""What the store says of checkpoints, remembered: a manifest never changes under its name.
+
+It is remembered on the local disk, too, beside the weights that are kept there: a replica that starts while the store
+is away serves what it served before.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
+import os
+import secrets
 from collections import OrderedDict
+from pathlib import Path
+
+from google.protobuf.message import DecodeError
 
 from codegraft.scanner.v1.dataset_pb2 import DatasetManifest
 from codegraft.trainer.v1.checkpoint_pb2 import AdapterManifest
+from services.core import log
 from services.core.errors import ArtifactNotFound, CheckpointNotFound, StoreUnavailable
 from services.core.store import Artifacts
 
 _REMEMBERED = 1024
+_log = log.get("inference.manifests")
 
 
 class Manifests:
-    """The manifests of checkpoints. All methods belong to one event loop."""
+    """The manifests of checkpoints. All methods belong to one event loop.
 
-    def __init__(self, artifacts: Artifacts) -> None:
-        self._artifacts = artifacts
+    Args:
+        folder: where they are remembered over restarts; several replicas may share it. Made when it is not there.
+    """
+
+    def __init__(self, artifacts: Artifacts, folder: Path) -> None:
+        self._artifacts, self._folder = artifacts, folder
+        self._writes: set[asyncio.Task[None]] = set()
         self._known: OrderedDict[str, AdapterManifest] = OrderedDict()
         self._test_sets: OrderedDict[str, str] = OrderedDict()
         """By dataset."""
@@ -43,13 +61,51 @@ class Manifests:
                 f"no checkpoint {checkpoint}", field="checkpoint", hint="List the run's checkpoints."
             ) from None
         except StoreUnavailable:
-            if checkpoint not in self._known:
+            if checkpoint in self._known:
+                return self._known[checkpoint]
+            if (kept := await asyncio.to_thread(self._read, checkpoint)) is None:
                 raise
-            return self._known[checkpoint]
+            found = kept
+        else:
+            write = asyncio.create_task(asyncio.to_thread(self._write, checkpoint, found.SerializeToString()))
+            self._writes.add(write)
+            write.add_done_callback(self._writes.discard)
         self._known[checkpoint] = found
         if len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
         return found
+
+    async def written(self) -> None:
+        """Waits until all that the store has said so far is on the disk."""
+        await asyncio.gather(*self._writes)
+
+    def _file(self, checkpoint: str) -> Path:
+        return self._folder / hashlib.sha256(checkpoint.encode()).hexdigest()
+
+    def _read(self, checkpoint: str) -> AdapterManifest | None:
+        """What the disk remembers; whoever reads the weights holds them against the digest that was asked for."""
+        try:
+            found = AdapterManifest.FromString(self._file(checkpoint).read_bytes())
+        except (OSError, DecodeError):
+            return None
+        return found if found.name == checkpoint else None
+
+    def _write(self, checkpoint: str, data: bytes) -> None:
+        """Remembers one, and forgets the longest unseen beyond as many as are remembered in memory."""
+        file = self._file(checkpoint)
+        temporary = file.with_suffix(f".{secrets.token_hex(4)}")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(data)
+            temporary.replace(file)
+            kept = sorted(os.scandir(self._folder), key=lambda entry: entry.stat().st_mtime)
+            for entry in kept[:-_REMEMBERED]:
+                os.unlink(entry)
+        except OSError as error:  # without space, or of a file that another replica has just deleted
+            _log.warning("a manifest is not kept on disk", checkpoint=checkpoint, error=str(error))
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     async def test_set(self, checkpoint: str) -> str:
         """Digest of the test set that a checkpoint was judged on; empty when it is not known.

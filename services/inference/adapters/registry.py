@@ -145,6 +145,7 @@ class Registry:
             for version in filter(None, (route.main, route.second)):
                 if place := self._places.get(version.sha256):
                     place.names.add(version.checkpoint)
+                    place.leaving = False
             for sha256 in route.versions() & self._places.keys():
                 self._places.move_to_end(sha256)
         self._tell()
@@ -214,18 +215,21 @@ class Registry:
             return self._places[sha256].version if sha256 in self._places else None
 
     def ask(self, checkpoint: str, sha256: str = "") -> Version | None:
-        """A staged version by a checkpoint's name, and called so; None when it is not here.
+        """A staged version by a name that it has here, and called so; None when it is not here, or not by that name.
 
         Args:
-            sha256: of its weights. They may be here by another name, and have this one, too, from now on. Empty finds
-                them by a name only that was asked for before.
+            sha256: which version of that name; empty for any.
         """
         with self._lock:
             found = self._places.get(sha256) if sha256 else self._named(checkpoint)
-            if found is None:
-                return None
-            found.names.add(checkpoint)
-            return replace(found.version, checkpoint=checkpoint)
+            return replace(found.version, checkpoint=checkpoint) if found and checkpoint in found.names else None
+
+    def call(self, checkpoint: str, sha256: str) -> Version | None:
+        """Gives a staged version one more name, and what :meth:`ask` finds by it."""
+        with self._lock:
+            if place := self._places.get(sha256):
+                place.names.add(checkpoint)
+        return self.ask(checkpoint, sha256)
 
     def streams(self, project: str) -> dict[str, int]:
         """Running streams of a project by version; the empty SHA-256 is the base model."""

@@ -24,6 +24,8 @@ class Version:
     """Bytes in device memory."""
     format: PromptFormat | None = field(default=None, compare=False)
     """How its prompts are rendered; None is as the base model's."""
+    scale: float = field(default=1.0, compare=False)
+    """What the products of its weights are multiplied by."""
 
 
 @dataclass(frozen=True, slots=True)

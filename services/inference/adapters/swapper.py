@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from dataclasses import replace
 
 from codegraft.common.v1.job_pb2 import Failure
 from codegraft.event.v1.events_pb2 import SwapPhases
@@ -52,6 +51,8 @@ class Swapper:
             main = await self._version(project, name, sha256, began, device, phases, patience)
         except _NotServed as refusal:
             placed = not refusal.for_want_of_a_place
+            if before.main is None and sha256 in standing.refused:
+                main = await self._one_before(project, serving, began, device, phases, patience)
         with suppress(_NotServed):
             if serving.HasField("split"):
                 name, sha256 = serving.split.checkpoint, serving.split.sha256
@@ -76,6 +77,23 @@ class Swapper:
         _log.info("swapped", project=project, checkpoint=checkpoint, seconds=round(standing.swap_seconds, 4))
         self._standings.notify(project)
         await self._news.swapped(project, before, now, phases, standing.swap_seconds)
+
+    async def _one_before(
+        self, project: str, serving: Serving, began: float, device: Device, phases: SwapPhases, patience: float
+    ) -> Version | None:
+        """What the policy came to before a version that can never serve: it goes on at the replicas that had it, and
+        one that starts later is no other."""
+        failure = self._standings[project].failure
+        try:
+            for each in serving.history:
+                if each.sha256 != wanted(serving):
+                    with suppress(_NotServed):
+                        return await self._version(
+                            project, each.checkpoint, each.sha256, began, device, phases, patience
+                        )
+            return None
+        finally:
+            self._standings[project].failure = failure
 
     async def refuse(self, project: str, checkpoint: str, sha256: str, error: CodegraftError, began: float) -> None:
         """Notes why a version does not serve. One that can never serve is not tried again; an outage passes."""
@@ -107,8 +125,9 @@ class Swapper:
         if not sha256:
             return None
         route = self._registry.route(project)
-        if there := next((v for v in (route.main, route.second) if v and v.sha256 == sha256), None):
-            return replace(there, checkpoint=checkpoint)
+        named = (checkpoint, sha256)
+        if there := next((v for v in (route.main, route.second) if v and (v.checkpoint, v.sha256) == named), None):
+            return there
         if sha256 in self._standings[project].refused:
             raise _NotServed(for_want_of_a_place=False)
         try:
@@ -136,6 +155,12 @@ def wanted(serving: Serving) -> str:
 
 def converged(serving: Serving, route: Route) -> bool:
     """Whether a route is what the policy wants."""
-    main = route.main.sha256 if route.main else ""
-    second = route.second.sha256 if route.second else ""
-    return (wanted(serving), serving.split.sha256, serving.split.percent) == (main, second, route.percent)
+    main, second = _named(route.main), _named(route.second)
+    asked = (serving.wanted_checkpoint, wanted(serving)) if wanted(serving) else _named(None)
+    split = (serving.split.checkpoint, serving.split.sha256, serving.split.percent)
+    return (asked, split) == (main, (*second, route.percent))
+
+
+def _named(version: Version | None) -> tuple[str, str]:
+    """By its name, too: the same weights may be refused by another one."""
+    return (version.checkpoint, version.sha256) if version else ("", "")

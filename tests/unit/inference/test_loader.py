@@ -85,7 +85,8 @@ class House:
     def __init__(self, folder: Path, places: int, host: int, disk: int) -> None:
         self.runtime, self.device, self.registry = Runtime.memory(), Device(), Registry(places)
         self.disk = DiskCache(folder, self.runtime.blobs, disk, later=0)
-        self.loader = Loader(Manifests(self.runtime.artifacts), self.disk, HostCache(host), self.registry)
+        manifests = Manifests(self.runtime.artifacts, folder.with_name(f"{folder.name}-manifests"))
+        self.loader = Loader(manifests, self.disk, HostCache(host), self.registry)
 
     async def store(self, step: int) -> str:
         tensors = {

@@ -91,7 +91,9 @@ def test_a_word_by_a_person_lets_it_serve() -> None:
 
 
 def test_modes() -> None:
-    def chosen(start: Serving, mode: int, pinned: Choice = BASE, found: Best | None = None) -> tuple[str, str, str]:
+    def chosen(
+        start: Serving, mode: int, pinned: Choice = BASE, found: Best | Choice | None = None
+    ) -> tuple[str, str, str]:
         set_mode(start, mode, pinned, found, None)  # type: ignore[arg-type]
         return start.wanted_sha256, start.waiting_sha256, start.pinned_checkpoint
 
@@ -103,6 +105,12 @@ def test_modes() -> None:
     pinned = serving()
     chosen(pinned, SERVING_MODE_PINNED, pin)
     assert chosen(pinned, SERVING_MODE_LATEST_BEST, found=waiting) == ("b5", "", ""), "a person asked for the best"
+    chosen(pinned, SERVING_MODE_PINNED, pin)
+    assert chosen(pinned, SERVING_MODE_LATEST_BEST) == ("a10", "", ""), "the best is not known: no other answer"
+    follow_best(pinned, best("a", 5, 2.5))
+    assert pinned.wanted_sha256 == "a5", "a person asked for it, so it need not be better"
+    chosen(pinned, SERVING_MODE_PINNED, pin)
+    assert chosen(pinned, SERVING_MODE_LATEST_BEST, found=BASE) == ("", "", ""), "there is none"
     off = Serving(mode=SERVING_MODE_OFF)
     assert chosen(off, SERVING_MODE_LATEST_BEST) == ("", "", "")
     split = Split(checkpoint=SERVED, percent=10, sha256="a10")

@@ -78,7 +78,8 @@ class Server:
 
     def __init__(self, loaded: LoadedModel, folder: Path) -> None:
         self.runtime, self.registry, self.loaded = Runtime.memory(), Registry(), loaded
-        manifests, disk = Manifests(self.runtime.artifacts), DiskCache(folder, self.runtime.blobs, 10**8)
+        manifests = Manifests(self.runtime.artifacts, folder / "manifests")
+        disk = DiskCache(folder / "adapters", self.runtime.blobs, 10**8)
         self.loader = Loader(manifests, disk, HostCache(10**8), self.registry)
         future: asyncio.Future[LoadedModel] = asyncio.get_running_loop().create_future()
         future.set_result(loaded)

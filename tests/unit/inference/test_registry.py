@@ -114,12 +114,23 @@ def test_kept_until_dropped_and_drained() -> None:
     assert shas(registry) == "" and registry.drop("a")
 
 
+def test_a_route_keeps_what_was_to_leave() -> None:
+    registry = Registry(places=2)
+    place(registry, A)
+    stream = registry.pin_version("p", A)
+    assert stream is not None and registry.drop("a"), "once its stream has ended"
+    registry.flip("p", Route(A))
+    stream.release()
+    assert shas(registry) == "a" and registry.pin("p") is not None
+
+
 def test_the_same_weights_are_here_once_by_every_name_that_was_asked_for() -> None:
     registry = Registry(places=2)
     place(registry, A)
     other, third = (f"projects/q/runs/{run}/checkpoints/0" for run in ("other", "third"))
-    assert registry.ask(other) is None, "nobody told yet that these are its weights"
-    assert registry.ask(other, "a") == replace(A, checkpoint=other) == registry.ask(other)
+    assert registry.ask(other) is None is registry.ask(other, "a"), "nobody told yet that these are its weights"
+    assert registry.call(other, "b") is None
+    assert registry.call(other, "a") == replace(A, checkpoint=other) == registry.ask(other) == registry.ask(other, "a")
     registry.flip("q", Route(replace(A, checkpoint=third)))
     (holding,) = registry.holdings()
     assert holding.version == A and holding.names == (A.checkpoint, other, third)
