@@ -117,29 +117,48 @@ async def test_one_that_starts_after_a_bad_pin_serves_what_the_others_do(worlds:
         assert status.failure.reason == "DIGEST_MISMATCH" and not status.converged
 
 
+class Slow:
+    """A store that answers only once it is let."""
+
+    def __init__(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._get, self._free, self.asked = world.runtime.store.get, asyncio.Event(), list[str]()
+        monkeypatch.setattr(world.runtime.store, "get", self._slowly)
+        monkeypatch.setattr(completions, "_POLICY_WAIT", 0.1)
+
+    async def _slowly(self, key: str) -> bytes:
+        self.asked.append(key)
+        await self._free.wait()
+        return await self._get(key)
+
+    def free(self) -> None:
+        self._free.set()
+
+
 async def test_a_version_that_takes_long_is_waited_for(
-    worlds: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    worlds: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     world: World = await worlds()
     one = await world.store(1, seed=1)
     await world.set("PINNED", one.checkpoint)
-    monkeypatch.setattr(completions, "_POLICY_WAIT", 0.1)
-    get, asked, free = world.runtime.store.get, list[str](), asyncio.Event()
-
-    async def slow(key: str) -> bytes:
-        asked.append(key)
-        await free.wait()
-        return await get(key)
-
-    monkeypatch.setattr(world.runtime.store, "get", slow)
-    cold: World = await worlds(runtime=world.runtime, cache_dir=world.replica._cache_dir / "cold")
+    slow = Slow(world, monkeypatch)
+    cold: World = await worlds(runtime=world.runtime, cache_dir=tmp_path / "cold")
     for _ in range(2):
         answer = await refused(cold.complete())
         assert type(answer) is errors.ModelLoading and answer.retry_after, answer
-    free.set()
+    slow.free()
     await cold.until_active(one.sha256)
-    assert len(asked) == len(set(asked)), "nobody begins anew because a caller has given up"
     assert await answered_by(cold) == one.sha256
+
+
+async def test_nobody_begins_anew_because_a_caller_gave_up(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.peers.best_checkpoint = best = await world.store(1, seed=1)  # of a project that has no policy yet
+    slow = Slow(world, monkeypatch)
+    for _ in range(3):
+        assert await answered_by(world) == ""
+    slow.free()
+    await world.until_active(best.sha256)
+    assert slow.asked and len(slow.asked) == len(set(slow.asked))
+    assert await answered_by(world) == best.sha256
 
 
 async def test_of_a_project_that_may_not_be_there_nothing_is_written(world: World) -> None:
