@@ -129,9 +129,7 @@ class Loader:
             if staged := await self._by_another_name(checkpoint, sha256, device):
                 return Loaded(staged)
             phases = SwapPhases()
-            held = self._host.get(sha256)
-            if held and held.checkpoint != checkpoint and _means(held) != await self._meaning(checkpoint, device):
-                held = None
+            held = await self._held(checkpoint, sha256, device)
             verified = held or await self._verified(checkpoint, sha256, device, phases)
             version = await self._staged(checkpoint, verified, device, phases, patience, probe=held is None)
             self._host.put(verified)
@@ -141,7 +139,7 @@ class Loader:
         """A version of the same weights that is staged already, by this name from now on."""
         if (twin := self._registry.find(sha256)) is None:
             return None
-        if _means(twin) != (here := await self._meaning(checkpoint, device)):
+        if _means(twin) != (here := await self._meaning(checkpoint, sha256, device)):
             raise AdapterRejected(
                 f"{checkpoint} has the weights of {twin.checkpoint}, which is served by scale {twin.scale:g}; "
                 f"here it is {here[0]:g}, or the prompts are others",
@@ -149,25 +147,38 @@ class Loader:
             )
         return self._registry.call(checkpoint, sha256)
 
-    async def _meaning(self, checkpoint: str, device: Device) -> tuple[float, PromptFormat]:
+    async def _held(self, checkpoint: str, sha256: str, device: Device) -> Verified | None:
+        """The checkpoint's adapter in host memory, where it may have another name."""
+        held = self._host.get(sha256)
+        if held is None or held.checkpoint == checkpoint:
+            return held
+        return held if _means(held) == await self._meaning(checkpoint, sha256, device) else None
+
+    async def _meaning(self, checkpoint: str, sha256: str, device: Device) -> tuple[float, PromptFormat]:
         """What the file of the weights, by which a version is named, does not say: scale and prompts."""
-        manifest = await self._manifests.get(checkpoint)
-        files = {file.path: file.sha256 for file in manifest.files}
-        config = await self._disk.read(files[CONFIG])
+        manifest = await self._manifest(checkpoint, sha256, device)
+        (config,) = await self._files(manifest, CONFIG)
         return verify.check_config(config, manifest), verify.prompt_format(manifest, device.base)
+
+    async def _manifest(self, checkpoint: str, sha256: str, device: Device) -> AdapterManifest:
+        manifest = await self._manifests.get(checkpoint)
+        if manifest.sha256 != sha256:
+            raise DigestMismatch(f"{checkpoint} is version {manifest.sha256[:12]}, announced was {sha256[:12]}")
+        verify.check_manifest(manifest, device.base)
+        return manifest
+
+    async def _files(self, manifest: AdapterManifest, *paths: str) -> list[bytes]:
+        digests = {file.path: file.sha256 for file in manifest.files}
+        try:
+            return await asyncio.gather(*(self._disk.read(digests[path]) for path in paths))
+        except ObjectNotFound as error:
+            raise AdapterRejected(f"{manifest.name} is incomplete in the store: {error.message}") from None
 
     async def _verified(self, checkpoint: str, sha256: str, device: Device, phases: SwapPhases) -> Verified:
         # Of a step on all cores one thread would be waited for, whose core is taken away.
         with _timed(phases, "fetch"), _at_first(device.calm(), device.shared()):
-            manifest = await self._manifests.get(checkpoint)
-            if manifest.sha256 != sha256:
-                raise DigestMismatch(f"{checkpoint} is version {manifest.sha256[:12]}, announced was {sha256[:12]}")
-            verify.check_manifest(manifest, device.base)
-            files = {file.path: file.sha256 for file in manifest.files}
-            try:
-                weights, config = await asyncio.gather(*(self._disk.read(files[path]) for path in (WEIGHTS, CONFIG)))
-            except ObjectNotFound as error:
-                raise AdapterRejected(f"{checkpoint} is incomplete in the store: {error.message}") from None
+            manifest = await self._manifest(checkpoint, sha256, device)
+            weights, config = await self._files(manifest, WEIGHTS, CONFIG)
         with _timed(phases, "verify"), _strange_files(checkpoint), device.calm(), device.shared():
             return await asyncio.to_thread(_verify, manifest, weights, config, device)
 

@@ -75,10 +75,6 @@ class Manifests:
             self._known.popitem(last=False)
         return found
 
-    async def written(self) -> None:
-        """Waits until all that the store has said so far is on the disk."""
-        await asyncio.gather(*self._writes)
-
     def _file(self, checkpoint: str) -> Path:
         return self._folder / hashlib.sha256(checkpoint.encode()).hexdigest()
 
