@@ -30,7 +30,9 @@ def complete(
     path: Annotated[str, typer.Option(help="Path of the file in its repository.", show_default="FILE")] = "",
     language: Annotated[str, typer.Option(help="Language of text without a path, as in Python.")] = "",
     max_tokens: Annotated[int | None, typer.Option(help="At most this many new tokens.")] = None,
-    single_line: Annotated[bool, typer.Option("--single-line", help="Stop at the end of the line.")] = False,
+    single_line: Annotated[
+        bool, typer.Option("--single-line", help="Stop at the end of the first non-empty line.")
+    ] = False,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus of this probability.")] = None,

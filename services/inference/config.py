@@ -35,8 +35,10 @@ class InferenceSettings(CoreSettings):
     """Most tokens in one step: smaller keeps running streams smooth, larger gets prompts through sooner. A GPU
     wants 2048 or so."""
     inference_speculation_tokens: int = Field(default=7, ge=0, le=15)
-    """Most tokens of a completion that are guessed from its own text and checked in one step: the same text, sooner
-    where code repeats itself. Few are guessed where guesses are wrong or many completions run; 0 for none."""
+    """Most tokens of a completion that are guessed from its own text and checked in one step: sooner where code repeats
+    itself. Few are guessed where guesses are wrong or many completions run; 0 for none. In float32 the text is the same
+    with guesses and without. In bf16 and int8 the number of tokens in a step decides which kernel computes a product,
+    so that of two nearly equal tokens the other one may come."""
     inference_kv_tokens: int = Field(default=32768, ge=8192)
     """Most tokens whose keys and values are kept, those of ended completions too, for others that begin alike
     (SmolLM2-135M in bf16: 23 KB each)."""

@@ -34,8 +34,8 @@ async def score(completions: Completions, request: Request, code: Code, continua
     Raises:
         PromptTooLong: prompt and continuation do not fit the model's context.
         DeadlineExceeded: the deadline passed.
-        ProjectNotFound, CheckpointNotFound, ModelLoading, QueueFull, QuotaExceeded, ShuttingDown, AdapterRejected: as
-            a completion.
+        ProjectNotFound, CheckpointNotFound, ModelLoading, QueueFull, QuotaExceeded, ShuttingDown, AdapterRejected,
+            BaseModelMismatch, DigestMismatch, StoreUnavailable, ResourceExhausted: as a completion.
     """
     model, pin = await completions.hold(request)
     inbox, charge = Inbox(1, pin, completions.post), None

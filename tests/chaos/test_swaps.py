@@ -77,6 +77,7 @@ async def test_streams_under_swaps(worlds: Callable[..., Any], capsys: pytest.Ca
     assert seen.endings["DEADLINE"] + seen.endings["refused"], "no stream was in too much of a hurry"
     engine = world.replica.model.result().engine
     await until(lambda: engine.load == (0, 0) and world.replica.registry.streams(PROJECT) == {})
+    assert engine.blocks_held == 0, "blocks of an ended stream are still held"
     assert all(holding.streams == 0 for holding in world.replica.registry.holdings())
     for best in (*bests, *bests):  # A, B, C ... A: what was kept of one version is never another's
         for prefix in PREFIXES[:1]:

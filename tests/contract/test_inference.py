@@ -6,6 +6,7 @@ import asyncio
 import codecs
 import contextlib
 import copy
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -76,6 +77,53 @@ async def test_stop_rules_and_sampling(world: World) -> None:
     sampling = pb.Sampling(temperature=1.2, top_p=0.9, repetition_penalty=1.1, seed=5)
     one, two = [(await world.complete(sampling=sampling).end()).text for _ in range(2)]
     assert one == two != whole[: len(one)]
+
+
+async def test_a_single_line_ends_where_the_line_does(world: World) -> None:
+    async def sampled(seed: int, **rule: Any) -> Stream:
+        sampling = pb.Sampling(temperature=2.0, seed=seed)
+        return await world.complete(sampling=sampling, stop=pb.StopRule(max_tokens=200, **rule)).end()
+
+    for seed in range(20):  # a byte of a random model is seldom a newline
+        whole = await sampled(seed)
+        line = re.match(r"\s*[^\n]*", whole.text)[0]  # type: ignore[index]
+        if whole.text[len(line) + 1 :]:
+            break
+    assert whole.text[len(line) + 1 :] and whole.reason != "STOP", "without the rule it goes on behind the line"
+    stopped = await sampled(seed, single_line=True)
+    assert (stopped.text, stopped.reason) == (line, "STOP")
+    assert stopped.finished.usage.completion_tokens < whole.finished.usage.completion_tokens
+
+
+async def test_code_of_other_files_stands_before_the_file(
+    world: World, reference: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    near, far = [pb.ContextChunk(path=f"{name}.py", text=f"{name} = 1\n") for name in ("near", "far")]
+    large = pb.ContextChunk(path="large.py", text="x" * 100)  # it has room alone: a stride, 128 tokens, is left
+
+    def code(*context: pb.ContextChunk) -> pb.CodePrompt:
+        return pb.CodePrompt(path="a.py", prefix="def main():\n", context=context)
+
+    alone, one, both = [await world.complete(prompt=code(*context)).end() for context in ((), (near,), (near, far))]
+    of_near, of_far = len("\x00near.py\nnear = 1\n"), len("\x00far.py\nfar = 1\n")
+    assert one.started.prompt_tokens == alone.started.prompt_tokens + of_near
+    assert both.started.prompt_tokens == one.started.prompt_tokens + of_far
+    assert len({alone.text, one.text, both.text}) == 3
+    without = await world.complete(prompt=code(near, large)).end()
+    assert without.started.prompt_tokens == one.started.prompt_tokens and without.text == one.text, "it has no room"
+    # The most useful stands nearest: what a score is computed behind is known to the token.
+    marker: Any = tokenizer.convert_tokens_to_ids("<file_sep>")
+    continuation = "    pass\n"
+    ids = list[int]()
+    for file in ("far.py\nfar = 1\n", "near.py\nnear = 1\n", "a.py\ndef main():\n" + continuation):
+        ids += [marker, *tokenizer.encode(file, add_special_tokens=False)]
+    with torch.inference_mode():
+        logprobs = reference(torch.tensor([ids])).logits[0].log_softmax(-1)
+    expected = [float(logprobs[at - 1, ids[at]]) for at in range(len(ids) - len(continuation), len(ids))]
+    scored = await world.completions.Score(
+        pb.ScoreRequest(parent=PROJECT, prompt=code(near, far), continuation=continuation)
+    )
+    assert [token.logprob for token in scored.tokens] == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ class Completions:
             language: of a file without a path, by linguist's name.
             context: code of other files that helps.
             max_tokens: new tokens at most.
-            single_line: stop at the end of the line.
+            single_line: stop at the end of the first non-empty line.
             stop: stop before any of these strings.
             sampling: how tokens are chosen; greedy when None.
             adapter: which version answers; the project's policy when None.

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from services.core import errors
 from services.inference.engine.engine import Engine
 from services.inference.engine.rows import Row, batches
-from services.inference.engine.scheduler import Limits, Work
+from services.inference.engine.scheduler import Limits, Scheduler, Work
 from services.inference.engine.sequence import Reason, Result, Sampling, Sequence
 from tests.unit.inference.tiny import Bench, greedy, marker, merged
 
@@ -177,10 +177,36 @@ def test_scores_that_had_to_give_up_their_blocks_come_whole(
     bench.engine.stop()
 
 
-def test_cancel_frees_the_sequence_within_a_step(bench: Bench) -> None:
+def test_cancel_frees_the_sequence_within_a_step(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, gate, done = bench.runner.step, threading.Lock(), list[None]()
+    begun, unaccounted = list[set[int]](), list[int]()
+
+    def nobodys(scheduler: Scheduler) -> int:
+        owned = sum(len(one.table.blocks) for one in scheduler.running if one.table)
+        return scheduler.blocks.held - owned
+
+    def watched(work: list[Work]) -> list[Result | None]:
+        unaccounted.append(bench.engine.look(nobodys))
+        begun.append({item.sequence.number for item in work})
+        with gate:
+            done.append(None)
+            return step(work)
+
+    monkeypatch.setattr(bench.runner, "step", watched)
+    stays = bench.submit(PROMPTS[4], 400)
     heard = bench.submit(PROMPTS[1], 400).wait(lambda output: output.tokens > 0)
-    bench.engine.cancel(heard.sequence)
+    with gate:  # a step is in progress
+        while len(begun) == len(done):
+            time.sleep(0.001)
+        assert heard.sequence.number in begun[-1]
+        bench.engine.cancel(heard.sequence)
+        after = len(begun)
     assert heard.wait().reason is Reason.CANCELLED
+    stays.wait(lambda output: len(done) > after + 5)
+    assert set[int]().union(*begun[after:]) == {stays.sequence.number}, "another step computed it"
+    assert unaccounted[after] == 0, "its blocks are free in the next step"
+    bench.engine.cancel(stays.sequence)
+    assert stays.wait().reason is Reason.CANCELLED
     assert bench.engine.blocks_held == 0 and bench.engine.load == (0, 0)
     bench.engine.cancel(heard.sequence)  # once more does no harm
 
