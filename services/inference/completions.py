@@ -170,7 +170,8 @@ class Completions:
 
         Raises:
             ProjectNotFound, CheckpointNotFound, ModelLoading, QueueFull, PromptTooLong, ChatUnsupported, ShuttingDown,
-            AdapterRejected, StoreUnavailable, QuotaExceeded, ResourceExhausted: before the first part.
+            AdapterRejected, BaseModelMismatch, DigestMismatch, StoreUnavailable, QuotaExceeded, ResourceExhausted: before
+            the first part.
             DeadlineExceeded: the deadline passed before the first step.
         """
         model, pin = await self.hold(request)
@@ -229,7 +230,8 @@ class Completions:
 
         Raises:
             QueueFull: it would be refused, before any work on it.
-            ProjectNotFound, CheckpointNotFound, ModelLoading, AdapterRejected.
+            ProjectNotFound, CheckpointNotFound, ModelLoading, AdapterRejected, BaseModelMismatch, DigestMismatch,
+            StoreUnavailable, ResourceExhausted.
         """
         if not await self._projects.exists(request.project):
             raise ProjectNotFound(

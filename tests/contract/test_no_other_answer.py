@@ -134,6 +134,21 @@ class Slow:
         self._free.set()
 
 
+async def test_what_is_mended_and_set_anew_serves_at_every_replica(worlds: Callable[..., Any]) -> None:
+    world: World = await worlds()
+    other: World = await worlds(runtime=world.runtime)
+    one, two = await world.store(1, seed=1), await world.store(2, 2, lambda parts: parts.update(stored=b""))
+    await world.set("PINNED", one.checkpoint)
+    await world.set("PINNED", two.checkpoint)
+    await until(lambda: two.sha256 in other.replica.follower.standing(PROJECT).refused)
+    whole = await world.store(3, seed=2)
+    assert whole.sha256 == two.sha256, "the same content is in the store again"
+    await world.set("PINNED", two.checkpoint)
+    for replica in (world, other):
+        await replica.until_active(two.sha256)
+        await until(lambda replica=replica: replica.replica.follower.standing(PROJECT).failure is None)  # type: ignore[misc]
+
+
 async def test_a_version_that_takes_long_is_waited_for(
     worlds: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -184,7 +184,7 @@ class Follower:
             EtagMismatch: the policy is not at that etag.
         """
         began = time.monotonic()
-        self._forgive(project)
+        forgiven = self._forgive(project)
         pinned = await self._choice(checkpoint, "checkpoint") if mode == SERVING_MODE_PINNED else BASE
         if split is not None:
             second = await self._choice(split.checkpoint, "split.checkpoint") if split.checkpoint else BASE
@@ -200,6 +200,8 @@ class Follower:
 
         def change(serving: Serving) -> None:
             set_mode(serving, mode, pinned, best, split)
+            if forgiven:  # the other replicas, which have refused it, too, hear of what is written only
+                serving.update_time.GetCurrentTime()
 
         return await self._decide(project, await self._policies.change(project, change, etag=etag), began)
 
@@ -219,10 +221,13 @@ class Follower:
         serving = await self._policies.change(project, lambda s: approve(s, checkpoint), etag=etag)
         return await self._decide(project, serving, began)
 
-    def _forgive(self, project: str) -> None:
-        """A person decides anew: what was refused before may be tried again."""
-        self._standings[project].refused.clear()
-        self._standings[project].failure = None
+    def _forgive(self, project: str) -> bool:
+        """A person decides anew: what was refused before may be tried again. Whether anything was."""
+        standing = self._standings[project]
+        forgiven = bool(standing.refused)
+        standing.refused.clear()
+        standing.failure = None
+        return forgiven
 
     async def _decide(self, project: str, serving: Serving, began: float) -> Serving:
         self._standings.see(serving, project)
@@ -276,7 +281,8 @@ class Follower:
         is_news = datetime.now(UTC) - serving.update_time.ToDatetime(UTC) < _NEWS
         with tracing.under(traceparent if is_news else ""):
             async with self._locks[project]:
-                self._standings.see(serving, project)
+                if self._standings.see(serving, project):  # decided elsewhere, and perhaps by a person
+                    self._standings[project].refused -= {serving.wanted_sha256, serving.split.sha256}
                 await self._converge(project, began)
 
     async def _policy_gone(self, project: str) -> None:

@@ -96,8 +96,9 @@ class Norm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Over the last dimension."""
         if x.numel() <= MOST * x.shape[-1]:
-            out = torch.empty_like(x)
-            self.into(x.view(-1, x.shape[-1]).numpy(), out.view(-1, x.shape[-1]).numpy())
+            out = torch.empty_like(x, memory_format=torch.contiguous_format)
+            # Queries and keys of several tokens are pieces of one product, which no view makes rows.
+            self.into(x.reshape(-1, x.shape[-1]).numpy(), out.view(-1, x.shape[-1]).numpy())
             return out
         size = torch.linalg.vector_norm(x, 2, -1, keepdim=True)
         normed: torch.Tensor = x / size.hypot_(torch.tensor(self._least))
