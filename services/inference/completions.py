@@ -170,8 +170,8 @@ class Completions:
 
         Raises:
             ProjectNotFound, CheckpointNotFound, ModelLoading, QueueFull, PromptTooLong, ChatUnsupported, ShuttingDown,
-            AdapterRejected, BaseModelMismatch, DigestMismatch, StoreUnavailable, QuotaExceeded, ResourceExhausted: before
-            the first part.
+            AdapterRejected, BaseModelMismatch, DigestMismatch, StoreUnavailable, QuotaExceeded, ResourceExhausted:
+            before the first part.
             DeadlineExceeded: the deadline passed before the first step.
         """
         model, pin = await self.hold(request)
