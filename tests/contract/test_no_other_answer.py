@@ -105,6 +105,19 @@ async def test_what_the_disk_says_of_another_checkpoint_is_not_believed(
     assert (await cold.status()).status.failure.reason == "STORE_UNAVAILABLE"
 
 
+async def test_a_way_back_writes_nothing_that_the_disk_has(world: World, tmp_path: Path) -> None:
+    one = await world.store(1, seed=1)
+    await world.set("PINNED", one.checkpoint)
+    writes = world.replica.follower._manifests._writes
+    await until(lambda: not writes)
+    (file,) = (tmp_path / "manifests").iterdir()
+    written = file.stat().st_ino
+    await world.set("OFF")
+    await world.set("PINNED", one.checkpoint)
+    await until(lambda: not writes)
+    assert file.stat().st_ino == written
+
+
 async def test_one_that_starts_after_a_bad_pin_serves_what_the_others_do(worlds: Callable[..., Any]) -> None:
     world: World = await worlds()
     one, damaged = await world.store(1, seed=1), await world.store(2, 2, _zeros)

@@ -65,15 +65,19 @@ class Manifests:
                 return self._known[checkpoint]
             if (kept := await asyncio.to_thread(self._read, checkpoint)) is None:
                 raise
-            found = kept
-        else:
+            self._remember(checkpoint, kept)
+            return kept
+        if found != self._known.get(checkpoint):  # a way back asks for a fresh one, and is in a hurry
             write = asyncio.create_task(asyncio.to_thread(self._write, checkpoint, found.SerializeToString()))
             self._writes.add(write)
             write.add_done_callback(self._writes.discard)
-        self._known[checkpoint] = found
+        self._remember(checkpoint, found)
+        return found
+
+    def _remember(self, checkpoint: str, manifest: AdapterManifest) -> None:
+        self._known[checkpoint] = manifest
         if len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
-        return found
 
     def _file(self, checkpoint: str) -> Path:
         return self._folder / hashlib.sha256(checkpoint.encode()).hexdigest()
