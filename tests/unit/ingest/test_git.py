@@ -14,6 +14,7 @@ from services.core.errors import BrokenBundle, EmptySource, InvalidArgument, Inv
 from services.ingest.files import FoundFile, SameFile, Skipped
 from services.ingest.limits import Limits, Meter
 from services.ingest.sources import git
+from services.ingest.sources.git.process import Done, Git
 from services.ingest.sources.guard import Guard
 from tests.repositories import run
 from tests.servers import git_http
@@ -138,6 +139,45 @@ def test_unknown_ref_and_repository_say_why(repo: Path, server: GitServer, tmp_p
     with pytest.raises(SourceUnreachable) as caught, fetched(server.url + "missing", tmp_path, name="b"):
         pass
     assert caught.value.hint
+
+
+TOTAL = "remote: Total 4 (delta 0), reused 0 (delta 0), pack-reused 0        "
+PROGRESS = f"""remote: Enumerating objects: 4, done.        
+remote: Counting objects:  50% (2/4)        \rremote: Counting objects: 100% (4/4), done.        
+{TOTAL}
+Receiving objects:  25% (1/4)\rReceiving objects:  50% (2/4), 12.00 MiB | 3.00 MiB/s\r"""
+WRONG = "error: object c3c8ff: gitmodulesUrl: disallowed submodule url: -oProxyCommand=x"
+FATAL = "fatal: fsck error in packed object"
+LAST = "fatal: fetch-pack: invalid index-pack output"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        f"{PROGRESS}{WRONG}\n{FATAL}\n{LAST}\n",
+        f"{PROGRESS}{WRONG}\n{TOTAL}\n{FATAL}\n{LAST}\n",
+        f"{PROGRESS}{WRONG}\n{FATAL}\n{TOTAL}\n{LAST}\n",
+        f"{PROGRESS}{WRONG}\n{FATAL}{TOTAL}\n\n{LAST}\n",
+        f"{PROGRESS}{WRONG}\n{FATAL}\n{LAST}\n{TOTAL}\n",
+    ],
+)
+def test_what_is_wrong_is_not_hidden_by_how_far_it_was(said: str) -> None:
+    """The remote's progress comes through a process of its own, so between any two lines of git's."""
+    assert Done(128, b"", said).complaint == f"{WRONG} {FATAL} {LAST}"
+
+
+def test_what_the_remote_says_is_told() -> None:
+    said = f"{PROGRESS}remote: Repository not found.\nfatal: repository 'https://h/x/' not found\n"
+    assert Done(128, b"", said).complaint == "remote: Repository not found. fatal: repository 'https://h/x/' not found"
+    assert Done(128, b"", PROGRESS).complaint == "git ended with 128"
+
+
+def test_what_is_wrong_is_told_after_a_long_progress(repo: Path, tmp_path: Path) -> None:
+    bare = Git(repo / ".git", Meter(LIMITS))
+    progress = "yes 'Receiving objects:  50% (2/4), 12.00 MiB | 3.00 MiB/s' | head -2000"
+    run(repo, "config", "alias.long", f"!{{ {progress}; echo 'fatal: the end'; }} >&2; exit 3")
+    done = bare.run("long")
+    assert (done.code, done.complaint) == (3, "fatal: the end")
 
 
 def test_empty_repository(server: GitServer, tmp_path: Path) -> None:

@@ -48,7 +48,11 @@ CONFIG = {
 }
 OUTPUT_BYTES = 256 << 20
 """Most that git may print: the refs of a repository with millions of them."""
+ERROR_BYTES = 1 << 16
+"""Kept of what it says besides."""
 _NOISE = ("warning:", "Please make sure you have the correct access", "and the repository exists", "@@@")
+_COUNTED = re.compile(r"(?:remote: )?(?:[A-Z][a-z]+ (?:objects|deltas):|Total) +\d+[^\r\n]*")
+"""How far it is; the remote's comes through another process, so anywhere among the lines that say what is wrong."""
 _TICK = 200
 """Milliseconds between two looks at a running git."""
 _PROGRESS = re.compile(rb"(?:remote: )?([A-Z][a-z]+ (?:objects|deltas)): +\d+% \((\d+)/(\d+)\)[^\r\n]*[\r\n]?[^\r\n]*$")
@@ -83,8 +87,7 @@ class Git:
             finally:
                 _end(process)
             out.seek(0)
-            err.seek(0)
-            done = Done(process.returncode, out.read(), err.read(1 << 16).decode(errors="replace"))
+            done = Done(process.returncode, out.read(), _last_lines(err).decode(errors="replace"))
         ours = "\n".join(line for line in done.errors.splitlines() if not line.startswith("remote:"))
         if done.code and (why := disk.complaint(ours)):
             raise DiskFull.of(self.folder.parent, why)
@@ -163,8 +166,9 @@ class Done:
 
     @property
     def complaint(self) -> str:
-        """The last lines of what it said."""
-        lines = [line for line in re.split(r"[\r\n]+", self.errors.strip()) if not line.startswith(_NOISE)]
+        """The last lines of what it said, but for how far it was."""
+        told = re.split(r"[\r\n]+", _COUNTED.sub("\n", self.errors))
+        lines = [line.strip() for line in told if line.strip() and not line.startswith(_NOISE)]
         return " ".join(lines[-3:])[:500] or f"git ended with {self.code}"
 
 
@@ -186,6 +190,14 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def _last_lines(err: IO[bytes]) -> bytes:
+    """The end of what git said: what is wrong comes last, after how far it was each second."""
+    size = os.fstat(err.fileno()).st_size
+    err.seek(max(0, size - ERROR_BYTES))
+    said = err.read()
+    return said if size <= ERROR_BYTES else re.sub(rb"^[^\r\n]*", b"", said)
 
 
 def _size(path: Path) -> int:
