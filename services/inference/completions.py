@@ -238,7 +238,7 @@ class Completions:
                 f"no project {request.project}", field="parent", hint="Create the project first.", name=request.project
             )
         model = self.loaded or await self._wait_for_model(request.deadline)
-        model.engine.check(request.project, _session(request), request.deadline)
+        model.engine.check(request.project, _session(request), request.n, request.deadline)
         return model, await self._pin(model, request)
 
     async def _wait_for_model(self, deadline: float | None) -> LoadedModel:

@@ -26,7 +26,7 @@ class InferenceSettings(CoreSettings):
     inference_max_running: int = Field(default=16, ge=1, le=256)
     """Most completions in one step."""
     inference_max_waiting: int = Field(default=64, ge=1)
-    """Most completions in the queue; more get QUEUE_FULL."""
+    """Most completions in the queue; more get QUEUE_FULL. Several of one prompt wait, or are refused, together."""
     inference_project_running: int = Field(default=0, ge=0)
     """Most completions of one project in one step; 0 for all places. While others wait, it has its share at most."""
     inference_project_waiting: int = Field(default=48, ge=1)

@@ -36,23 +36,24 @@ class Admission:
             stayed = max(stayed, self._stay)
         self._stay += (_LEARN if self._stay else 1.0) * (stayed - self._stay)
 
-    def check(self, project: str, left: float | None, queued: list[str], running: list[str]) -> None:
-        """Lets a project's new sequence through, or not.
+    def check(self, project: str, count: int, left: float | None, queued: list[str], running: list[str]) -> None:
+        """Lets the new sequences of a project's request through, all or none.
 
         Args:
-            left: seconds until its deadline; None when it has none.
+            count: of them. Those that are more than may wait at all come in where nobody waits.
+            left: seconds until their deadline; None when they have none.
             queued: projects of those that wait before it.
             running: projects of those that have places.
 
         Raises:
-            QueueFull: too many wait already, of all or of its project, or for too long to meet its deadline.
+            QueueFull: too many wait already, of all or of the project, or for too long to meet the deadline.
         """
         counts, held = Counter(queued), Counter(running)
         own, wait = counts[project], self._wait(project, counts, held)
         hint = "Retry later, or run more replicas."
-        if counts.total() >= self._limits.waiting:
+        if counts and counts.total() + count > self._limits.waiting:
             problem = f"{counts.total()} completions wait already"
-        elif own >= self._limits.project_waiting:
+        elif own and own + count > self._limits.project_waiting:
             problem = f"{own} completions of {project or 'one project'} wait already"
         elif left is not None and wait:
             # Who would be out of time before its end takes the place of one who is not: under overload nobody would

@@ -82,11 +82,12 @@ class Engine:
         with self._changed:
             return self._scheduler.preemptions
 
-    def check(self, project: str, session: str, deadline: float | None) -> None:
+    def check(self, project: str, session: str, count: int, deadline: float | None) -> None:
         """Lets through who would be queued now: before the work on a prompt that would be refused.
 
         Args:
             session: of the project, as of a sequence.
+            count: of the request's sequences.
             deadline: on the monotonic clock.
 
         Raises:
@@ -94,7 +95,7 @@ class Engine:
         """
         left = None if deadline is None else deadline - time.monotonic()
         with self._changed:
-            self._scheduler.admit(project, session, left)
+            self._scheduler.admit(project, session, count, left)
 
     def submit(self, sequence: Sequence, *others: Sequence) -> None:
         """Queues a sequence, and others of the same request with it: all or none.

@@ -137,17 +137,18 @@ class Scheduler:
                 hint="Ask for fewer tokens or give a shorter prompt.",
             )
         left = None if sequence.deadline is None else sequence.deadline - sequence.submit_time
-        older = self.admit(sequence.project, sequence.session, left)
+        older = self.admit(sequence.project, sequence.session, 1 + len(others), left)
         for one in older:
             one.cancelled = one.cancelled or Reason.SUPERSEDED
         for one in (sequence, *others):
             self.waiting.add(one)
 
-    def admit(self, project: str, session: str, left: float | None) -> list[Sequence]:
-        """Lets a new sequence through, or not; the older ones of its session, whose place it takes.
+    def admit(self, project: str, session: str, count: int, left: float | None) -> list[Sequence]:
+        """Lets the new sequences of a request through, all or none; what they replace of their session.
 
         Args:
-            left: seconds until its deadline; None when it has none.
+            count: of the new sequences.
+            left: seconds until their deadline; None when they have none.
 
         Raises:
             QueueFull: too many wait already, of all or of its project, or for too long to meet its deadline.
@@ -158,7 +159,7 @@ class Scheduler:
         queued, running = (
             [one.project for one in part if one.number in staying] for part in (self.waiting, self.running)
         )
-        self._admission.check(project, left, queued, running)
+        self._admission.check(project, count, left, queued, running)
         return older
 
     def plan(self, now: float) -> Plan:

@@ -79,6 +79,33 @@ def test_a_project_has_limits_of_its_own() -> None:
     assert scheduler.plan(0).admitted == [other], "it waits for nobody"
 
 
+def test_several_of_one_request_come_in_where_there_is_room_for_all() -> None:
+    def several(project: str, count: int) -> list[Sequence]:
+        first = of(project)
+        return [first, *[of(project, after=first) for _ in range(count - 1)]]
+
+    scheduler = Scheduler(Limits(running=1, waiting=6, project_waiting=4))
+    scheduler.submit(*several("a", 3))
+    with pytest.raises(errors.QueueFull, match="3 completions of a wait"):
+        scheduler.submit(*several("a", 2))
+    with pytest.raises(errors.QueueFull, match=r"^3 completions wait"):
+        scheduler.submit(*several("b", 4))
+    assert len(scheduler.waiting) == 3, "all or none"
+    scheduler.submit(*several("a", 1))
+    scheduler.submit(*several("b", 2))
+    with pytest.raises(errors.QueueFull, match=r"^6 completions wait"):
+        scheduler.submit(of("c"))
+
+
+def test_more_of_one_request_than_may_wait_come_in_where_nobody_waits() -> None:
+    scheduler = Scheduler(Limits(running=1, waiting=2, project_waiting=2))
+    first = of("a")
+    scheduler.submit(first, of("a", after=first), of("a", after=first))
+    assert len(scheduler.waiting) == 3
+    with pytest.raises(errors.QueueFull):
+        scheduler.submit(of("b"))
+
+
 def test_who_could_not_meet_its_deadline_is_told_at_once() -> None:
     scheduler = Scheduler(Limits(running=1))
     now = 0.0
