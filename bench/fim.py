@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import hashlib
 import random
 import tempfile
 import time
@@ -181,7 +182,7 @@ def _adapter(loaded: serving.LoadedModel, kept: Path) -> Weights:
         a = tensors.get(f"base_model.model.{path}.lora_A.weight")
         if a is not None:
             pairs[path] = (a, tensors[f"base_model.model.{path}.lora_B.weight"])
-    return loaded.prepare(pairs, 2.0)
+    return loaded.prepare(pairs, 2.0, hashlib.sha256((kept / WEIGHTS).read_bytes()).hexdigest())
 
 
 def _complete(

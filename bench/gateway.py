@@ -51,7 +51,7 @@ async def instant() -> None:
     """Serves it until its input ends; tells the port."""
     log.configure("bench")  # to stderr: what nobody reads must not fill the pipe
     server = grpc.aio.server(interceptors=[CallInterceptor()])
-    completion_pb2_grpc.add_CompletionServiceServicer_to_server(Instant(), server)
+    completion_pb2_grpc.add_CompletionServiceServicer_to_server(Instant(), server)  # type: ignore[abstract]
     print(server.add_insecure_port("127.0.0.1:0"), flush=True)
     await server.start()
     await asyncio.to_thread(sys.stdin.read)
@@ -65,11 +65,13 @@ def behind() -> Iterator[tuple[str, int]]:
     with contextlib.ExitStack() as running:
         inference = running.enter_context(subprocess.Popen([sys.executable, "-c", program], text=True, **pipes))
         running.callback(inference.terminate)
+        assert inference.stdout
         address = f"127.0.0.1:{int(inference.stdout.readline())}"
         environment = {**os.environ, "CODEGRAFT_INFERENCE_ADDRESS": address, "CODEGRAFT_LISTEN": "127.0.0.1:0"}
         pipes = {"stderr": subprocess.PIPE, "text": True, "env": environment}
         gateway = running.enter_context(subprocess.Popen([sys.executable, "-m", "services.gateway"], **pipes))
         running.callback(gateway.terminate)
+        assert gateway.stderr
         for line in gateway.stderr:
             if (told := json.loads(line)).get("url"):
                 # Its log is read on, so that it never waits for a full pipe.

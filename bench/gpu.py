@@ -62,12 +62,12 @@ class Side:
         torch.manual_seed(0)
         torch.set_default_dtype(torch.bfloat16)
         with device:
-            model = Qwen2ForCausalLM(Qwen2Config(max_position_embeddings=8192, **shape)).eval()
+            model = Qwen2ForCausalLM(Qwen2Config(max_position_embeddings=8192, **shape)).eval()  # type: ignore[no-untyped-call]
         torch.set_default_dtype(torch.float32)
         self.model: PreTrainedModel = model.requires_grad_(False)
         self._vocabulary = [b"%d," % id for id in range(shape["vocab_size"])]
         self._runner = Runner(self.model, Sampler(Spelling(self._vocabulary)), LIMITS.blocks)
-        head = self.model.get_output_embeddings().weight  # type: ignore[no-untyped-call]
+        head = self.model.get_output_embeddings().weight
         products = lora.joints(self.model)
         self.weights = sum(joint.weight.nbytes for joint in products) + head.nbytes
         """Bytes that a decode step reads."""

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -140,7 +141,7 @@ class Peer:
 
         def generate() -> float:
             began = clock()
-            self.model.generate(
+            self.model.generate(  # type: ignore[operator]
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=tokens,
@@ -193,7 +194,7 @@ def best(sides: Mapping[str, Callable[[], float]], rounds: int = ROUNDS) -> dict
 def streams(sides: dict[str, Side], peers: dict[str, Peer], count: int) -> None:
     """Tokens a second of all streams together, decoding."""
     all_sides: dict[str, Peer | Side] = {**peers, **sides}
-    found = best({name: lambda s=side: s.decode(count) for name, side in all_sides.items()}, 2)
+    found = best({name: partial(side.decode, count) for name, side in all_sides.items()}, 2)
     for name, seconds in found.items():
         print(
             f"{count} streams, {name}: {count / seconds:.0f} tokens/s, {found['transformers'] / seconds:.2f} x the peer"
@@ -203,7 +204,7 @@ def streams(sides: dict[str, Side], peers: dict[str, Peer], count: int) -> None:
 def prefill(sides: dict[str, Side], peers: dict[str, Peer]) -> None:
     """Tokens a second of one prompt."""
     mine = {kind: side.prefill for kind, side in sides.items()}
-    found = best({**{name: lambda p=peer: p.seconds(1, LONG, 1) for name, peer in peers.items()}, **mine}, 3)
+    found = best({**{name: partial(peer.seconds, 1, LONG, 1) for name, peer in peers.items()}, **mine}, 3)
     for name, seconds in found.items():
         print(f"prefill, {name}: {LONG / seconds:.0f} tokens/s, {found['transformers'] / seconds:.2f} x the peer")
 
@@ -214,10 +215,10 @@ def adapters(sides: dict[str, Side]) -> None:
         mine = [adapter(side.model, seed) for seed in range(BATCH)]
         found = best(
             {
-                "base": lambda s=side: s.decode(BATCH),
-                "one adapter": lambda s=side, m=mine: s.decode(BATCH, m[:1]),
-                "eight adapters": lambda s=side, m=mine: s.decode(BATCH, m),
-                "base, adapters loaded": lambda s=side: s.decode(BATCH),
+                "base": partial(side.decode, BATCH),
+                "one adapter": partial(side.decode, BATCH, mine[:1]),
+                "eight adapters": partial(side.decode, BATCH, mine),
+                "base, adapters loaded": partial(side.decode, BATCH),
             },
             rounds=3 * ROUNDS,  # 8 % are looked for on a machine whose steps differ by 20
         )

@@ -20,6 +20,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import zstandard
@@ -67,7 +68,7 @@ def _clone(count: int) -> None:
         plain, first, again = [], [], []
         for number in range(ROUNDS):
             bare = on.folder / f"bare-{number}"
-            plain.append(timed(lambda target=bare: subprocess.run(["git", "clone", "-q", "--bare", url, str(target)])))
+            plain.append(timed(partial(subprocess.run, ["git", "clone", "-q", "--bare", url, str(bare)])))
             shutil.rmtree(bare)
             project = f"p{number}"
             on.client.projects.create(project)

@@ -44,7 +44,7 @@ def servers(base: Path, threads: int, streams: int, tokens: int) -> Iterator[dic
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="codegraft-bench-")))
         nothing = get_peft_model(weights.load_model(base), LoraConfig(r=1, target_modules="all-linear"))
-        nothing.save_pretrained(folder / "nothing", save_embedding_layers=False)
+        nothing.save_pretrained(str(folder / "nothing"), save_embedding_layers=False)
         found = {}
         for name, type in TYPES.items():
             (folder / name).mkdir()

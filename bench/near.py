@@ -170,7 +170,9 @@ def accuracy() -> None:
         print(f"  exact {low:.2f} to {high:.2f}: {len(those):6,} pairs, in one group {together:7.2%}")
     print("  asked: 98 % of the pairs at 0.85 and more")
     keys = near.bands(near.THRESHOLD).keys(signatures)
-    every = [(a, b) for a in range(len(texts)) for b in a + 1 + np.flatnonzero((keys[a] == keys[a + 1 :]).any(axis=1))]
+    every = [
+        (a, a + 1 + int(b)) for a in range(len(texts)) for b in np.flatnonzero((keys[a] == keys[a + 1 :]).any(axis=1))
+    ]
     alike = [
         (a, b) for a, b in every if near.similarity(signatures[a], signatures[b]) >= near.THRESHOLD + near_groups.MARGIN
     ]

@@ -40,7 +40,7 @@ def noted_flip(registry: Registry, project: str, route: Route) -> Route:
 
 
 if __name__ == "__main__":
-    Engine._step, Registry.flip = noted_step, noted_flip  # type: ignore[method-assign]
+    Engine._step, Registry.flip = noted_step, noted_flip  # type: ignore[method-assign, assignment]
     status = run("inference", InferenceSettings, main)
     Path(os.environ["BENCH_NOTES"]).write_text(json.dumps({"steps": steps, "flips": flips}))
     sys.exit(status)

@@ -117,7 +117,7 @@ def _run(package: str, requested: Hyperparameters, folder: Path, threads: int) -
         lambda: False,
         exam=loaded.exam,
     )
-    proof = None
+    proof: Proof | None = None
     for event in story:
         match event:
             case StepDone():

