@@ -155,7 +155,7 @@ def compare(kinds: Sequence[str], count: int, folder: Path) -> None:
     """Completes the same places with the base and with every adapter there is."""
     base = weights.ensure_weights(catalogue.find(""), cache())
     tokenizer = weights.load_tokenizer(base)
-    loaded = serving.start(weights.load_model(base), tokenizer, "", "", Limits(waiting=1000, kv_tokens=2**20))
+    loaded = serving.start(weights.load_model(base), tokenizer, "", "", Limits(waiting=1000, project_waiting=1000))
     found = places(source()[1], count)
     for kind in kinds:
         kept = folder / kind.replace(" ", "-").replace(",", "")
