@@ -7,7 +7,7 @@ import codecs
 import contextlib
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -167,36 +167,51 @@ async def test_a_caller_that_goes_away_frees_its_place(world: World) -> None:
         await until(lambda: engine.load == (0, 0) and world.replica.registry.streams(PROJECT) == {}, seconds=8)
 
 
-async def test_a_full_queue_refuses_with_a_time_to_come_back(worlds: Callable[..., Any]) -> None:
-    world = await worlds(limits=Limits(running=1, waiting=1, step_tokens=32, kv_tokens=8192))
+NOWHERE = pb.AdapterChoice(checkpoint=f"{RUN}/checkpoints/404")
+"""Whoever is refused before any work on the prompt is not told that it is not there."""
+
+
+@contextlib.asynccontextmanager
+async def one_that_waits(world: World) -> AsyncIterator[None]:
+    """Meanwhile the only place is taken and one completion waits; in the end both are whole."""
     engine = world.replica.model.result().engine
     with world.unhurried():
         running = await world.complete(max_tokens=220).begin()
         waiting = asyncio.create_task(world.complete(max_tokens=2).end())
         await until(lambda: engine.load == (1, 1))
+        yield
+    assert (await waiting).reason == (await running.end()).reason == "LENGTH"
+
+
+async def test_a_full_queue_refuses_with_a_time_to_come_back(worlds: Callable[..., Any]) -> None:
+    world = await worlds(limits=Limits(running=1, waiting=1, step_tokens=32, kv_tokens=8192))
+    code = pb.CodePrompt(path="a.py", prefix="x")
+    scoring = pb.ScoreRequest(parent=PROJECT, prompt=code, continuation="y", adapter=NOWHERE)
+    async with one_that_waits(world):
         answer = await refused(world.complete(max_tokens=2))
-        nowhere = pb.AdapterChoice(checkpoint=f"{RUN}/checkpoints/404")  # which nobody has looked for by then
-        code = pb.CodePrompt(path="a.py", prefix="x")
-        scoring = pb.ScoreRequest(parent=PROJECT, prompt=code, continuation="y", adapter=nowhere)
-        others = [await refused(world.complete(adapter=nowhere)), await refused_call(world.completions.Score(scoring))]
+        others = [await refused(world.complete(adapter=NOWHERE)), await refused_call(world.completions.Score(scoring))]
     assert type(answer) is errors.QueueFull and answer.retry_after
     assert [type(other) for other in others] == [errors.QueueFull, errors.QueueFull]
-    assert (await running.end()).finished and (await waiting).reason == "LENGTH"
+
+
+async def test_several_of_one_prompt_are_refused_together(worlds: Callable[..., Any]) -> None:
+    world = await worlds(limits=Limits(running=1, waiting=3, step_tokens=32, kv_tokens=8192))
+    async with one_that_waits(world):
+        three = await refused(world.complete(sampling=pb.Sampling(n=3), adapter=NOWHERE))
+        two = await refused(world.complete(sampling=pb.Sampling(n=2), adapter=NOWHERE))
+    assert (type(three), type(two)) == (errors.QueueFull, errors.CheckpointNotFound)
 
 
 async def test_a_project_that_fills_its_part_of_the_queue_leaves_room_for_others(worlds: Callable[..., Any]) -> None:
     limits = Limits(running=1, waiting=4, project_waiting=1, step_tokens=32, kv_tokens=8192)
     world = await worlds(limits=limits)
     engine = world.replica.model.result().engine
-    with world.unhurried():
-        running = await world.complete(max_tokens=220).begin()
-        waiting = asyncio.create_task(world.complete(max_tokens=2).end())
-        await until(lambda: engine.load == (1, 1))
+    async with one_that_waits(world):
         answer = await refused(world.complete(max_tokens=2))
         assert type(answer) is errors.QueueFull and PROJECT in answer.message
         other = asyncio.create_task(world.complete(max_tokens=2, parent="projects/other").end())
         await until(lambda: engine.load == (1, 2))
-    assert (await other).reason == (await waiting).reason == (await running.end()).reason == "LENGTH"
+    assert (await other).reason == "LENGTH"
 
 
 async def test_completions_wait_for_the_model_or_say_that_it_loads(worlds: Callable[..., Any]) -> None:
