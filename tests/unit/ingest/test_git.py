@@ -167,8 +167,9 @@ def test_what_is_wrong_is_not_hidden_by_how_far_it_was(said: str) -> None:
 
 
 def test_what_the_remote_says_is_told() -> None:
-    said = f"{PROGRESS}remote: Repository not found.\nfatal: repository 'https://h/x/' not found\n"
-    assert Done(128, b"", said).complaint == "remote: Repository not found. fatal: repository 'https://h/x/' not found"
+    for words in ("Repository not found.", "Total 5 GB are more than your quota", "Other objects: none"):
+        done = Done(128, b"", f"{PROGRESS}remote: {words}\nfatal: repository 'https://h/x/' not found\n")
+        assert done.complaint == f"remote: {words} fatal: repository 'https://h/x/' not found"
     assert Done(128, b"", PROGRESS).complaint == "git ended with 128"
 
 

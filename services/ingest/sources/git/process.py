@@ -51,7 +51,7 @@ OUTPUT_BYTES = 256 << 20
 ERROR_BYTES = 1 << 16
 """Kept of what it says besides."""
 _NOISE = ("warning:", "Please make sure you have the correct access", "and the repository exists", "@@@")
-_COUNTED = re.compile(r"(?:remote: )?(?:[A-Z][a-z]+ (?:objects|deltas):|Total) +\d+[^\r\n]*")
+_COUNTED = re.compile(r"(?:remote: )?(?:[A-Z][a-z]+ (?:objects|deltas): +\d|Total \d+ \(delta )[^\r\n]*")
 """How far it is; the remote's comes through another process, so anywhere among the lines that say what is wrong."""
 _TICK = 200
 """Milliseconds between two looks at a running git."""
